@@ -1,0 +1,303 @@
+"""URI -> filesystem: list, read, write aside then publish, create_once.
+
+``s3://`` takes endpoint, region and keys from the usual environment variables (AWS_ENDPOINT_URL_S3 or
+AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN); nothing of
+them is ever printed or stored. Bulk data goes through pyarrow, single small objects through fsspec
+(pyarrow has no conditional PUT).
+"""
+
+import contextlib
+import errno
+import os
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import fsspec
+import pyarrow as pa
+from pyarrow import fs as pafs
+
+from pipeline.errors import InputError, nearest
+
+SCHEMES = ("file", "s3", "gs", "memory")
+
+
+@dataclass(frozen=True)
+class Listed:
+    """One file below a folder: its path relative to that folder, with '/', and its size in bytes."""
+
+    path: str
+    size: int
+
+
+def absolute(uri: str) -> str:
+    """A URI that means the same in every process: a plain path becomes an absolute one, no trailing '/'.
+
+    What follows ``file://`` is taken as it stands, like an s3 key: names may hold '%' and '#'.
+    """
+    if "://" not in uri:
+        return str(Path(uri).expanduser().resolve())
+    scheme = scheme_of(uri)
+    if scheme == "file":
+        path = uri.removeprefix("file://")
+        if not path.startswith("/"):
+            raise InputError(f"'{uri}': wanted file:///absolute/path, or a plain path")
+        return str(Path(path).resolve())
+    return uri.rstrip("/")
+
+
+def scheme_of(uri: str) -> str:
+    """``file`` for a plain path, else the part before '://'; an unknown one is an InputError."""
+    scheme = uri.split("://", 1)[0] if "://" in uri else "file"
+    if scheme not in SCHEMES:
+        raise InputError(f"'{uri}': unknown scheme '{scheme}://'.{nearest(scheme, SCHEMES)}")
+    return scheme
+
+
+def join(uri: str, *parts: str) -> str:
+    """Append path segments to a URI."""
+    return "/".join([uri.rstrip("/"), *(part.strip("/") for part in parts)])
+
+
+def _s3_environment() -> tuple[str | None, ...]:
+    names = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION")
+    keys = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+    return tuple(os.environ.get(name) for name in (*names, *keys))
+
+
+@lru_cache(maxsize=16)
+def _arrow_s3(environment: tuple[str | None, ...]) -> pafs.FileSystem:
+    s3_url, url, region, default_region, key, secret, token = environment
+    endpoint = s3_url or url
+    options: dict[str, Any] = {"connect_timeout": 20, "request_timeout": 60}
+    if endpoint:
+        parts = urlsplit(endpoint if "://" in endpoint else f"https://{endpoint}")
+        options |= {"endpoint_override": parts.netloc, "scheme": parts.scheme}
+        options["region"] = region or default_region or "us-east-1"
+    elif region or default_region:
+        options["region"] = region or default_region
+    if key and secret:
+        options |= {"access_key": key, "secret_key": secret, "session_token": token}
+    return pafs.S3FileSystem(allow_delayed_open=True, **options)
+
+
+def arrow(uri: str) -> tuple[pafs.FileSystem, str]:
+    """(pyarrow filesystem, path inside it), for bulk data."""
+    uri = absolute(uri)
+    scheme = scheme_of(uri)
+    if scheme == "file":
+        return pafs.LocalFileSystem(), uri
+    if scheme == "s3":
+        return _arrow_s3(_s3_environment()), uri.removeprefix("s3://")
+    filesystem, path = generic(uri)
+    return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), path
+
+
+def generic(uri: str) -> tuple[Any, str]:
+    """(fsspec filesystem, path inside it), for single objects and for create_once."""
+    uri = absolute(uri)
+    scheme = scheme_of(uri)
+    if scheme == "file":
+        return fsspec.filesystem("file"), uri
+    if scheme == "s3":
+        s3_url, url, region, default_region, key, secret, token = _s3_environment()
+        client = {"region_name": region or default_region or "us-east-1"}
+        options = {"key": key, "secret": secret, "token": token} if key else {}
+        filesystem = fsspec.filesystem(
+            "s3", endpoint_url=s3_url or url, client_kwargs=client, use_listings_cache=False, **options
+        )
+        return filesystem, uri.removeprefix("s3://")
+    try:
+        return fsspec.core.url_to_fs(uri)
+    except ImportError as error:
+        raise InputError(f"'{uri}': {error}; install the package that it names") from None
+
+
+def _missing(uri: str, what: str) -> InputError:
+    return InputError(f"{what} '{uri}' not found; check the path" + _hint(uri))
+
+
+def _hint(uri: str) -> str:
+    return ", the endpoint (AWS_ENDPOINT_URL) and the credentials" if scheme_of(uri) == "s3" else ""
+
+
+def list_files(uri: str, suffixes: tuple[str, ...] = ()) -> list[Listed]:
+    """All files below a folder, sorted by path; hidden ones (name begins with '.') are left out.
+
+    Args:
+        uri: A folder.
+        suffixes: Lower-case endings to keep, such as ``(".jpg",)``; empty keeps all.
+
+    Raises:
+        InputError: There is no such folder, or it may not be read.
+    """
+    filesystem, root = arrow(uri)
+    try:
+        if filesystem.get_file_info(root).type == pafs.FileType.NotFound:
+            raise _missing(uri, "folder")
+        if filesystem.get_file_info(root).type == pafs.FileType.File:
+            raise InputError(f"'{uri}' is a file; wanted a folder")
+        found = filesystem.get_file_info(pafs.FileSelector(root, recursive=True))
+    except OSError as error:
+        raise InputError(f"folder '{uri}' could not be listed: {_reason(error)}{_hint(uri)}") from None
+    base = root.rstrip("/") + "/"
+    rows = [
+        Listed(info.path.removeprefix(base), int(info.size))
+        for info in found
+        if info.type == pafs.FileType.File and not info.base_name.startswith(".")
+    ]
+    kept = [row for row in rows if not suffixes or row.path.lower().endswith(suffixes)]
+    return sorted(kept, key=lambda row: row.path)
+
+
+def _reason(error: OSError) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def classify(error: BaseException) -> str:
+    """One of the words of ``schema.STATUSES`` for an error met while reading an object."""
+    if isinstance(error, (FileNotFoundError, IsADirectoryError)):
+        return "missing"
+    if isinstance(error, PermissionError):
+        return "forbidden"
+    if isinstance(error, TimeoutError):
+        return "timeout"
+    text = str(error).lower()
+    if isinstance(error, OSError):
+        if "access_denied" in text or "forbidden" in text or "403" in text or "acl_" in text:
+            return "forbidden"
+        if "timeout" in text or "timed out" in text:
+            return "timeout"
+        if "not found" in text or "no_such_key" in text or "404" in text:
+            return "missing"
+    return "error"
+
+
+def read_bytes(uri: str) -> bytes:
+    """The whole object.
+
+    Raises:
+        FileNotFoundError, PermissionError, OSError: As the filesystem says; see ``classify``.
+    """
+    filesystem, path = arrow(uri)
+    with filesystem.open_input_stream(path) as stream:
+        return stream.read()
+
+
+def read_text(uri: str, what: str) -> str:
+    """The object as UTF-8 text; missing is an InputError that calls it ``what``."""
+    try:
+        return read_bytes(uri).decode("utf-8")
+    except FileNotFoundError:
+        raise _missing(uri, what) from None
+    except UnicodeDecodeError:
+        raise InputError(f"{what} '{uri}' is not UTF-8 text") from None
+    except OSError as error:
+        raise InputError(f"{what} '{uri}' could not be read: {_reason(error)}{_hint(uri)}") from None
+
+
+def exists(uri: str) -> bool:
+    """Whether a file or folder is there."""
+    filesystem, path = arrow(uri)
+    return filesystem.get_file_info(path).type != pafs.FileType.NotFound
+
+
+@contextlib.contextmanager
+def publish(uri: str) -> Iterator[Any]:
+    """A binary stream whose content appears at ``uri`` only when the block ends without an error.
+
+    Local files are written beside and renamed; an object store shows an object only once it is complete.
+    """
+    filesystem, path = arrow(uri)
+    if scheme_of(absolute(uri)) != "file":
+        # Arrow's S3 stream publishes what it has when it is garbage-collected, so nothing is opened early.
+        buffer = pa.BufferOutputStream()
+        yield buffer
+        with filesystem.open_output_stream(path) as stream:
+            stream.write(buffer.getvalue())
+        return
+    aside = Path(f"{path}.{secrets.token_hex(4)}.part")
+    aside.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with filesystem.open_output_stream(str(aside)) as stream:
+            yield stream
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_bytes(uri: str, data: bytes) -> None:
+    """Write aside, then publish: readers see the old content or the new, never a part."""
+    with publish(uri) as stream:
+        stream.write(data)
+
+
+def make_folder(uri: str) -> None:
+    """Create a local folder with its parents; object stores need none."""
+    if scheme_of(absolute(uri)) == "file":
+        Path(absolute(uri)).mkdir(parents=True, exist_ok=True)
+
+
+def delete_folder(uri: str) -> None:
+    """Delete a folder and all below it; a missing one is no error."""
+    filesystem, path = arrow(uri)
+    with contextlib.suppress(FileNotFoundError):
+        filesystem.delete_dir(path)
+
+
+def create_once(uri: str, data: bytes) -> bool:
+    """Commit ``data`` at ``uri`` if nothing is there yet: the one commit primitive.
+
+    Local: a temporary file is linked into place. s3: PUT with If-None-Match. gs: generation match.
+    A lost answer is read back and compared, since it may have been ours.
+
+    Returns:
+        True if ``uri`` now holds this call's ``data``, False if something else was there first.
+
+    Raises:
+        InputError: The scheme has no atomic creation.
+    """
+    uri = absolute(uri)
+    scheme = scheme_of(uri)
+    if scheme == "file":
+        return _create_local(Path(uri), data)
+    if scheme not in ("s3", "gs"):
+        raise InputError(f"'{uri}': {scheme}:// cannot commit atomically; use file, s3 or gs")
+    filesystem, path = generic(uri)
+    try:
+        filesystem.pipe_file(path, data, mode="create")
+        return True
+    except (OSError, FileExistsError) as error:
+        if not exists(uri):
+            raise OSError(f"'{uri}' could not be committed: {_reason(OSError(str(error)))}") from error
+        return read_bytes(uri) == data
+
+
+def _create_local(path: Path, data: bytes) -> bool:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        with aside.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.link(aside, path)
+        return True
+    except FileExistsError:
+        return path.read_bytes() == data
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK):
+            raise
+        raise InputError(f"'{path}': this filesystem has no hard links, which a commit needs") from None
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def open_input(uri: str) -> pa.NativeFile:
+    """A random-access file, for Parquet readers."""
+    filesystem, path = arrow(uri)
+    return filesystem.open_input_file(path)
