@@ -1,0 +1,304 @@
+"""Datasets: labels as people have them -> shards and dataset.json; and back, row group by row group."""
+
+import hashlib
+import json
+import pickle
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline import manifest, schema, shards, storage
+from pipeline import splits as splitting
+from pipeline.errors import InputError, nearest
+from pipeline.formats import FORMATS
+from pipeline.formats.base import Context, Index, IngestSettings
+from pipeline.telemetry import NoSink, Progress, Sink
+
+DATASET_JSON = "dataset.json"
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """A committed dataset, as dataset.json says."""
+
+    uri: str
+    name: str
+    classes: tuple[str, ...]
+    background: int | None
+    """Label of the class ``background``, or None."""
+    tasks: tuple[str, ...]
+    counts: dict[str, Any]
+    """``{split: {images, labelled, boxes {class: n}, pixels {class: n}, void}}``."""
+    fingerprint: str
+    statistics: dict[str, Any]
+    """``mean`` and ``std`` (R, G, B on the 0 to 1 scale), ``height`` and ``width`` of the train images."""
+    meta: dict[str, Any]
+    """All of dataset.json."""
+
+    @property
+    def num_things(self) -> int:
+        """Number of classes that boxes may have: without a trailing background."""
+        return len(self.classes) - int(
+            self.background is not None and self.background == len(self.classes) - 1
+        )
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """A piece of a shard that is read at once."""
+
+    file: str
+    """URI of the shard."""
+    index: int
+    rows: int
+    num_bytes: int
+
+
+def open_dataset(uri: str) -> DatasetInfo:
+    """The dataset at ``uri``.
+
+    Raises:
+        InputError: There is none, or it was written by another schema version.
+    """
+    uri = storage.absolute(uri)
+    meta = _committed(uri)
+    if meta is None:
+        raise InputError(
+            f"no dataset at '{uri}': wanted {DATASET_JSON} in it, found none; run dubito ingest first"
+        )
+    if meta.get("schema_version") != schema.SCHEMA_VERSION:
+        raise InputError(
+            f"dataset '{uri}' has schema version {meta.get('schema_version')}, this program reads "
+            f"{schema.SCHEMA_VERSION}; ingest it again"
+        )
+    return DatasetInfo(
+        uri=uri,
+        name=meta["name"],
+        classes=tuple(meta["classes"]),
+        background=meta["background"],
+        tasks=tuple(meta["tasks"]),
+        counts=meta["counts"],
+        fingerprint=meta["fingerprint"],
+        statistics=meta["statistics"],
+        meta=meta,
+    )
+
+
+def row_groups(info: DatasetInfo, split: str) -> list[RowGroup]:
+    """The row groups of a split, sorted by file and index. No shard is opened: dataset.json has the footers.
+
+    Raises:
+        InputError: The split has no rows.
+    """
+    found = [
+        RowGroup(storage.join(info.uri, file["path"]), index, rows, num_bytes)
+        for file in sorted(info.meta["files"], key=lambda file: file["path"])
+        if file.get("split") == split
+        for index, (rows, num_bytes) in enumerate(file["row_groups"])
+    ]
+    if not found:
+        there = ", ".join(f"{name} ({part['images']})" for name, part in info.counts.items())
+        raise InputError(f"dataset '{info.uri}' has no rows in split '{split}'; those that have: {there}")
+    return found
+
+
+def read_row_group(group: RowGroup, columns: Sequence[str] | None = None) -> pa.Table:
+    """The rows of one group; ``columns`` are names of ``schema.DATASET``, None reads all.
+
+    Raises:
+        InputError: The shard is gone or damaged.
+    """
+    try:
+        with storage.open_input(group.file) as file, pq.ParquetFile(file, pre_buffer=True) as parquet:
+            return parquet.read_row_group(group.index, columns=None if columns is None else list(columns))
+    except (FileNotFoundError, pa.ArrowInvalid) as error:
+        text = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"shard '{group.file}' cannot be read, the dataset is damaged; ingest again: {text}"
+        ) from None
+
+
+def ingest(
+    format: str,
+    images: str | None,
+    labels: str | None,
+    out: str,
+    classes: Sequence[str] | None = None,
+    splits: str | None = None,
+    options: dict[str, Any] | None = None,
+    sink: Sink | None = None,
+) -> dict[str, Any]:
+    """Write a dataset to ``out``: one Ray Data job, committed by dataset.json last.
+
+    Args:
+        format: A name of ``FORMATS``.
+        images: URI of the images; None or empty for a format that generates them.
+        labels: URI of the labels, as the format has it; None or empty where it needs none.
+        out: URI of the dataset's folder.
+        classes: Names in label order; None where the format finds them.
+        splits: JSON file or folder of lists; None = shares held out by hash.
+        options: ``--set`` values: ``IngestSettings`` and the format's own.
+        sink: Where progress goes.
+
+    Returns:
+        The summary: uri, name, fingerprint, classes, tasks, images, splits {split: images}, unlabelled,
+        left_out, rejects {reason: n}, repairs {name: n}, notes, seconds, and ``already``: True if ``out``
+        was committed before by the same inputs and nothing was done.
+
+    Raises:
+        InputError: Unusable inputs, more rejects than ``max_reject_fraction``, or ``out`` is taken.
+    """
+    began = time.monotonic()
+    form = FORMATS.get(format)
+    if form is None:
+        raise InputError(f"unknown format '{format}'.{nearest(format, FORMATS)}")
+    settings = form.settings.parse(options or {}, "--set")
+    uri = storage.absolute(out)
+    if storage.scheme_of(uri) not in ("file", "s3", "gs"):
+        raise InputError(f"--out '{out}': a dataset cannot be committed there; use file, s3 or gs")
+    lists = splitting.read_splits(splits, settings.split_names) if splits else None
+    source = {
+        "schema_version": schema.SCHEMA_VERSION,
+        "format": format,
+        "images": storage.absolute(images) if images else None,
+        "labels": storage.absolute(labels) if labels else None,
+        "classes": list(classes) if classes else None,
+        "splits": _digest(json.dumps(lists, sort_keys=True)) if lists is not None else None,
+        "options": settings.to_dict(),
+    }
+    committed = _committed(uri)
+    if committed is not None:
+        _refuse_other(uri, committed, source)
+    index = form.index(source["images"], source["labels"], classes, settings)
+    source["listing"] = _listing(index)
+    if committed is not None:
+        _refuse_other(uri, committed, source)
+        return manifest.summary(uri, committed, time.monotonic() - began, already=True)
+    meta = _build(uri, format, index, lists, source, settings, sink or NoSink())
+    if not storage.create_once(storage.join(uri, DATASET_JSON), _json(meta)):
+        raise InputError(f"'{uri}' was committed by somebody else meanwhile; choose another --out")
+    return manifest.summary(uri, meta, time.monotonic() - began, already=False)
+
+
+def _committed(uri: str) -> dict[str, Any] | None:
+    try:
+        return json.loads(storage.read_bytes(storage.join(uri, DATASET_JSON)))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        text = " ".join(str(error).split())[:200]
+        raise InputError(f"'{uri}' could not be read: {text}; check the path and the credentials") from None
+    except ValueError:
+        raise InputError(
+            f"'{uri}/{DATASET_JSON}' is damaged: not valid JSON; ingest to another place"
+        ) from None
+
+
+def _refuse_other(uri: str, committed: dict[str, Any], source: dict[str, Any]) -> None:
+    there = {key: value for key, value in committed.get("source", {}).items() if key in source}
+    different = manifest.first_difference(there, source)
+    if different:
+        raise InputError(
+            f"'{uri}' already holds a dataset made from other inputs: {different}; choose another --out"
+        )
+
+
+def _listing(index: Index) -> str:
+    """Digest of what was found: names, sizes and inline labels."""
+    lines = [
+        f"{item.image_id}\0{item.size}\0{item.label_uri}\0{item.label_size}\0{_digest(item.label or b'')}"
+        for item in index.sources
+    ]
+    return _digest("\n".join(sorted(lines)))
+
+
+def _digest(text: str | bytes) -> str:
+    return hashlib.sha256(text.encode() if isinstance(text, str) else text).hexdigest()
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=1) + "\n").encode()
+
+
+def _build(
+    uri: str,
+    format_name: str,
+    index: Index,
+    lists: dict[str, list[str]] | None,
+    source: dict[str, Any],
+    settings: IngestSettings,
+    sink: Sink,
+) -> dict[str, Any]:
+    """Everything but the commit; returns the content of dataset.json."""
+    assignment = splitting.assign(index.sources, lists, settings, format_name)
+    kept = [item for item in index.sources if item.image_id in assignment.split_of]
+    rejects = [*index.rejects, *assignment.rejects]
+    manifest.check_rejects(uri, rejects, len(kept), settings)
+    if not kept:
+        why = "--splits names none of the images" if lists is not None else "there are no images"
+        raise InputError(
+            f"the dataset would be empty: {why} ({len(index.sources)} found); check --images and --splits"
+        )
+    plans = shards.plan(uri, format_name, kept, assignment.split_of, settings.shard_bytes)
+    progress = Progress(sink, "ingest", len(kept))
+    sums: dict[str, shards.Sums] = {}
+    digests: list[tuple[str, str, str, str | None]] = []
+    files: list[dict[str, Any]] = []
+    for plan_uri, written in _run(plans, index.context):
+        progress.advance(written.sources)
+        rejects.extend(written.rejects)
+        if written.file is not None:
+            sums.setdefault(written.split, shards.Sums()).add(written.sums)
+            digests += [(row[0], written.split, *row[1:]) for row in written.digests]
+            path = plan_uri.removeprefix(uri + "/")
+            files.append({"path": path, "split": written.split, **written.file})
+    rejects.sort(key=lambda item: (item.reason, item.uri))
+    manifest.check_rejects(uri, rejects, len(digests), settings)
+    if not digests:
+        raise InputError(
+            f"the dataset would be empty: none of {len(kept)} images could be used, see '{uri}/rejects'"
+        )
+    context = index.context
+    files = [*sorted(files, key=lambda file: file["path"]), manifest.write_digests(uri, digests)]
+    if rejects:
+        files.append(manifest.write_rejects(uri, rejects))
+    repairs: Counter[str] = sum((part.repairs for part in sums.values()), Counter())
+    return {
+        "schema_version": schema.SCHEMA_VERSION,
+        "name": settings.name or uri.rsplit("/", 1)[-1],
+        "classes": list(context.classes),
+        "colours": index.colours or manifest.palette(len(context.classes)),
+        "background": context.background,
+        "tasks": list(context.tasks),
+        "counts": manifest.counts(sums, context),
+        "statistics": manifest.statistics(sums),
+        "repairs": dict(sorted(repairs.items())),
+        "rejects": manifest.reasons(rejects),
+        "left_out": assignment.left_out,
+        "notes": manifest.notes(sums, context),
+        "fingerprint": manifest.fingerprint(digests, context),
+        "source": source,
+        "files": files,
+    }
+
+
+def _run(plans: list[shards.Plan], context: Context) -> Iterator[tuple[str, shards.Written]]:
+    """The one Ray Data job: a task a shard, small rows back, in any order."""
+    import ray.data
+
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    items = [{"plan": pickle.dumps(plan)} for plan in plans]
+    dataset = ray.data.from_items(items, override_num_blocks=len(items))
+    for row in dataset.map(partial(_task, context=context)).iter_rows():
+        yield pickle.loads(row["written"])  # by our own task, a moment ago
+
+
+def _task(row: dict[str, Any], context: Context) -> dict[str, Any]:
+    plan = pickle.loads(row["plan"])
+    return {"written": pickle.dumps((plan.uri, shards.write(plan, context)))}

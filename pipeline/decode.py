@@ -1,0 +1,191 @@
+"""Encoded bytes -> upright RGB uint8: one function for everybody, with limits on hostile files."""
+
+import io
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+IMAGE_SUFFIXES: tuple[str, ...] = (
+    ".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"
+)  # fmt: skip
+MAX_BYTES = 256 * 2**20
+"""Largest encoded image."""
+MAX_PIXELS = 100_000_000
+"""Largest image; below the size at which Pillow itself refuses (2 x 89 million)."""
+
+_FORMATS = ("JPEG", "PNG", "BMP", "DIB", "GIF", "TIFF", "WEBP", "PPM")
+"""Only what images are kept in: Pillow would also run Ghostscript on an EPS. JPEG includes MPO."""
+_ORIENTATION_TAG = 0x0112
+
+
+class DecodeError(ValueError):
+    """An image that cannot be used. ``reason`` is a word of ``schema.STATUSES``; ``str`` gives the detail."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
+
+    def __str__(self) -> str:
+        return self.detail
+
+
+@dataclass(frozen=True)
+class ImageInfo:
+    """Size of the upright image in pixels, and the EXIF orientation (1 to 8) that makes it upright."""
+
+    height: int
+    width: int
+    orientation: int = 1
+
+
+def probe(data: bytes) -> ImageInfo:
+    """Size and orientation from the header alone.
+
+    Raises:
+        DecodeError: No image, of no supported format, or beyond the limits.
+    """
+    return _info(_open(data))
+
+
+def decode(data: bytes) -> np.ndarray:
+    """The upright image as (H, W, 3) uint8 RGB, writable and contiguous.
+
+    Grey is repeated, palettes are looked up, alpha is dropped (the colours stay as stored; nothing is
+    composited), CMYK, YCbCr and Lab are converted, 16 bits become 8 by x / 257 rounded. Of several frames
+    the first is taken. EXIF orientation is applied here and nowhere else.
+
+    Raises:
+        DecodeError: Corrupt, truncated, unsupported, or beyond the limits.
+    """
+    image = _open(data)
+    orientation = _info(image).orientation
+    try:
+        pixels = _rgb(image)
+    except DecodeError:
+        raise
+    except Exception as error:  # hostile bytes make decoders raise almost anything
+        raise DecodeError("corrupt", f"image cannot be decoded: {_text(error)}") from None
+    return np.ascontiguousarray(_upright(pixels, orientation))
+
+
+def decode_many(items: Sequence[bytes | None], threads: int) -> list[np.ndarray | DecodeError]:
+    """``decode`` of each item, in order; a failure takes the place of its image. None is "missing"."""
+    if threads <= 1 or len(items) <= 1:
+        return [_decode_or_error(item) for item in items]
+    with ThreadPoolExecutor(min(threads, len(items)), "decode") as pool:
+        return list(pool.map(_decode_or_error, items))
+
+
+def decode_map(data: bytes) -> np.ndarray:
+    """A label image as stored; nothing is scaled or turned.
+
+    Returns:
+        (H, W) integers for grey, palette (the indices) and 1-bit (0 and 1) files, else (H, W, 3) uint8 RGB.
+
+    Raises:
+        DecodeError: As ``decode``.
+    """
+    image = _open(data)
+    try:
+        if image.mode == "LA":
+            image = image.getchannel("L")
+        if image.mode in ("1", "L", "P", "I", "I;16", "I;16B", "I;16L", "I;16N"):
+            pixels = np.array(image)
+            return pixels.astype(np.uint8) if pixels.dtype == bool else pixels
+        return np.array(image.convert("RGB"))
+    except Exception as error:  # as in decode
+        raise DecodeError("corrupt", f"label image cannot be decoded: {_text(error)}") from None
+
+
+def _decode_or_error(data: bytes | None) -> np.ndarray | DecodeError:
+    try:
+        return DecodeError("missing", "no image bytes") if data is None else decode(data)
+    except DecodeError as error:
+        return error
+
+
+def _open(data: bytes) -> Image.Image:
+    if len(data) > MAX_BYTES:
+        raise DecodeError("error", f"image file has {len(data)} bytes; at most {MAX_BYTES} are read")
+    _silence_pillow()
+    try:
+        image = Image.open(io.BytesIO(data), formats=_FORMATS)
+    except UnidentifiedImageError:
+        what = "empty file" if not data else "not an image of a supported format"
+        raise DecodeError("corrupt", what) from None
+    except Image.DecompressionBombError:
+        raise DecodeError("error", f"image has more than {MAX_PIXELS} pixels") from None
+    except Exception as error:  # as in decode
+        raise DecodeError("corrupt", f"image header cannot be read: {_text(error)}") from None
+    if image.width * image.height > MAX_PIXELS:
+        found = f"{image.width}x{image.height}"
+        raise DecodeError("error", f"image of {found} has more than {MAX_PIXELS} pixels")
+    return image
+
+
+def _silence_pillow() -> None:
+    """Ignore warnings raised in Pillow (doubtful EXIF, odd files): the outcome is reported per image.
+
+    Not by ``catch_warnings``, which is not safe in threads. Asked for anew each time, since whoever resets
+    the filters (a test runner) would turn a harmless warning into a corrupt image.
+    """
+    first = warnings.filters[0] if warnings.filters else None
+    if first is None or first[0] != "ignore" or getattr(first[3], "pattern", None) != _PILLOW:
+        warnings.filterwarnings("ignore", module=_PILLOW)
+
+
+_PILLOW = r"PIL\."
+
+
+def _info(image: Image.Image) -> ImageInfo:
+    try:
+        # The base method: PNG's own reads the whole file first, in search of a trailing EXIF chunk.
+        orientation = int(Image.Image.getexif(image).get(_ORIENTATION_TAG, 1))
+    except Exception:  # broken EXIF is no reason to lose the image; then it counts as upright
+        orientation = 1
+    orientation = orientation if 1 <= orientation <= 8 else 1
+    size = (image.width, image.height) if orientation >= 5 else (image.height, image.width)
+    return ImageInfo(*size, orientation)
+
+
+def _rgb(image: Image.Image) -> np.ndarray:
+    """(H, W, 3) uint8, not yet turned."""
+    if image.mode == "RGB":
+        return np.array(image)
+    if image.mode.startswith("I"):
+        values = np.array(image)
+        if values.size and (values.min() < 0 or values.max() > 65535):
+            raise DecodeError("error", "grey values beyond 16 bits are not supported")
+        grey = ((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
+        return np.repeat(grey[..., None], 3, axis=2)
+    if image.mode == "F":
+        raise DecodeError("error", "floating-point images are not supported; convert to 8 or 16 bits")
+    if image.mode in ("P", "PA"):
+        image = image.convert("RGBA")  # straight to RGB, Pillow paints transparent entries its own way
+    return np.array(image.convert("RGB"))
+
+
+def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Undo EXIF orientation (CIPA DC-008, tag 0x0112): how row 0 and column 0 of the file are seen."""
+    if orientation in (2, 7):
+        pixels = pixels[:, ::-1] if orientation == 2 else pixels[::-1, ::-1].swapaxes(0, 1)
+    elif orientation == 3:
+        pixels = pixels[::-1, ::-1]
+    elif orientation == 4:
+        pixels = pixels[::-1]
+    elif orientation == 5:
+        pixels = pixels.swapaxes(0, 1)
+    elif orientation == 6:
+        pixels = pixels[::-1].swapaxes(0, 1)
+    elif orientation == 8:
+        pixels = pixels[:, ::-1].swapaxes(0, 1)
+    return pixels
+
+
+def _text(error: Any) -> str:
+    return (" ".join(str(error).split()) or type(error).__name__)[:200]

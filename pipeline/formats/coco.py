@@ -1,0 +1,243 @@
+"""COCO: one JSON file for all images; boxes x, y, w, h; polygons, RLE and crowd regions."""
+
+import json
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from pipeline import schema, storage
+from pipeline.decode import ImageInfo
+from pipeline.errors import InputError, nearest
+from pipeline.formats import files
+from pipeline.formats.base import (
+    Context,
+    Format,
+    Index,
+    IngestSettings,
+    LabelError,
+    Labels,
+    Reject,
+    Source,
+    box_row,
+    check_size,
+    fit_box,
+    need,
+)
+
+FAR = 1e6
+"""A polygon corner farther out than this is a fault: drawing it could take any amount of memory."""
+
+
+class Coco(Format):
+    """``--images FOLDER --labels FILE.json`` (or a folder with one JSON file).
+
+    Category ids may be sparse: labels follow their order, or that of ``--classes``. If any annotation has a
+    segmentation, every image also gets a semantic mask: ``background`` is appended to the classes, larger
+    objects are painted first, the box of an object without segmentation is void where nothing else lies.
+    """
+
+    name = "coco"
+
+    def index(
+        self, images: str | None, labels: str | None, classes: Sequence[str] | None, settings: IngestSettings
+    ) -> Index:
+        """See ``Format.index``."""
+        images_uri = need(images, "--images", "the folder of images")
+        uri = _json_file(need(labels, "--labels", "the JSON file"))
+        data = _load(uri)
+        things = _categories(data, uri)
+        names = [name for name in classes if name != schema.BACKGROUND] if classes else list(things.values())
+        label_of = {key: names.index(name) if name in names else -1 for key, name in things.items()}
+        extra = {"labels": label_of, "names": things}
+        tasks: tuple[schema.Task, ...] = ("detection",)
+        background: int | None = None
+        if any(note.get("segmentation") for note in data["annotations"]):
+            tasks = ("segmentation", "detection")
+            background = len(names)
+            names = [*names, schema.BACKGROUND]
+        if len(names) > schema.MAX_CLASSES and background is not None:
+            raise InputError(f"'{uri}' has {len(names)} classes; a mask holds at most {schema.MAX_CLASSES}")
+        sources, rejects = _sources(data, images_uri, uri)
+        return Index(sources, Context(tuple(names), background, tasks, settings, extra), rejects)
+
+    def read(self, source: Source, image: ImageInfo, label: bytes, context: Context) -> Labels:
+        """See ``Format.read``."""
+        entry = json.loads(zlib.decompress(label))
+        if entry["height"] and entry["width"]:
+            check_size(entry["height"], entry["width"], image, "the size in the JSON")
+        boxes: list[dict[str, Any]] = []
+        shapes: list[dict[str, Any]] = []
+        out = Labels(boxes=boxes, shapes=shapes)
+        painted: list[tuple[int, np.ndarray]] = []
+        unsure: list[dict[str, Any]] = []
+        for note in entry["annotations"]:
+            class_id = _label(note, context)
+            box = _box(note, class_id, image, out.repairs)
+            if box:
+                boxes.append(box)
+            shape, pixels = _shape(note, class_id, image)
+            if shape is not None and pixels is not None:
+                shapes.append(shape)
+                painted.append((class_id, pixels))
+            elif box:
+                unsure.append(box)
+        if context.background is not None:
+            out.mask = _paint(painted, unsure, image, context.background)
+            out.repairs["box_without_segmentation"] += len(unsure)
+        return out
+
+
+def _json_file(uri: str) -> str:
+    if uri.lower().endswith(".json"):
+        return uri
+    found = files.labels_in(uri, (".json",))
+    if len(found) > 1:
+        names = ", ".join(item.path for item in found[:5])
+        raise InputError(f"'{uri}' holds {len(found)} JSON files ({names}); name one with --labels")
+    return storage.join(uri, found[0].path)
+
+
+def _load(uri: str) -> dict[str, Any]:
+    try:
+        data = json.loads(storage.read_text(uri, "label file"))
+    except json.JSONDecodeError as error:
+        raise InputError(f"label file '{uri}' is not valid JSON: {error}") from None
+    lists = ("images", "annotations", "categories")
+    missing = [key for key in lists if not isinstance(data, dict) or not isinstance(data.get(key), list)]
+    if missing:
+        raise InputError(
+            f"'{uri}' is no COCO file: wanted the lists images, annotations, categories; no {missing}"
+        )
+    return data
+
+
+def _categories(data: dict[str, Any], uri: str) -> dict[int, str]:
+    """Category id -> name, in the order of the ids."""
+    try:
+        found = {int(item["id"]): str(item["name"]) for item in data["categories"]}
+    except (KeyError, TypeError, ValueError):
+        raise InputError(f"'{uri}': every category needs an 'id' (integer) and a 'name'") from None
+    double = [name for name, count in Counter(found.values()).items() if count > 1]
+    if double or len(found) != len(data["categories"]):
+        raise InputError(f"'{uri}': category ids and names must be unique; found twice: {double or 'an id'}")
+    return dict(sorted(found.items()))
+
+
+def _sources(data: dict[str, Any], images_uri: str, uri: str) -> tuple[list[Source], list[Reject]]:
+    rejects: list[Reject] = []
+    notes: dict[Any, list[dict[str, Any]]] = {}
+    for note in data["annotations"]:
+        kept = {key: note.get(key) for key in ("id", "category_id", "bbox", "iscrowd", "segmentation")}
+        notes.setdefault(note.get("image_id"), []).append(kept)
+    listed = {item.path: item for item in files.images_in(images_uri)}
+    by_name: dict[str, list[str]] = {}
+    for path in listed:
+        by_name.setdefault(path.rsplit("/", 1)[-1], []).append(path)
+    labels: dict[str, bytes] = {}
+    for entry in data["images"]:
+        name = str(entry.get("file_name", ""))
+        mine = notes.pop(entry.get("id"), [])
+        paths = [name] if name in listed else by_name.get(name.rsplit("/", 1)[-1], [])
+        if len(paths) != 1:
+            detail = (
+                f"image '{name}' (id {entry.get('id')}) of the JSON: {len(paths)} such files in the folder"
+            )
+            rejects.append(Reject(f"{uri}#{name}", "no_image", detail))
+        elif paths[0] in labels:
+            rejects.append(Reject(f"{uri}#{name}", "second_label", f"image '{paths[0]}' is listed twice"))
+        else:
+            label = {"height": entry.get("height"), "width": entry.get("width"), "annotations": mine}
+            labels[paths[0]] = zlib.compress(json.dumps(label).encode(), 1)
+    for key, lost in notes.items():
+        rejects.append(
+            Reject(f"{uri}#{key}", "no_image", f"{len(lost)} annotations of unknown image id {key}")
+        )
+    sources = [
+        Source(path, storage.join(images_uri, path), item.size, label=labels.get(path))
+        for path, item in listed.items()
+    ]
+    return sources, rejects
+
+
+def _label(note: dict[str, Any], context: Context) -> int:
+    key = note["category_id"]
+    label = context.extra["labels"].get(key)
+    if label is None:
+        raise LabelError("unknown_class", f"annotation {note['id']}: category id {key} is not in categories")
+    if label < 0:
+        name = context.extra["names"][key]
+        hint = nearest(name, context.things)
+        raise LabelError("unknown_class", f"annotation {note['id']}: '{name}' is none of the classes.{hint}")
+    return label
+
+
+def _box(note: dict[str, Any], label: int, image: ImageInfo, repairs: Counter[str]) -> dict[str, Any] | None:
+    try:
+        x, y, w, h = (float(value) for value in note["bbox"])
+    except (TypeError, ValueError):
+        raise LabelError(
+            "bad_box", f"annotation {note['id']}: wanted bbox [x, y, w, h], found {note['bbox']}"
+        ) from None
+    row = box_row(x, y, x + w, y + h, label, crowd=bool(note["iscrowd"]))
+    return fit_box(row, image, repairs)
+
+
+def _shape(
+    note: dict[str, Any], label: int, image: ImageInfo
+) -> tuple[dict[str, Any] | None, np.ndarray | None]:
+    """(row of ``schema.SHAPE``, (H, W) bool pixels), both None without a segmentation.
+
+    Polygon: ``points`` x, y, x, y ... of all rings, ``rings`` the number of points of each. RLE: ``mask`` is
+    zstd of row-major 0/1 bytes of the whole image (``schema.pack_map``).
+    """
+    found = note.get("segmentation")
+    if not found:
+        return None, None
+    from faster_coco_eval.core import mask as rle
+
+    row: dict[str, Any] = {"label": label, "attributes": json.dumps({"crowd": bool(note["iscrowd"])})}
+    try:
+        if isinstance(found, dict):
+            height, width = (int(side) for side in found["size"])
+            check_size(height, width, image, f"the RLE of annotation {note['id']}")
+            packed = (
+                rle.frPyObjects(found, image.height, image.width)
+                if isinstance(found["counts"], list)
+                else found
+            )
+            pixels = _pixels(rle.decode(packed))
+            return row | {"kind": "mask", "mask": schema.pack_map(pixels.astype(np.uint8).tobytes())}, pixels
+        rings = [[float(value) for value in ring] for ring in found]
+        flat = np.array([value for ring in rings for value in ring])
+        if any(len(ring) < 6 or len(ring) % 2 for ring in rings) or not (np.abs(flat) < FAR).all():
+            raise ValueError("wanted rings of at least three x, y pairs")
+        pixels = _pixels(rle.decode(rle.merge(list(rle.frPyObjects(rings, image.height, image.width)))))
+        return row | {
+            "kind": "polygon",
+            "points": flat.tolist(),
+            "rings": [len(r) // 2 for r in rings],
+        }, pixels
+    except LabelError:
+        raise
+    except (KeyError, TypeError, ValueError, RuntimeError, IndexError) as error:
+        detail = f"annotation {note['id']}: segmentation cannot be read: {error}"
+        raise LabelError("bad_label", detail) from None
+
+
+def _pixels(decoded: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(decoded).astype(bool)
+
+
+def _paint(
+    painted: list[tuple[int, np.ndarray]], unsure: list[dict[str, Any]], image: ImageInfo, background: int
+) -> np.ndarray:
+    mask = np.full((image.height, image.width), background, np.uint8)
+    for box in unsure:
+        rows = slice(int(box["y1"]), int(np.ceil(box["y2"])))
+        mask[rows, int(box["x1"]) : int(np.ceil(box["x2"]))] = schema.VOID
+    for label, pixels in sorted(painted, key=lambda item: -int(item[1].sum())):
+        mask[pixels] = label
+    return mask
