@@ -1,0 +1,25 @@
+"""Augmentation: frame on the CPU, then one draw, one warp and one colour matrix on the batch's device.
+
+frame (CPU, uint8 canvases) -> Batch -> Augment (draw -> Kornia's matrices -> warp -> colour -> effects)
+unframe_maps, unframe_boxes: from the network's frame back to an image's own pixels
+"""
+
+from pipeline.augment.apply import Augment
+from pipeline.augment.batch import Batch
+from pipeline.augment.draw import crop_offsets, draw
+from pipeline.augment.frame import Frame, frame, unframe_boxes, unframe_maps
+from pipeline.augment.settings import PRESETS, AugmentSettings, InputSettings
+
+__all__ = [
+    "PRESETS",
+    "Augment",
+    "AugmentSettings",
+    "Batch",
+    "Frame",
+    "InputSettings",
+    "crop_offsets",
+    "draw",
+    "frame",
+    "unframe_boxes",
+    "unframe_maps",
+]

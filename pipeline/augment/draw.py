@@ -1,0 +1,138 @@
+"""The one draw: every parameter is a pure function of (seed, epoch, position, parameter).
+
+A counter-based hash instead of a generator: the value of a key does not depend on which other keys are asked
+for, so parameters change neither with batch size, order, worker count nor restarts. Kornia's own parameter
+generators draw whole batches from torch's global state, so they cannot be driven this way; Kornia's classes
+are given these parameters and make the matrices.
+"""
+
+from typing import Final
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from pipeline.augment.settings import AugmentSettings
+
+# One number a random quantity, for ever: switching one op on or off leaves the draws of all others alone.
+_STREAMS: Final = {
+    name: index
+    for index, name in enumerate(
+        [
+            "crop_y", "crop_x", "hflip", "vflip", "turn", "turns", "rotate", "translate_x", "translate_y",
+            "scale", "shear", "brightness", "contrast", "saturation", "hue", "blur", "blur_sigma", "noise",
+            "noise_std", "noise_key", "erase", "erase_area", "erase_aspect", "erase_x", "erase_y",
+        ]
+    )
+}  # fmt: skip
+_GOLDEN: Final = 0x9E3779B97F4A7C15
+_WORD: Final = 2**64 - 1
+
+
+def _mix(words: np.ndarray) -> np.ndarray:
+    """The finaliser of SplitMix64 (Steele, Lea and Flood 2014, OOPSLA)."""
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return words ^ (words >> np.uint64(31))
+
+
+class _Keyed:
+    """Uniform numbers for N keys."""
+
+    def __init__(self, seed: int, epochs: ArrayLike, positions: ArrayLike) -> None:
+        epochs, positions = (
+            np.atleast_1d(np.asarray(epochs, np.int64)),
+            np.atleast_1d(np.asarray(positions, np.int64)),
+        )
+        state = np.zeros(epochs.shape, np.uint64)
+        # Mixed after every word: sums of unmixed words would give (seed 8, epoch 0) the draws of (7, 1).
+        for word in (
+            np.array(seed & _WORD, np.uint64),
+            epochs.astype(np.uint64),
+            positions.astype(np.uint64),
+        ):
+            state = _mix((state ^ word) + np.uint64(_GOLDEN))
+        self._state = state
+
+    def word(self, stream: str) -> np.ndarray:
+        """(N,) uint64."""
+        step = ((_STREAMS[stream] + 1) * _GOLDEN) & _WORD
+        return _mix(self._state + np.uint64(step))
+
+    def uniform(self, stream: str, low: float = 0.0, high: float = 1.0) -> np.ndarray:
+        """(N,) float64 in [low, high)."""
+        unit = (self.word(stream) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+        return low + (high - low) * unit
+
+    def chosen(self, stream: str, probability: float) -> np.ndarray:
+        """(N,) bool, true with the given probability."""
+        return self.uniform(stream) < probability
+
+
+def crop_offsets(seed: int, epochs: ArrayLike, positions: ArrayLike) -> np.ndarray:
+    """Where the training crop of each image lies: (N, 2) float64 in [0, 1), down and right.
+
+    Args:
+        seed: Of the run or member.
+        epochs: (N,) epoch of each row.
+        positions: (N,) place of each row within its epoch.
+    """
+    keyed = _Keyed(seed, epochs, positions)
+    return np.stack([keyed.uniform("crop_y"), keyed.uniform("crop_x")], -1)
+
+
+def draw(
+    settings: AugmentSettings, seed: int, epochs: ArrayLike, positions: ArrayLike
+) -> dict[str, np.ndarray]:
+    """All parameters of N images, each a pure function of its own key.
+
+    Args:
+        settings: What may happen and how strongly.
+        seed: Of the run or member; members differ by it.
+        epochs: (N,) epoch of each row.
+        positions: (N,) place of each row within its epoch.
+
+    Returns:
+        Arrays of N rows. Geometry: ``hflip``, ``vflip`` (bool), ``turns`` (quarter turns counter-clockwise,
+        0 to 3), ``angle`` (degrees, clockwise as displayed), ``translate`` (N, 2: fractions of width and
+        height), ``scale``, ``shear`` (degrees). Colour: ``brightness`` (added), ``contrast``, ``saturation``
+        (factors), ``hue`` (turns). Effects: ``blur`` (sigma in pixels, 0 = none), ``noise`` (standard
+        deviation, 0 = none), ``noise_key`` (32-bit), ``erase`` (N, 4: x1, y1, x2, y2 as fractions of the
+        input; all 0 = none).
+    """
+    keyed = _Keyed(seed, epochs, positions)
+
+    def around(stream: str, centre: float, reach: float) -> np.ndarray:
+        return keyed.uniform(stream, centre - reach, centre + reach)
+
+    turned = keyed.chosen("turn", settings.quarter_turns)
+    sigma = keyed.uniform("blur_sigma", *settings.blur_sigma)
+    shift = [around("translate_x", 0, settings.translate), around("translate_y", 0, settings.translate)]
+    return {
+        "hflip": keyed.chosen("hflip", settings.hflip),
+        "vflip": keyed.chosen("vflip", settings.vflip),
+        "turns": np.where(turned, 1 + np.floor(keyed.uniform("turns", 0, 3)), 0).astype(np.int64),
+        "angle": around("rotate", 0, settings.rotate),
+        "translate": np.stack(shift, -1),
+        "scale": np.exp(keyed.uniform("scale", *np.log(settings.scale))),
+        "shear": around("shear", 0, settings.shear),
+        "brightness": around("brightness", 0, settings.brightness),
+        "contrast": around("contrast", 1, settings.contrast),
+        "saturation": around("saturation", 1, settings.saturation),
+        "hue": around("hue", 0, settings.hue),
+        "blur": np.where(keyed.chosen("blur", settings.blur), sigma, 0),
+        "noise": np.where(
+            keyed.chosen("noise", settings.noise), keyed.uniform("noise_std", 0, settings.noise_std), 0
+        ),
+        "noise_key": (keyed.word("noise_key") >> np.uint64(32)).astype(np.int64),
+        "erase": _erased(settings, keyed),
+    }
+
+
+def _erased(settings: AugmentSettings, keyed: _Keyed) -> np.ndarray:
+    """(N, 4) rectangles as fractions; the aspect is drawn evenly in its logarithm (Zhong et al. 2017)."""
+    area = keyed.uniform("erase_area", *settings.erase_area)
+    aspect = np.exp(keyed.uniform("erase_aspect", np.log(0.3), -np.log(0.3)))
+    height, width = np.minimum(np.sqrt(area * aspect), 1), np.minimum(np.sqrt(area / aspect), 1)
+    left, top = keyed.uniform("erase_x") * (1 - width), keyed.uniform("erase_y") * (1 - height)
+    chosen = keyed.chosen("erase", settings.erase)
+    return np.stack([left, top, left + width, top + height], -1) * chosen[:, None]

@@ -1,0 +1,173 @@
+"""Geometry: drawn parameters -> Kornia's matrices -> one affine matrix -> one resampling.
+
+Kornia's matrices act on pixel indices, where (0, 0) is the centre of the first pixel; ours act on continuous
+edges, where that centre is (0.5, 0.5). ``_edges`` is the one place that converts.
+"""
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import affine_grid, grid_sample
+
+from pipeline import boxes as box_ops
+from pipeline.augment.settings import AugmentSettings
+from pipeline.schema import VOID
+
+
+def _translation(x: float, y: float, like: Tensor) -> Tensor:
+    matrix = torch.eye(3, device=like.device, dtype=like.dtype)
+    matrix[0, 2], matrix[1, 2] = x, y
+    return matrix
+
+
+def _edges(matrix: Tensor) -> Tensor:
+    """Kornia's pixel-centre matrices (N, 3, 3) as matrices of continuous edges."""
+    return _translation(0.5, 0.5, matrix) @ matrix @ _translation(-0.5, -0.5, matrix)
+
+
+class Geometry:
+    """Kornia's augmentation classes, driven by our draw; counts what it calls."""
+
+    def __init__(self, settings: AugmentSettings) -> None:
+        """Import Kornia and make its classes; what is off in ``settings`` is never called."""
+        from kornia import augmentation  # here, since predicting and reading data need no Kornia
+
+        self.settings = settings
+        self.calls: Counter[str] = Counter()
+        self._hflip = augmentation.RandomHorizontalFlip(p=1.0)
+        self._vflip = augmentation.RandomVerticalFlip(p=1.0)
+        self._turn = augmentation.RandomRotation90(times=(0, 3), p=1.0)
+        self._affine = augmentation.RandomAffine(degrees=0.0, p=1.0)
+
+    def matrices(self, values: dict[str, Tensor], canvas: tuple[int, int], size: tuple[int, int]) -> Tensor:
+        """One matrix an image: canvas -> flips -> quarter turns -> affine -> its centre of ``size``.
+
+        Args:
+            values: The draw as floating tensors of N rows, on the device where Kornia shall run.
+            canvas: Height and width of the canvas in pixels.
+            size: Height and width of the output in pixels.
+
+        Returns:
+            (N, 3, 3) in the draw's type, on its device, acting on continuous edges.
+        """
+        angle = values["angle"]
+        count, settings = angle.shape[0], self.settings
+        # Kornia's matrices read the shape, type and device of the image, never its pixels.
+        image = torch.empty((), device=angle.device, dtype=angle.dtype).expand(count, 3, *canvas)
+        shape = {"forward_input_shape": torch.tensor([count, 3, *canvas])}
+        total = torch.eye(3, device=angle.device, dtype=angle.dtype).expand(count, 3, 3)
+        if settings.hflip:
+            total = self._where(values["hflip"], self._call(self._hflip, image, shape), total) @ total
+        if settings.vflip:
+            total = self._where(values["vflip"], self._call(self._vflip, image, shape), total) @ total
+        if settings.quarter_turns:
+            times = values["turns"] if size[0] == size[1] else 2.0 * (values["turns"] > 0)
+            total = self._call(self._turn, image, {"times": times.to(angle.dtype)}) @ total
+        if settings.affine:
+            total = self._call(self._affine, image, affine_parameters(values, canvas, size)) @ total
+        return _translation(*centre_crop(canvas, size), total) @ _edges(total)
+
+    def _call(self, op: Any, image: Tensor, params: dict[str, Tensor]) -> Tensor:
+        self.calls[type(op).__name__] += 1
+        return op.compute_transformation(image, params, op.flags)
+
+    @staticmethod
+    def _where(chosen: Tensor, matrix: Tensor, total: Tensor) -> Tensor:
+        identity = torch.eye(3, device=total.device, dtype=total.dtype)
+        return torch.where(chosen.bool()[:, None, None], matrix, identity)
+
+
+def affine_parameters(
+    values: dict[str, Tensor], canvas: tuple[int, int], size: tuple[int, int]
+) -> dict[str, Tensor]:
+    """The draw as the parameters of Kornia's RandomAffine (pixels, degrees, about the canvas's centre)."""
+    angle = values["angle"]
+    height, width = canvas
+    shift = torch.stack([values["translate"][:, 0] * size[1], values["translate"][:, 1] * size[0]], -1)
+    centre = torch.stack(
+        [torch.full_like(angle, (width - 1) / 2), torch.full_like(angle, (height - 1) / 2)], -1
+    )
+    return {
+        "translations": shift,
+        "center": centre,
+        "scale": values["scale"][:, None].expand(-1, 2),
+        "angle": angle,
+        "shear_x": values["shear"],
+        "shear_y": torch.zeros_like(angle),
+    }
+
+
+def centre_crop(canvas: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+    """Whole-pixel shift (x, y) that brings the centre of a canvas (H, W) to an output of ``size`` (H, W)."""
+    return -((canvas[1] - size[1]) // 2), -((canvas[0] - size[0]) // 2)
+
+
+def sampling_theta(inverse: Tensor, source: tuple[int, int], output: tuple[int, int]) -> Tensor:
+    """(N, 2, 3) for ``affine_grid(align_corners=False)``, whose -1..1 runs from edge to edge as ours does.
+
+    Args:
+        inverse: (N, 3, 3) output -> source in continuous edges.
+        source: Height and width of what is sampled.
+        output: Height and width of what is made.
+    """
+    (height, width), (out_height, out_width) = source, output
+    x_scale, y_scale = inverse[:, 0] * (2 / width), inverse[:, 1] * (2 / height)
+    rows = torch.stack([x_scale, y_scale], 1)
+    linear_x, linear_y, offset = rows[..., 0] * (out_width / 2), rows[..., 1] * (out_height / 2), rows[..., 2]
+    return torch.stack([linear_x, linear_y, offset + linear_x + linear_y - 1], -1)
+
+
+def warp(
+    images: Tensor, masks: Tensor | None, matrices: Tensor, size: tuple[int, int]
+) -> tuple[Tensor, Tensor | None]:
+    """One bilinear resampling of the images and one nearest of the masks.
+
+    Args:
+        images: (N, 3, H, W) float32 with the colour wanted outside the image subtracted: outside is 0.
+        masks: (N, H, W) uint8 or None; outside is VOID.
+        matrices: (N, 3, 3), canvas -> output in continuous edges.
+        size: Height and width of the output.
+    """
+    height, width = images.shape[-2:]
+    theta = sampling_theta(box_ops.invert_affine(matrices), (height, width), size).float()
+    grid = affine_grid(theta, [len(images), 3, *size], align_corners=False)
+    out = grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    if masks is None:
+        return out, None
+    # Sampling outside gives 0, so VOID travels as 0: x ^ VOID and back.
+    shifted = (masks ^ VOID)[:, None].float()
+    sampled = grid_sample(shifted, grid, mode="nearest", padding_mode="zeros", align_corners=False)
+    return out, sampled[:, 0].to(torch.uint8) ^ VOID
+
+
+def visible_boxes(
+    boxes: Tensor,
+    labels: Tensor,
+    crowd: Tensor,
+    matrices: Tensor,
+    canvas: tuple[int, int],
+    size: tuple[int, int],
+    min_visible: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Move boxes (N, B, 4), clip them, and drop those of which too little is left.
+
+    Visible is what lies both on the canvas (beyond it no pixel was read) and in the output. Crowds are
+    kept however little is left of them: a dropped one would turn what it excused into mistakes.
+
+    Returns:
+        Boxes, labels (-1 where dropped) and crowd; dropped boxes are all 0.
+    """
+    on_canvas = box_ops.clip(boxes, canvas)
+    hull = box_ops.transform_boxes(on_canvas, matrices)
+    clipped = box_ops.clip(hull, size)
+    kept = _share(on_canvas, boxes) * _share(clipped, hull)
+    keep = (labels >= 0) & (box_ops.area(clipped) > 0) & ((kept >= min_visible) | crowd)
+    return clipped * keep[..., None], labels.where(keep, -1), crowd & keep
+
+
+def _share(part: Tensor, whole: Tensor) -> Tensor:
+    # A box that loses nothing must pass min_visible = 1, whatever the rounding of its area.
+    area = box_ops.area(whole)
+    return torch.where((part == whole).all(-1), 1.0, box_ops.area(part) / area.clamp(min=1e-12))

@@ -1,0 +1,138 @@
+"""Settings of the network's input frame and of augmentation."""
+
+from typing import Annotated, Any, Final, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from pipeline.config import Settings
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+Strength = Annotated[float, Field(ge=0, lt=1)]
+
+
+class InputSettings(Settings):
+    """What the network sees."""
+
+    size: tuple[int, int]
+    """Height and width in pixels; one number means a square."""
+    fit: Literal["crop", "letterbox", "stretch"] = "letterbox"
+    """``crop`` keeps the native resolution (random windows in training, whole images otherwise)."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Of red, green and blue on the 0..1 scale; also the colour outside the image. Default: ImageNet's."""
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    @field_validator("size", mode="before")
+    @classmethod
+    def _square(cls, value: Any) -> Any:
+        return (value, value) if isinstance(value, int) else value
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if min(self.size) < 1:
+            raise ValueError(f"size wants two positive numbers (height, width), found {self.size}")
+        if min(self.std) <= 0:
+            raise ValueError(f"std wants three positive numbers, found {self.std}")
+        return self
+
+
+class AugmentSettings(Settings):
+    """What training images may go through; everything is off by default.
+
+    Only ops that move image, mask and boxes by one and the same affine matrix, or that move nothing, are
+    here. Others (elastic, thin plate, fisheye, mosaic, mixup) would leave boxes or masks behind, so their
+    names are unknown keys.
+    """
+
+    hflip: Probability = 0.0
+    """Probability of a left-right flip."""
+    vflip: Probability = 0.0
+    """Probability of an up-down flip."""
+    quarter_turns: Probability = 0.0
+    """Probability of a turn by 90, 180 or 270 degrees; by 180 alone unless the input is square."""
+    rotate: Annotated[float, Field(ge=0, le=180)] = 0.0
+    """Largest angle in degrees, either way round."""
+    translate: Strength = 0.0
+    """Largest shift either way, as a fraction of the input's width and height."""
+    scale: tuple[float, float] = (1.0, 1.0)
+    """Smallest and largest magnification, drawn evenly in its logarithm; above 1 crops into the image."""
+    shear: Annotated[float, Field(ge=0, lt=80)] = 0.0
+    """Largest shear along x in degrees, either way."""
+    brightness: Strength = 0.0
+    """Largest value added or taken away, on the 0..1 scale."""
+    contrast: Strength = 0.0
+    """Values are multiplied by 1 - contrast to 1 + contrast."""
+    saturation: Strength = 0.0
+    """Distances from grey are multiplied by 1 - saturation to 1 + saturation."""
+    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    """Largest turn of the hue either way, as a fraction of the full circle; luma stays."""
+    blur: Probability = 0.0
+    """Probability of a Gaussian blur."""
+    blur_sigma: tuple[float, float] = (0.3, 1.5)
+    """Smallest and largest standard deviation of the blur in pixels of the input."""
+    noise: Probability = 0.0
+    """Probability of Gaussian noise."""
+    noise_std: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """Largest standard deviation of the noise on the 0..1 scale; drawn from 0 up."""
+    erase: Probability = 0.0
+    """Probability of erasing a rectangle of the image (Zhong et al. 2017); its labels stay."""
+    erase_area: tuple[float, float] = (0.02, 0.2)
+    """Smallest and largest share of the input's area that is erased."""
+    min_visible: Annotated[float, Field(ge=0, le=1)] = 0.25
+    """A box is dropped when less than this fraction of its area stays in the input."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name, low, high in [("scale", 0.05, 20), ("blur_sigma", 0.05, 20), ("erase_area", 0, 1)]:
+            first, last = getattr(self, name)
+            if not low <= first <= last <= high:
+                raise ValueError(
+                    f"{name} wants two rising numbers within {low}..{high}, found {first}, {last}"
+                )
+        return self
+
+    @property
+    def moves(self) -> bool:
+        """Whether any op needs a warp."""
+        return bool(self.flips or self.affine)
+
+    @property
+    def flips(self) -> bool:
+        """Whether any flip or quarter turn is on."""
+        return bool(self.hflip or self.vflip or self.quarter_turns)
+
+    @property
+    def affine(self) -> bool:
+        """Whether rotation, translation, scale or shear is on."""
+        return bool(self.rotate or self.translate or self.shear) or self.scale != (1.0, 1.0)
+
+    @property
+    def colours(self) -> bool:
+        """Whether any linear colour op is on."""
+        return bool(self.brightness or self.contrast or self.saturation or self.hue)
+
+
+PRESETS: Final[dict[str, AugmentSettings]] = {
+    "none": AugmentSettings(),
+    "light": AugmentSettings(hflip=0.5, brightness=0.1, contrast=0.1),
+    "natural": AugmentSettings(
+        hflip=0.5,
+        rotate=10,
+        translate=0.1,
+        scale=(0.75, 1.5),
+        brightness=0.15,
+        contrast=0.2,
+        saturation=0.3,
+        hue=0.03,
+    ),
+    "any_direction": AugmentSettings(
+        hflip=0.5,
+        vflip=0.5,
+        quarter_turns=0.75,
+        scale=(0.8, 1.25),
+        brightness=0.1,
+        contrast=0.2,
+        saturation=0.2,
+        hue=0.05,
+    ),
+}
+"""Starting points: upright photographs are ``natural``, microscopy and aerial images ``any_direction``."""

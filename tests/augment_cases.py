@@ -1,0 +1,79 @@
+"""Small batches for the tests of augmentation."""
+
+import dataclasses
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.augment import AugmentSettings, Batch, Frame, InputSettings, crop_offsets, frame
+
+EVERYTHING = AugmentSettings(
+    hflip=0.5, vflip=0.5, quarter_turns=0.5, rotate=25, translate=0.1, scale=(0.7, 1.4), shear=8,
+    brightness=0.1, contrast=0.2, saturation=0.3, hue=0.1, blur=0.5, noise=0.5, erase=0.5,
+)  # fmt: skip
+
+
+def smooth_images(count: int, height: int, width: int, seed: int = 0) -> list[np.ndarray]:
+    """uint8 pictures without sharp edges and with values well inside 0..255."""
+    random = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width]
+    out = []
+    for _ in range(count):
+        phases = random.uniform(0, 6, (3, 2))
+        planes = [128 + 60 * np.sin(x / 7 + a) * np.cos(y / 9 + b) for a, b in phases]
+        out.append(np.stack(planes, -1).astype(np.uint8))
+    return out
+
+
+def make_batch(
+    count: int = 6, size: tuple[int, int] = (40, 40), fit: str = "letterbox", seed: int = 0, image_hw=None
+) -> tuple[Batch, InputSettings]:
+    """A training batch of smooth images, random masks and two boxes each, one of them a crowd."""
+    height, width = image_hw or size
+    random = np.random.default_rng(seed)
+    given_boxes = []
+    for _ in range(count):
+        points = np.sort(random.uniform(2, min(height, width) - 2, (2, 2, 2)), axis=1)
+        given_boxes.append(points.reshape(2, 4))
+    masks = [random.integers(0, 5, (height, width)).astype(np.uint8) for _ in range(count)]
+    input = InputSettings.parse({"size": size, "fit": fit}, "test")
+    crowd = [np.array([False, True])] * count
+    labels, offsets = [np.array([1, 2])] * count, crop_offsets(seed, np.zeros(count), np.arange(count))
+    images = smooth_images(count, height, width, seed)
+    return batch_of(
+        frame(images, masks, given_boxes, labels, crowd, input, train=True, offsets=offsets)
+    ), input
+
+
+def values_of(drawn: dict[str, np.ndarray]) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(np.asarray(value, np.float64)) for name, value in drawn.items()}
+
+
+def unit(batch: Batch, input: InputSettings) -> Tensor:
+    """Normalised images back on the 0..1 scale."""
+    mean, std = torch.tensor(input.mean)[:, None, None], torch.tensor(input.std)[:, None, None]
+    return batch.images * std + mean
+
+
+def rows(batch: Batch, index: list[int]) -> Batch:
+    changed = {
+        field.name: value[index]
+        for field in dataclasses.fields(batch)
+        if isinstance(value := getattr(batch, field.name), Tensor)
+    }
+    return dataclasses.replace(batch, image_ids=[batch.image_ids[n] for n in index], **changed)
+
+
+def present(tensor: Tensor | None) -> Tensor:
+    """A label tensor that this batch is known to have."""
+    assert tensor is not None
+    return tensor
+
+
+def batch_of(parts: Frame, positions: list[int] | None = None) -> Batch:
+    """A batch of framed images in epoch 0."""
+    count = len(parts["images"])
+    keys = torch.arange(count) if positions is None else torch.tensor(positions)
+    ids = [f"{n}.png" for n in range(count)]
+    return Batch(ids, epochs=torch.zeros(count, dtype=torch.int64), positions=keys, **parts)
