@@ -53,9 +53,7 @@ def giou(a: Tensor, b: Tensor) -> Tensor:
     Returns:
         ``(...)`` in -1..1; 0 for two boxes without area at the same point.
     """
-    shared = (
-        (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
-    )
+    shared = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
     union = area(a) + area(b) - shared
     extent = torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])
     hull = extent.clamp(min=0).prod(-1)

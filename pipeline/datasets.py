@@ -44,9 +44,7 @@ class DatasetInfo:
     @property
     def num_things(self) -> int:
         """Number of classes that boxes may have: without a trailing background."""
-        return len(self.classes) - int(
-            self.background is not None and self.background == len(self.classes) - 1
-        )
+        return len(self.classes) - int(self.background is not None and self.background == len(self.classes) - 1)
 
 
 @dataclass(frozen=True)
@@ -69,9 +67,7 @@ def open_dataset(uri: str) -> DatasetInfo:
     uri = storage.absolute(uri)
     meta = _committed(uri)
     if meta is None:
-        raise InputError(
-            f"no dataset at '{uri}': wanted {DATASET_JSON} in it, found none; run dubito ingest first"
-        )
+        raise InputError(f"no dataset at '{uri}': wanted {DATASET_JSON} in it, found none; run dubito ingest first")
     if meta.get("schema_version") != schema.SCHEMA_VERSION:
         raise InputError(
             f"dataset '{uri}' has schema version {meta.get('schema_version')}, this program reads "
@@ -119,9 +115,7 @@ def read_row_group(group: RowGroup, columns: Sequence[str] | None = None) -> pa.
             return parquet.read_row_group(group.index, columns=None if columns is None else list(columns))
     except (FileNotFoundError, pa.ArrowInvalid) as error:
         text = " ".join(str(error).split())[:200]
-        raise InputError(
-            f"shard '{group.file}' cannot be read, the dataset is damaged; ingest again: {text}"
-        ) from None
+        raise InputError(f"shard '{group.file}' cannot be read, the dataset is damaged; ingest again: {text}") from None
 
 
 def ingest(
@@ -195,18 +189,14 @@ def _committed(uri: str) -> dict[str, Any] | None:
         text = " ".join(str(error).split())[:200]
         raise InputError(f"'{uri}' could not be read: {text}; check the path and the credentials") from None
     except ValueError:
-        raise InputError(
-            f"'{uri}/{DATASET_JSON}' is damaged: not valid JSON; ingest to another place"
-        ) from None
+        raise InputError(f"'{uri}/{DATASET_JSON}' is damaged: not valid JSON; ingest to another place") from None
 
 
 def _refuse_other(uri: str, committed: dict[str, Any], source: dict[str, Any]) -> None:
     there = {key: value for key, value in committed.get("source", {}).items() if key in source}
     different = manifest.first_difference(there, source)
     if different:
-        raise InputError(
-            f"'{uri}' already holds a dataset made from other inputs: {different}; choose another --out"
-        )
+        raise InputError(f"'{uri}' already holds a dataset made from other inputs: {different}; choose another --out")
 
 
 def _listing(index: Index) -> str:
@@ -242,9 +232,7 @@ def _build(
     manifest.check_rejects(uri, rejects, len(kept), settings)
     if not kept:
         why = "--splits names none of the images" if lists is not None else "there are no images"
-        raise InputError(
-            f"the dataset would be empty: {why} ({len(index.sources)} found); check --images and --splits"
-        )
+        raise InputError(f"the dataset would be empty: {why} ({len(index.sources)} found); check --images and --splits")
     plans = shards.plan(uri, format_name, kept, assignment.split_of, settings.shard_bytes)
     progress = Progress(sink, "ingest", len(kept))
     sums: dict[str, shards.Sums] = {}
@@ -261,9 +249,7 @@ def _build(
     rejects.sort(key=lambda item: (item.reason, item.uri))
     manifest.check_rejects(uri, rejects, len(digests), settings)
     if not digests:
-        raise InputError(
-            f"the dataset would be empty: none of {len(kept)} images could be used, see '{uri}/rejects'"
-        )
+        raise InputError(f"the dataset would be empty: none of {len(kept)} images could be used, see '{uri}/rejects'")
     context = index.context
     files = [*sorted(files, key=lambda file: file["path"]), manifest.write_digests(uri, digests)]
     if rejects:

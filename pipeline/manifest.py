@@ -68,9 +68,7 @@ def palette(count: int) -> list[str]:
     """``count`` well-separated ``#rrggbb`` colours: hues a golden angle apart."""
     out = []
     for index in range(count):
-        rgb = colorsys.hsv_to_rgb(
-            index * 0.618034 % 1, 0.75 if index % 2 else 0.9, 0.95 if index % 3 else 0.75
-        )
+        rgb = colorsys.hsv_to_rgb(index * 0.618034 % 1, 0.75 if index % 2 else 0.9, 0.95 if index % 3 else 0.75)
         out.append("#" + "".join(f"{round(value * 255):02x}" for value in rgb))
     return out
 
@@ -98,17 +96,13 @@ def notes(sums: dict[str, Sums], context: Context) -> list[str]:
             out.append(f"class '{name}' occurs in no label")
     void, pixels = total.pixels[schema.VOID], total.pixels.total()
     if pixels and void:
-        out.append(
-            f"{100 * void / pixels:.2g} % of the labelled pixels are void ({schema.VOID}) and count nowhere"
-        )
+        out.append(f"{100 * void / pixels:.2g} % of the labelled pixels are void ({schema.VOID}) and count nowhere")
     return out
 
 
 def reasons(rejects: Sequence[Reject]) -> dict[str, int]:
     """Rejects by reason, the most frequent first."""
-    return dict(
-        sorted(Counter(item.reason for item in rejects).items(), key=lambda item: (-item[1], item[0]))
-    )
+    return dict(sorted(Counter(item.reason for item in rejects).items(), key=lambda item: (-item[1], item[0])))
 
 
 def reject_table(rejects: Sequence[Reject]) -> str:

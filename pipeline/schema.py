@@ -75,9 +75,7 @@ DATASET: Final = pa.schema(
 
 REJECTS: Final = pa.schema([("uri", pa.string()), ("reason", pa.string()), ("detail", pa.string())])
 
-DIGESTS: Final = pa.schema(
-    [("image_id", pa.string()), ("sha256", pa.string()), ("label_sha256", pa.string())]
-)
+DIGESTS: Final = pa.schema([("image_id", pa.string()), ("sha256", pa.string()), ("label_sha256", pa.string())])
 
 _PREDICTION_COMMON: Final = [
     ("image_id", pa.string()),

@@ -224,9 +224,7 @@ def _sums(source: Source, labels: Labels, pixels: np.ndarray) -> Sums:
         counts = np.bincount(labels.mask.ravel(), minlength=256)
         out.pixels.update({int(value): int(counts[value]) for value in np.flatnonzero(counts)})
     out.sizes[pixels.shape[0], pixels.shape[1]] += 1
-    out.histogram = np.stack(
-        [np.bincount(pixels[..., channel].ravel(), minlength=256) for channel in range(3)]
-    )
+    out.histogram = np.stack([np.bincount(pixels[..., channel].ravel(), minlength=256) for channel in range(3)])
     return out
 
 

@@ -37,9 +37,7 @@ def read_splits(uri: str, renames: dict[str, str]) -> dict[str, list[str]]:
     lists = [item for item in storage.list_files(uri, (".txt",)) if item.path.removesuffix(".txt") in known]
     if not lists:
         wanted = ", ".join(f"{name}.txt" for name in schema.SPLITS)
-        raise InputError(
-            f"--splits '{uri}': wanted a JSON file or a folder with {wanted}; found none of them"
-        )
+        raise InputError(f"--splits '{uri}': wanted a JSON file or a folder with {wanted}; found none of them")
     found = {}
     for item in lists:
         lines = storage.read_text(storage.join(uri, item.path), "list of images").splitlines()
@@ -89,17 +87,13 @@ def assign(
         elif not source.labelled and out.split_of[source.image_id] != "unlabelled":
             split = out.split_of.pop(source.image_id)
             uri = source.image_uri or f"{format_name}:{source.image_id}"
-            out.rejects.append(
-                Reject(uri, "no_label", f"named in split '{split}', but there is no label for it")
-            )
+            out.rejects.append(Reject(uri, "no_label", f"named in split '{split}', but there is no label for it"))
     given = splits is not None or any(source.split for source in sources)
     asked = {name: getattr(settings.hold_out, name) for name in HELD_OUT}
     default = 0.0 if given else DEFAULT_SHARE
     shares = {name: default if share is None else share for name, share in asked.items()}
     if given and any(shares.values()) and "train" not in out.split_of.values():
-        raise InputError(
-            "hold_out takes from split 'train', but it has no labelled image; leave hold_out away"
-        )
+        raise InputError("hold_out takes from split 'train', but it has no labelled image; leave hold_out away")
     optional = [name for name in ("calibration", "test", "val") if asked[name] is None]
     hold_out(out.split_of, shares, settings.group, optional)
     return out
@@ -121,9 +115,7 @@ def _by_name(sources: Sequence[Source], splits: dict[str, list[str]], out: Assig
                 out.rejects.append(Reject(name, "missing", f"named in split '{split}': {what}"))
             elif out.split_of.setdefault(found[0], split) != split:
                 both = f"'{out.split_of[found[0]]}' and '{split}'"
-                raise InputError(
-                    f"image '{found[0]}' is named in both {both}; a split must not leak into another"
-                )
+                raise InputError(f"image '{found[0]}' is named in both {both}; a split must not leak into another")
 
 
 def _stem(path: str) -> str:

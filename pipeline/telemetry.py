@@ -108,10 +108,10 @@ class Terminal:
 class Progress:
     """Counts one stage. ``advance`` is cheap: the sink hears of it ten times a second at most."""
 
-    def __init__(self, sink: Sink, stage: str, total: int, done: int = 0) -> None:
-        self._sink, self.stage, self.total, self.done = sink, stage, total, done
+    def __init__(self, sink: Sink, stage: str, total: int, done: int = 0, unit: str = "images") -> None:
+        self._sink, self.stage, self.total, self.done, self._unit = sink, stage, total, done, unit
         self._note, self._told = "", 0.0
-        sink.update(stage, done, total, "")
+        sink.update(stage, done, total, "", unit)
 
     def advance(self, count: int = 1, note: str | None = None) -> None:
         """``count`` more units are finished; ``note`` is shown behind the rate until the next one."""
@@ -120,7 +120,7 @@ class Progress:
         now = time.monotonic()
         if now - self._told >= 0.1 or self.done >= self.total:
             self._told = now
-            self._sink.update(self.stage, self.done, self.total, self._note)
+            self._sink.update(self.stage, self.done, self.total, self._note, self._unit)
 
 
 class BoardSink:
@@ -131,7 +131,7 @@ class BoardSink:
 
     def update(self, stage: str, done: int, total: int, note: str = "", unit: str = "images") -> None:
         """Post without waiting."""
-        self._board.post.remote(stage, done, total, note)
+        self._board.post.remote(stage, done, total, note, unit)
 
 
 def start_board() -> Any:
@@ -140,12 +140,12 @@ def start_board() -> Any:
 
     class Board:
         def __init__(self) -> None:
-            self.stages: dict[str, tuple[int, int, str]] = {}
+            self.stages: dict[str, tuple[int, int, str, str]] = {}
 
-        def post(self, stage: str, done: int, total: int, note: str) -> None:
-            self.stages[stage] = (done, total, note)
+        def post(self, stage: str, done: int, total: int, note: str, unit: str) -> None:
+            self.stages[stage] = (done, total, note, unit)
 
-        def read(self) -> dict[str, tuple[int, int, str]]:
+        def read(self) -> dict[str, tuple[int, int, str, str]]:
             return self.stages
 
     return ray.remote(num_cpus=0)(Board).remote()

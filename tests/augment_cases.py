@@ -41,9 +41,7 @@ def make_batch(
     crowd = [np.array([False, True])] * count
     labels, offsets = [np.array([1, 2])] * count, crop_offsets(seed, np.zeros(count), np.arange(count))
     images = smooth_images(count, height, width, seed)
-    return batch_of(
-        frame(images, masks, given_boxes, labels, crowd, input, train=True, offsets=offsets)
-    ), input
+    return batch_of(frame(images, masks, given_boxes, labels, crowd, input, train=True, offsets=offsets)), input
 
 
 def values_of(drawn: dict[str, np.ndarray]) -> dict[str, Tensor]:

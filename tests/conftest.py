@@ -36,7 +36,6 @@ def real_images() -> Path:
 def s3() -> Iterator[str]:
     """A private S3 server; yields ``s3://<bucket>``. Its endpoint and keys are in the environment."""
     from infra.local.s3_server import s3_server
-
     from pipeline import storage
 
     with s3_server() as server:

@@ -48,9 +48,7 @@ def test_colour_equals_kornias_adjust_functions(name: str):
     wanted, adjust = COLOURS[name]
     batch, input = make_batch(8)
     source = batch.images.float() / 255
-    values = {
-        key: value.float() for key, value in values_of(draw(wanted, 2, batch.epochs, batch.positions)).items()
-    }
+    values = {key: value.float() for key, value in values_of(draw(wanted, 2, batch.epochs, batch.positions)).items()}
     theirs = adjust(source, values)
     assert theirs.min() > 0
     assert theirs.max() < 1
@@ -124,9 +122,7 @@ def test_draws_are_spread_evenly_and_not_related():
     assert np.abs(np.corrcoef(columns) - np.eye(len(columns))).max() < 0.03
     assert drawn["hflip"].mean() == pytest.approx(0.5, abs=0.02)
     assert np.histogram(drawn["angle"], 10, (-25, 25))[0] == pytest.approx(2000, abs=200)
-    assert np.bincount(drawn["turns"], minlength=4) / 20_000 == pytest.approx(
-        [0.5, 1 / 6, 1 / 6, 1 / 6], abs=0.02
-    )
+    assert np.bincount(drawn["turns"], minlength=4) / 20_000 == pytest.approx([0.5, 1 / 6, 1 / 6, 1 / 6], abs=0.02)
     assert np.abs(np.corrcoef(columns[0, :-1], columns[0, 1:])[0, 1]) < 0.03
 
 
@@ -243,11 +239,7 @@ def test_kornias_classes_give_the_matrices(monkeypatch):
 
 def test_the_batch_is_left_as_it_was():
     batch, input = make_batch()
-    before = {
-        f.name: v.clone()
-        for f in dataclasses.fields(batch)
-        if isinstance(v := getattr(batch, f.name), Tensor)
-    }
+    before = {f.name: v.clone() for f in dataclasses.fields(batch) if isinstance(v := getattr(batch, f.name), Tensor)}
     Augment(EVERYTHING, input)(batch)
     Augment(AugmentSettings(), input)(batch)
     Augment(None, input)(batch)

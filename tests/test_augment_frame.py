@@ -60,12 +60,8 @@ def test_shrinking_does_not_alias_and_agrees_with_the_matrix():
     weight[:6] = weight[25:] = 0  # the mean colour around the image
     x1, y1, x2, y2 = present(got["boxes"])[0, 0].tolist()
     assert weight.sum().item() == pytest.approx((x2 - x1) * (y2 - y1), rel=0.02)
-    assert (weight.sum(0) * (torch.arange(32) + 0.5)).sum() / weight.sum() == pytest.approx(
-        (x1 + x2) / 2, abs=0.05
-    )
-    assert (weight.sum(1) * (torch.arange(32) + 0.5)).sum() / weight.sum() == pytest.approx(
-        (y1 + y2) / 2, abs=0.05
-    )
+    assert (weight.sum(0) * (torch.arange(32) + 0.5)).sum() / weight.sum() == pytest.approx((x1 + x2) / 2, abs=0.05)
+    assert (weight.sum(1) * (torch.arange(32) + 0.5)).sum() / weight.sum() == pytest.approx((y1 + y2) / 2, abs=0.05)
 
 
 def test_resized_masks_take_the_class_at_the_centre_of_each_pixel():
@@ -154,9 +150,7 @@ def test_an_unlabelled_image_among_labelled_ones_is_void_and_has_no_boxes():
 
 def test_unframing_is_exact_where_nothing_was_resized():
     input = InputSettings(size=(16, 16), fit="crop")
-    parts = frame(
-        smooth_images(1, 30, 50) + smooth_images(1, 70, 20), None, None, None, None, input, train=False
-    )
+    parts = frame(smooth_images(1, 30, 50) + smooth_images(1, 70, 20), None, None, None, None, input, train=False)
     maps = torch.rand(2, 4, 96, 64, generator=torch.Generator().manual_seed(0))
     back = unframe_maps(maps, parts["matrices"], parts["sizes"])
     assert torch.equal(back[0], maps[0, :, :30, :50])
@@ -166,9 +160,7 @@ def test_unframing_is_exact_where_nothing_was_resized():
 def test_unframing_a_letterbox_never_mixes_in_the_padding_and_keeps_a_ramp():
     input = InputSettings(size=(48, 48))
     sizes = [(30, 60), (100, 40), (48, 48)]
-    parts = frame(
-        [np.zeros((*size, 3), np.uint8) for size in sizes], None, None, None, None, input, train=False
-    )
+    parts = frame([np.zeros((*size, 3), np.uint8) for size in sizes], None, None, None, None, input, train=False)
     y, x = torch.meshgrid(torch.arange(48.0) + 0.5, torch.arange(48.0) + 0.5, indexing="ij")
     back = unframe_maps(torch.stack([x, y]).expand(3, 2, 48, 48), parts["matrices"], parts["sizes"])
     for n, (height, width) in enumerate(sizes):

@@ -116,9 +116,7 @@ def test_one_resampling_moves_a_pattern_as_the_matrices_say():
     y, x = torch.meshgrid(torch.arange(40.0) + 0.5, torch.arange(40.0) + 0.5, indexing="ij")
     ramp = torch.stack([x, y, torch.ones(40, 40)]).expand(6, 3, 40, 40).contiguous()
     geometry = Geometry(EVERYTHING)
-    matrices = geometry.matrices(
-        values_of(draw(EVERYTHING, 1, batch.epochs, batch.positions)), (40, 40), (40, 40)
-    )
+    matrices = geometry.matrices(values_of(draw(EVERYTHING, 1, batch.epochs, batch.positions)), (40, 40), (40, 40))
     out, _ = warp(ramp, None, matrices, (40, 40))
     inside = out[:, 2] > 1 - 1e-6
     back = torch.linalg.inv(matrices).float() @ torch.stack([x, y, torch.ones(40, 40)]).flatten(1)
@@ -179,20 +177,14 @@ def test_flipped_and_turned_boxes_are_exact():
             y1, y2 = 32 - y2, 32 - y1
         for _ in range(int(drawn["turns"][n])):
             x1, y1, x2, y2 = y1, 32 - x2, y2, 32 - x1
-        torch.testing.assert_close(
-            present(out.boxes)[n], torch.stack([x1, y1, x2, y2], -1), atol=1e-4, rtol=0
-        )
+        torch.testing.assert_close(present(out.boxes)[n], torch.stack([x1, y1, x2, y2], -1), atol=1e-4, rtol=0)
 
 
 def test_boxes_with_too_little_left_are_dropped_with_their_labels_and_crowds_are_kept():
-    boxes = torch.tensor(
-        [[[0.0, 0, 10, 10], [12, 0, 22, 10], [16, 0, 26, 10], [16, 0, 26, 10], [30, 0, 40, 10]]]
-    )
+    boxes = torch.tensor([[[0.0, 0, 10, 10], [12, 0, 22, 10], [16, 0, 26, 10], [16, 0, 26, 10], [30, 0, 40, 10]]])
     labels, crowd = torch.tensor([[1, 2, 3, 4, 5]]), torch.tensor([[False, False, False, True, True]])
     moved = visible_boxes(boxes, labels, crowd, torch.eye(3)[None], (20, 20), (20, 20), min_visible=0.5)
-    assert moved[0].tolist() == [
-        [[0, 0, 10, 10], [12, 0, 20, 10], [0, 0, 0, 0], [16, 0, 20, 10], [0, 0, 0, 0]]
-    ]
+    assert moved[0].tolist() == [[[0, 0, 10, 10], [12, 0, 20, 10], [0, 0, 0, 0], [16, 0, 20, 10], [0, 0, 0, 0]]]
     assert moved[1].tolist() == [[1, 2, -1, 4, -1]]
     assert moved[2].tolist() == [[False, False, False, True, False]]
 
@@ -201,9 +193,7 @@ def test_what_was_cut_off_by_the_canvas_counts_as_invisible():
     """Zoomed out, a box beyond the canvas would lie inside the output, where no pixel shows it."""
     boxes = torch.tensor([[[-30.0, 0, 10, 20], [5, 5, 15, 15]]])
     half = torch.tensor([[[0.5, 0, 10], [0, 0.5, 10], [0, 0, 1.0]]])
-    moved = visible_boxes(
-        boxes, torch.tensor([[1, 2]]), torch.zeros(1, 2).bool(), half, (40, 40), (40, 40), 0.3
-    )
+    moved = visible_boxes(boxes, torch.tensor([[1, 2]]), torch.zeros(1, 2).bool(), half, (40, 40), (40, 40), 0.3)
     assert moved[1].tolist() == [[-1, 2]]
 
 
@@ -225,7 +215,5 @@ def test_images_without_boxes_and_batches_without_labels():
 def test_a_batch_without_images_passes():
     input = InputSettings(size=(20, 20))
     parts = frame([], None, None, None, None, input, train=True)
-    empty = Batch(
-        [], epochs=torch.zeros(0, dtype=torch.int64), positions=torch.zeros(0, dtype=torch.int64), **parts
-    )
+    empty = Batch([], epochs=torch.zeros(0, dtype=torch.int64), positions=torch.zeros(0, dtype=torch.int64), **parts)
     assert Augment(EVERYTHING, input)(empty).images.shape == (0, 3, 20, 20)

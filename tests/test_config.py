@@ -188,9 +188,7 @@ def test_load_lays_sets_on_the_file(tmp_path):
         "optim": {"lr": 0.01},
         "data": "s3://b/d",
     }
-    with pytest.raises(
-        InputError, match=r"config file '.*none.yaml' not found; examples are in jobs/configs/"
-    ):
+    with pytest.raises(InputError, match=r"config file '.*none.yaml' not found; examples are in jobs/configs/"):
         config.load(str(tmp_path / "none.yaml"), [])
 
 

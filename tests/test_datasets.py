@@ -232,9 +232,7 @@ def test_shards_follow_the_schema_and_store_what_is_compressed(ray_local, tmp_pa
         assert parquet.schema_arrow.equals(schema.DATASET)
         footer = parquet.metadata.row_group(group.index)
         assert (footer.num_rows, footer.total_byte_size) == (group.rows, group.num_bytes)
-        codecs = {
-            footer.column(i).path_in_schema: footer.column(i).compression for i in range(footer.num_columns)
-        }
+        codecs = {footer.column(i).path_in_schema: footer.column(i).compression for i in range(footer.num_columns)}
     assert codecs["image"] == codecs["mask"] == "UNCOMPRESSED"
     assert codecs["image_id"] == codecs["boxes.list.element.x1"] == "ZSTD"
     assert read_row_group(group, ["image_id", "boxes"]).column_names == ["image_id", "boxes"]
@@ -259,9 +257,7 @@ def test_row_groups_are_bounded(monkeypatch, tmp_path):
 
 def test_same_data_same_fingerprint_wherever_it_is(ray_local, tmp_path):
     one = ingest("masks", *make_masks(tmp_path / "a"), str(tmp_path / "x"), CLASSES)
-    two = ingest(
-        "masks", *make_masks(tmp_path / "b"), str(tmp_path / "y"), CLASSES, options={"shard_bytes": 1}
-    )
+    two = ingest("masks", *make_masks(tmp_path / "b"), str(tmp_path / "y"), CLASSES, options={"shard_bytes": 1})
     other = ingest("masks", *make_masks(tmp_path / "c", seed=1), str(tmp_path / "z"), CLASSES)
     assert one["fingerprint"] == two["fingerprint"] != other["fingerprint"]
 
@@ -310,9 +306,7 @@ def test_bad_files_are_rejected_with_reasons_and_too_many_fail(ray_local, tmp_pa
     assert rejects.schema.equals(schema.REJECTS)
     assert sorted(rejects["reason"].to_pylist()) == sorted(summary["rejects"])
     unlabelled = rows_of(open_dataset(out), "unlabelled")
-    assert [(row["image_id"], row["mask"], row["label_source"]) for row in unlabelled] == [
-        ("003.png", None, None)
-    ]
+    assert [(row["image_id"], row["mask"], row["label_source"]) for row in unlabelled] == [("003.png", None, None)]
 
 
 def test_voc_with_an_unknown_class_names_the_nearest(ray_local, tmp_path):

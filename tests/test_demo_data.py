@@ -59,9 +59,7 @@ def test_every_position_has_a_split_and_shares_are_kept(images: int):
 def test_the_shifted_world_is_all_test_and_shares_no_photograph():
     index = FORMAT.index(None, None, None, SHIFTED)
     assert {source.split for source in index.sources} == {"test"}
-    assert not {s.image_id for s in index.sources} & {
-        s.image_id for s in FORMAT.index(None, None, None, SMALL).sources
-    }
+    assert not {s.image_id for s in index.sources} & {s.image_id for s in FORMAT.index(None, None, None, SMALL).sources}
     assert not set(demo.PHOTOGRAPHS) & set(demo.OTHER_PHOTOGRAPHS)
     for name in (*demo.PHOTOGRAPHS, *demo.OTHER_PHOTOGRAPHS):
         assert min(demo.photograph(name).size) >= 300
@@ -193,9 +191,7 @@ def test_some_images_are_empty_and_labelled():
 
 
 def test_inputs_that_mean_nothing_here_are_refused():
-    with pytest.raises(
-        InputError, match="--format demo makes its own images and labels; leave out 's3://b/x'"
-    ):
+    with pytest.raises(InputError, match="--format demo makes its own images and labels; leave out 's3://b/x'"):
         FORMAT.index("s3://b/x", None, None, SMALL)
     with pytest.raises(InputError, match="has the classes 0 to 9 and background; leave out --classes"):
         FORMAT.index(None, None, ["cat"], SMALL)
@@ -205,7 +201,5 @@ def test_inputs_that_mean_nothing_here_are_refused():
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(demo, "find_spec", lambda name: None)
-    with pytest.raises(
-        InputError, match=r"needs scikit-image, which is not installed; pip install 'dubito\[demo\]'"
-    ):
+    with pytest.raises(InputError, match=r"needs scikit-image, which is not installed; pip install 'dubito\[demo\]'"):
         FORMAT.index(None, None, None, SMALL)

@@ -182,9 +182,7 @@ def test_voc_index_finds_folders_and_classes(tmp_path):
     index = form.index(str(tmp_path), None, None, form.settings())
     assert index.context.classes == ("cat", "dog")
     assert [(s.image_id, s.labelled) for s in index.sources] == [("a.png", True), ("b.png", False)]
-    direct = form.index(
-        str(tmp_path / "JPEGImages"), str(tmp_path / "Annotations"), ["dog", "cat"], form.settings()
-    )
+    direct = form.index(str(tmp_path / "JPEGImages"), str(tmp_path / "Annotations"), ["dog", "cat"], form.settings())
     assert direct.sources == index.sources
     assert direct.context.classes == ("dog", "cat")
 

@@ -104,9 +104,7 @@ def test_of_many_committers_one_wins(root: str):
         uri = storage.join(root, f"race-{race}")
         barrier, won = threading.Barrier(8), []
 
-        def commit(
-            writer: int, uri: str = uri, barrier: threading.Barrier = barrier, won: list = won
-        ) -> None:
+        def commit(writer: int, uri: str = uri, barrier: threading.Barrier = barrier, won: list = won) -> None:
             barrier.wait()
             if storage.create_once(uri, b"writer %d" % writer):
                 won.append(writer)

@@ -169,9 +169,7 @@ def _command(weed: str, home: Path, config: Path, ports: dict[str, int]) -> list
 
 def _environment(home: Path) -> dict[str, str]:
     """Ours without credentials: SeaweedFS would make an AWS key that it finds there an administrator."""
-    kept = {
-        name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "S3_", "WEED_"))
-    }
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "S3_", "WEED_"))}
     return kept | {"HOME": str(home), "TMPDIR": str(home), "GOMEMLIMIT": "400MiB"}
 
 

@@ -103,9 +103,7 @@ class Augment:
         return out
 
 
-def _cut(
-    batch: Batch, canvas: tuple[int, int], size: tuple[int, int]
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def _cut(batch: Batch, canvas: tuple[int, int], size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor | None]:
     x, y = centre_crop(canvas, size)
     if min(canvas[0] - size[0], canvas[1] - size[1]) < 0:
         raise ValueError(f"Augment wants canvases of at least {size}, found {canvas}: frame() makes them so")
@@ -127,6 +125,4 @@ def _on_device(drawn: dict[str, np.ndarray], device: torch.device) -> dict[str, 
     if device.type == "cuda":
         packed = packed.pin_memory()
     parts = packed.to(device, non_blocking=True).split([column.shape[1] for column in columns.values()], 1)
-    return {
-        name: part if name == "translate" else part[:, 0] for name, part in zip(names, parts, strict=True)
-    }
+    return {name: part if name == "translate" else part[:, 0] for name, part in zip(names, parts, strict=True)}

@@ -80,9 +80,7 @@ def crop_offsets(seed: int, epochs: ArrayLike, positions: ArrayLike) -> np.ndarr
     return np.stack([keyed.uniform("crop_y"), keyed.uniform("crop_x")], -1)
 
 
-def draw(
-    settings: AugmentSettings, seed: int, epochs: ArrayLike, positions: ArrayLike
-) -> dict[str, np.ndarray]:
+def draw(settings: AugmentSettings, seed: int, epochs: ArrayLike, positions: ArrayLike) -> dict[str, np.ndarray]:
     """All parameters of N images, each a pure function of its own key.
 
     Args:
@@ -120,9 +118,7 @@ def draw(
         "saturation": around("saturation", 1, settings.saturation),
         "hue": around("hue", 0, settings.hue),
         "blur": np.where(keyed.chosen("blur", settings.blur), sigma, 0),
-        "noise": np.where(
-            keyed.chosen("noise", settings.noise), keyed.uniform("noise_std", 0, settings.noise_std), 0
-        ),
+        "noise": np.where(keyed.chosen("noise", settings.noise), keyed.uniform("noise_std", 0, settings.noise_std), 0),
         "noise_key": (keyed.word("noise_key") >> np.uint64(32)).astype(np.int64),
         "erase": _erased(settings, keyed),
     }

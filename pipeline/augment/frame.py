@@ -64,8 +64,7 @@ def frame(
     sizes = [(image.shape[0], image.shape[1]) for image in images]
     canvas = _canvas(sizes, input, train, multiple)
     places = [
-        _place(size, canvas, input, train, None if offsets is None else offsets[n])
-        for n, size in enumerate(sizes)
+        _place(size, canvas, input, train, None if offsets is None else offsets[n]) for n, size in enumerate(sizes)
     ]
     # Channels last in memory, as decoders write and as the uint8 resize is fastest; N C H W in shape.
     fill = torch.tensor([round(255 * value) for value in input.mean], dtype=torch.uint8)
@@ -90,9 +89,7 @@ def frame(
     }
 
 
-def _canvas(
-    sizes: list[tuple[int, int]], input: InputSettings, train: bool, multiple: int
-) -> tuple[int, int]:
+def _canvas(sizes: list[tuple[int, int]], input: InputSettings, train: bool, multiple: int) -> tuple[int, int]:
     if input.fit != "crop":
         return input.size
     if train:
@@ -185,9 +182,7 @@ def _pad_boxes(
         count = 0 if given is None or names is None else len(given)
         box = torch.as_tensor(np.array(given, np.float64) if count else np.zeros((0, 4))).reshape(-1, 4)
         label = torch.as_tensor(np.array(names, np.int64) if count else np.zeros(0, np.int64))
-        many = torch.as_tensor(
-            np.array(crowds, bool) if count and crowds is not None else np.zeros(count, bool)
-        )
+        many = torch.as_tensor(np.array(crowds, bool) if count and crowds is not None else np.zeros(count, bool))
         box = box_ops.transform_boxes(box, matrix)
         seen = (box[:, 2] > 0) & (box[:, 3] > 0) & (box[:, 0] < canvas[1]) & (box[:, 1] < canvas[0])
         rows.append((box[seen].float(), label[seen], many[seen]))
@@ -219,15 +214,11 @@ def unframe_maps(maps: Tensor, matrices: Tensor, sizes: Tensor) -> list[Tensor]:
     for n, (height, width) in enumerate(sizes.tolist()):
         place = _upright_placement(host[n], (height, width), (maps.shape[-2], maps.shape[-1]))
         if place is None:
-            theta = sampling_theta(
-                torch.linalg.inv(host[n])[None], (maps.shape[-2], maps.shape[-1]), (height, width)
-            )
+            theta = sampling_theta(torch.linalg.inv(host[n])[None], (maps.shape[-2], maps.shape[-1]), (height, width))
             grid = affine_grid(theta.to(maps), [1, 1, height, width], align_corners=False)
             values = grid_sample(maps[n : n + 1], grid, padding_mode="border", align_corners=False)
         else:
-            values = maps[
-                n : n + 1, :, place.top : place.top + place.height, place.left : place.left + place.width
-            ]
+            values = maps[n : n + 1, :, place.top : place.top + place.height, place.left : place.left + place.width]
             if (place.height, place.width) != (height, width):
                 values = interpolate(values, (height, width), mode="bilinear", align_corners=False)
         out.append(values[0])
@@ -236,9 +227,7 @@ def unframe_maps(maps: Tensor, matrices: Tensor, sizes: Tensor) -> list[Tensor]:
 
 def _upright_placement(matrix: Tensor, size: tuple[int, int], canvas: tuple[int, int]) -> Placement | None:
     """The whole pixels of the canvas that hold the image, where the matrix puts it into such a rectangle."""
-    corners = box_ops.transform_boxes(
-        torch.tensor([[0.0, 0.0, size[1], size[0]]], dtype=matrix.dtype), matrix
-    )[0]
+    corners = box_ops.transform_boxes(torch.tensor([[0.0, 0.0, size[1], size[0]]], dtype=matrix.dtype), matrix)[0]
     left, top, right, bottom = (round(value) for value in corners.tolist())
     place = Placement(bottom - top, right - left, top, left)
     inside = left >= 0 and top >= 0 and right <= canvas[1] and bottom <= canvas[0] and min(place[:2]) > 0

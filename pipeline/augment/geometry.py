@@ -79,16 +79,12 @@ class Geometry:
         return torch.where(chosen.bool()[:, None, None], matrix, identity)
 
 
-def affine_parameters(
-    values: dict[str, Tensor], canvas: tuple[int, int], size: tuple[int, int]
-) -> dict[str, Tensor]:
+def affine_parameters(values: dict[str, Tensor], canvas: tuple[int, int], size: tuple[int, int]) -> dict[str, Tensor]:
     """The draw as the parameters of Kornia's RandomAffine (pixels, degrees, about the canvas's centre)."""
     angle = values["angle"]
     height, width = canvas
     shift = torch.stack([values["translate"][:, 0] * size[1], values["translate"][:, 1] * size[0]], -1)
-    centre = torch.stack(
-        [torch.full_like(angle, (width - 1) / 2), torch.full_like(angle, (height - 1) / 2)], -1
-    )
+    centre = torch.stack([torch.full_like(angle, (width - 1) / 2), torch.full_like(angle, (height - 1) / 2)], -1)
     return {
         "translations": shift,
         "center": centre,
@@ -119,9 +115,7 @@ def sampling_theta(inverse: Tensor, source: tuple[int, int], output: tuple[int, 
     return torch.stack([linear_x, linear_y, offset + linear_x + linear_y - 1], -1)
 
 
-def warp(
-    images: Tensor, masks: Tensor | None, matrices: Tensor, size: tuple[int, int]
-) -> tuple[Tensor, Tensor | None]:
+def warp(images: Tensor, masks: Tensor | None, matrices: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
     """One bilinear resampling of the images and one nearest of the masks.
 
     Args:

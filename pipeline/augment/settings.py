@@ -85,9 +85,7 @@ class AugmentSettings(Settings):
         for name, low, high in [("scale", 0.05, 20), ("blur_sigma", 0.05, 20), ("erase_area", 0, 1)]:
             first, last = getattr(self, name)
             if not low <= first <= last <= high:
-                raise ValueError(
-                    f"{name} wants two rising numbers within {low}..{high}, found {first}, {last}"
-                )
+                raise ValueError(f"{name} wants two rising numbers within {low}..{high}, found {first}, {last}")
         return self
 
     @property

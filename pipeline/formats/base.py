@@ -172,9 +172,7 @@ class Format(ABC):
     name: ClassVar[str]
     settings: ClassVar[type[IngestSettings]] = IngestSettings
 
-    def index(
-        self, images: str | None, labels: str | None, classes: Sequence[str] | None, settings: Any
-    ) -> Index:
+    def index(self, images: str | None, labels: str | None, classes: Sequence[str] | None, settings: Any) -> Index:
         """List the sources. Runs on the driver and opens no image.
 
         Args:

@@ -108,9 +108,7 @@ def _load(uri: str) -> dict[str, Any]:
     lists = ("images", "annotations", "categories")
     missing = [key for key in lists if not isinstance(data, dict) or not isinstance(data.get(key), list)]
     if missing:
-        raise InputError(
-            f"'{uri}' is no COCO file: wanted the lists images, annotations, categories; no {missing}"
-        )
+        raise InputError(f"'{uri}' is no COCO file: wanted the lists images, annotations, categories; no {missing}")
     return data
 
 
@@ -142,9 +140,7 @@ def _sources(data: dict[str, Any], images_uri: str, uri: str) -> tuple[list[Sour
         mine = notes.pop(entry.get("id"), [])
         paths = [name] if name in listed else by_name.get(name.rsplit("/", 1)[-1], [])
         if len(paths) != 1:
-            detail = (
-                f"image '{name}' (id {entry.get('id')}) of the JSON: {len(paths)} such files in the folder"
-            )
+            detail = f"image '{name}' (id {entry.get('id')}) of the JSON: {len(paths)} such files in the folder"
             rejects.append(Reject(f"{uri}#{name}", "no_image", detail))
         elif paths[0] in labels:
             rejects.append(Reject(f"{uri}#{name}", "second_label", f"image '{paths[0]}' is listed twice"))
@@ -152,12 +148,9 @@ def _sources(data: dict[str, Any], images_uri: str, uri: str) -> tuple[list[Sour
             label = {"height": entry.get("height"), "width": entry.get("width"), "annotations": mine}
             labels[paths[0]] = zlib.compress(json.dumps(label).encode(), 1)
     for key, lost in notes.items():
-        rejects.append(
-            Reject(f"{uri}#{key}", "no_image", f"{len(lost)} annotations of unknown image id {key}")
-        )
+        rejects.append(Reject(f"{uri}#{key}", "no_image", f"{len(lost)} annotations of unknown image id {key}"))
     sources = [
-        Source(path, storage.join(images_uri, path), item.size, label=labels.get(path))
-        for path, item in listed.items()
+        Source(path, storage.join(images_uri, path), item.size, label=labels.get(path)) for path, item in listed.items()
     ]
     return sources, rejects
 
@@ -185,9 +178,7 @@ def _box(note: dict[str, Any], label: int, image: ImageInfo, repairs: Counter[st
     return fit_box(row, image, repairs)
 
 
-def _shape(
-    note: dict[str, Any], label: int, image: ImageInfo
-) -> tuple[dict[str, Any] | None, np.ndarray | None]:
+def _shape(note: dict[str, Any], label: int, image: ImageInfo) -> tuple[dict[str, Any] | None, np.ndarray | None]:
     """(row of ``schema.SHAPE``, (H, W) bool pixels), both None without a segmentation.
 
     Polygon: ``points`` x, y, x, y ... of all rings, ``rings`` the number of points of each. RLE: ``mask`` is
@@ -203,11 +194,7 @@ def _shape(
         if isinstance(found, dict):
             height, width = (int(side) for side in found["size"])
             check_size(height, width, image, f"the RLE of annotation {note['id']}")
-            packed = (
-                rle.frPyObjects(found, image.height, image.width)
-                if isinstance(found["counts"], list)
-                else found
-            )
+            packed = rle.frPyObjects(found, image.height, image.width) if isinstance(found["counts"], list) else found
             pixels = _pixels(rle.decode(packed))
             return row | {"kind": "mask", "mask": schema.pack_map(pixels.astype(np.uint8).tobytes())}, pixels
         rings = [[float(value) for value in ring] for ring in found]

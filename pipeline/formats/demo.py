@@ -65,9 +65,7 @@ class Demo(Format):
     name: ClassVar[str] = "demo"
     settings: ClassVar[type[IngestSettings]] = DemoSettings
 
-    def index(
-        self, images: str | None, labels: str | None, classes: Sequence[str] | None, settings: Any
-    ) -> Index:
+    def index(self, images: str | None, labels: str | None, classes: Sequence[str] | None, settings: Any) -> Index:
         """One source a position; nothing is read, so ``images`` and ``labels`` must not be given."""
         if images or labels:
             raise InputError(f"--format demo makes its own images and labels; leave out '{images or labels}'")
@@ -154,9 +152,7 @@ def _ink(sample: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     extent = int(np.ceil(side * 1.4))
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) * (8.0 / side)
     # Pixel centres at +0.5 on both sides; a rim of two pixels of paper around the sample.
-    offset: Any = (
-        np.array([4.0, 4.0]) - turn @ np.array([extent / 2, extent / 2]) + turn @ [0.5, 0.5] - 0.5 + 2.0
-    )
+    offset: Any = np.array([4.0, 4.0]) - turn @ np.array([extent / 2, extent / 2]) + turn @ [0.5, 0.5] - 0.5 + 2.0
     smooth = ndimage.affine_transform(np.pad(sample, 2), turn, offset, (extent, extent), order=3, cval=0.0)
     # Steeper than the interpolation, so that strokes have edges; 0.5 ink is the border of the label.
     ink = np.clip((smooth - 0.4) * 3.0 + 0.5, 0.0, 1.0).astype(np.float32)
@@ -164,9 +160,7 @@ def _ink(sample: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
 
 
-def _free_place(
-    owner: np.ndarray, solid: np.ndarray, label: int, rng: np.random.Generator
-) -> tuple[int, int] | None:
+def _free_place(owner: np.ndarray, solid: np.ndarray, label: int, rng: np.random.Generator) -> tuple[int, int] | None:
     """Top left corner where the patch lies inside the image and hides little of the digits below it."""
     height, width = solid.shape
     if height > owner.shape[0] or width > owner.shape[1]:

@@ -26,9 +26,7 @@ def labels_in(folder: str, suffixes: tuple[str, ...]) -> list[storage.Listed]:
     """The label files below a folder, which must hold at least one."""
     found = storage.list_files(folder, suffixes)
     if not found:
-        raise InputError(
-            f"no labels in '{folder}': wanted {', '.join(suffixes)} files, found none; check --labels"
-        )
+        raise InputError(f"no labels in '{folder}': wanted {', '.join(suffixes)} files, found none; check --labels")
     return found
 
 
@@ -95,18 +93,14 @@ def _closest(path: str, names: Iterable[str]) -> str:
     return f".{hint}" if hint else ""
 
 
-def paired_sources(
-    images_uri: str, labels_uri: str, suffixes: tuple[str, ...]
-) -> tuple[list[Source], list[Reject]]:
+def paired_sources(images_uri: str, labels_uri: str, suffixes: tuple[str, ...]) -> tuple[list[Source], list[Reject]]:
     """Sources of a folder of images and a folder of label files, and what could not be paired.
 
     A folder of labels inside the folder of images is no source of images.
     """
     images_uri, labels_uri = storage.absolute(images_uri), storage.absolute(labels_uri)
     if images_uri == labels_uri and set(suffixes) & set(IMAGE_SUFFIXES):
-        raise InputError(
-            f"--images and --labels are both '{images_uri}'; label images need a folder of their own"
-        )
+        raise InputError(f"--images and --labels are both '{images_uri}'; label images need a folder of their own")
     images, labels = images_in(images_uri), labels_in(labels_uri, suffixes)
     if labels_uri.startswith(images_uri + "/"):
         inner = labels_uri.removeprefix(images_uri + "/") + "/"

@@ -1,0 +1,1 @@
+"""What happens: one short story a verb, each ``dubito <verb>`` and ``python -m jobs.<verb>``."""

@@ -1,0 +1,30 @@
+"""``dubito ensemble``: fit M members that differ by seed; one bundle."""
+
+from jobs.session import ray_session, run_job
+from pipeline.telemetry import Terminal
+
+
+def run(config: str, members: int, resume: bool, sets: list[str], verb: str = "ensemble") -> int:
+    """Run the job; returns the exit code."""
+
+    def story(terminal: Terminal) -> None:
+        from pipeline.config import load
+        from pipeline.recipe import TrainConfig
+
+        settings = TrainConfig.parse(load(config, sets), config).with_absolute_uris()
+        settings.model_settings(config)
+        with ray_session(settings.train.workers):
+            from pipeline import ensemble
+
+            made = ensemble.run(settings, members, resume=resume, sink=terminal)
+        terminal.close()
+        losses = ", ".join(f"{metrics['val_loss']:.4f}" for metrics in made.manifest["metrics"])
+        terminal.say(f"bundle {made.uri} (id {made.id}, {members} member(s), validation loss {losses})")
+
+    return run_job(verb, story)
+
+
+if __name__ == "__main__":
+    from jobs.cli import main
+
+    main("ensemble")

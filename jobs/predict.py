@@ -1,0 +1,29 @@
+"""``dubito predict``: score a dataset or a folder of images; one Parquet row an image."""
+
+from jobs.session import ray_session, run_job
+from pipeline.telemetry import Terminal
+
+
+def run(bundle: str, data: str, out: str, split: str) -> int:
+    """Run the job; returns the exit code."""
+
+    def story(terminal: Terminal) -> None:
+        from pipeline.storage import absolute
+
+        with ray_session():
+            from pipeline import score
+
+            made = score.predict(absolute(bundle), absolute(data), absolute(out), split=split or None, sink=terminal)
+        terminal.close()
+        statuses = ", ".join(f"{word} {count}" for word, count in sorted(made["statuses"].items()))
+        doubt = "" if made["uncertainty_mean"] is None else f", mean uncertainty {made['uncertainty_mean']:.4g}"
+        done = "done already" if made["already"] else f"{made['seconds']:.1f} s"
+        terminal.say(f"predictions {made['out']}: {made['rows']} rows ({statuses}){doubt}; {done}")
+
+    return run_job("predict", story)
+
+
+if __name__ == "__main__":
+    from jobs.cli import main
+
+    main("predict")

@@ -1,0 +1,82 @@
+"""What every job needs around it: a Ray session, one place for its chatter, and exit codes."""
+
+import contextlib
+import logging
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from pipeline.errors import DoneError, root_input_error
+from pipeline.telemetry import Terminal, diverted
+
+OBJECT_STORE_BYTES = 2 * 2**30
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+@contextlib.contextmanager
+def ray_session(workers: int = 1) -> Iterator[None]:
+    """A Ray session: the cluster at RAY_ADDRESS, else one on this machine.
+
+    The local one counts two logical CPUs a core: its stages wait for one another more than they compute,
+    and consumers that hold every CPU would starve Ray Data.
+    """
+    for key, value in QUIET.items():
+        os.environ.setdefault(key, value)
+    import ray
+
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(log_to_driver=False)
+    else:
+        cpus = max(2 * (os.cpu_count() or 1), 4, workers + 2)
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        ray.init(
+            num_cpus=cpus,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            object_store_memory=min(OBJECT_STORE_BYTES, memory // 4),
+        )
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def run_job(verb: str, story: Callable[[Terminal], None]) -> int:
+    """Run a job's story; returns its exit code.
+
+    0 done (or done already) · 1 the machine failed: where the log is · 2 wrong input: one sentence.
+    """
+    log = Path("runs") / "logs" / f"{verb}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
+    with diverted(log) as terminal:
+        try:
+            story(terminal)
+            return 0
+        except DoneError as done:
+            terminal.close()
+            terminal.say(str(done))
+            return 0
+        except KeyboardInterrupt:
+            terminal.fail(f"dubito {verb}: interrupted; the same command goes on (train and ensemble: --resume)")
+            return 130
+        except Exception as error:
+            wrong = root_input_error(error)
+            if wrong is not None:
+                terminal.fail(f"dubito {verb}: {wrong}")
+                return 2
+            traceback.print_exc()
+            sys.stderr.flush()
+            first = " ".join(str(error).split())[:200]
+            terminal.fail(f"dubito {verb}: {type(error).__name__}: {first}; the whole story is in {log}")
+            return 1

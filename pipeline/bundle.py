@@ -1,0 +1,205 @@
+"""What a trained model is on storage: ``manifest.json`` and ``members/<k>/model.safetensors``.
+
+One member is a model, several are an ensemble; nothing else differs. The manifest holds the size and sha256
+of every member and is committed last, so a bundle is whole or not there. Nothing in it is ever unpickled.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from pipeline import __version__, models, storage
+from pipeline.errors import InputError, nearest
+from pipeline.schema import PREDICTIONS, SCHEMA_VERSION
+
+MANIFEST = "manifest.json"
+_REQUIRED = ("schema_version", "task", "model", "classes", "background", "input", "files")
+_OPTIONAL = {
+    "seeds": [],
+    "data": {},
+    "metrics": {},
+    "calibration": None,
+    "threshold": None,
+    "score_threshold": None,
+    "predict": {},
+}
+
+
+def member_path(k: int) -> str:
+    """Where member ``k``'s weights lie, relative to the bundle."""
+    return f"members/{k}/model.safetensors"
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle whose manifest was read and checked; weights are read, and verified, by ``load_member``."""
+
+    uri: str
+    manifest: dict[str, Any]
+    id: str
+    """First 12 hex digits of the sha256 of ``manifest.json``, which names the sha256 of all the rest."""
+
+    @property
+    def task(self) -> str:
+        """``segmentation`` or ``detection``."""
+        return self.manifest["task"]
+
+    @property
+    def classes(self) -> list[str]:
+        """Class names in the order of their labels."""
+        return list(self.manifest["classes"])
+
+    @property
+    def background(self) -> int | None:
+        """Label of the implicit background, where there is one."""
+        return self.manifest["background"]
+
+    @property
+    def members(self) -> int:
+        """Number of models in the bundle."""
+        return len(self.manifest["files"])
+
+    @property
+    def num_outputs(self) -> int:
+        """Classes that the model tells apart: detectors have none for a background at the end of the list."""
+        count = len(self.classes)
+        return count - 1 if self.task == "detection" and self.background == count - 1 else count
+
+    def load_member(self, k: int) -> nn.Module:
+        """Member ``k`` on the CPU, in eval mode.
+
+        Raises:
+            InputError: The file is missing, is not what the manifest says, or does not fit the model.
+        """
+        path = member_path(k)
+        state = _tensors(_verified(self.uri, path, self.manifest["files"][path]), f"'{self.uri}/{path}'")
+        settings = models.parse(self.manifest["model"], f"bundle '{self.uri}'")
+        module = models.skeleton(settings, self.num_outputs)
+        try:
+            module.load_state_dict(state)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:300]
+            raise InputError(f"'{self.uri}/{path}' does not fit its model: {reason}") from None
+        return module.eval()
+
+
+def write(uri: str, manifest: Mapping[str, Any], members: Sequence[Path | str]) -> Bundle:
+    """Copy the members' weights to ``uri`` and commit the manifest last.
+
+    Args:
+        uri: The bundle's folder. Writing the same content again is no error.
+        manifest: ``task, model {name, settings...}, classes, background, input`` and what else is known
+            (seeds, data, metrics, calibration, threshold, score_threshold, predict); sizes, digests and
+            versions are added here.
+        members: A path or URI of each member's ``model.safetensors``.
+
+    Raises:
+        InputError: Another bundle is there already, or a member is no safetensors file.
+    """
+    uri = storage.absolute(uri)
+    if not members:
+        raise InputError(f"bundle '{uri}': no members to write; train at least one")
+    files: dict[str, Any] = {}
+    for k, source in enumerate(members):
+        data = storage.read_bytes(str(source))
+        _tensors(data, f"'{source}'")
+        files[member_path(k)] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    versions = {"schema_version": SCHEMA_VERSION, "code_version": __version__}
+    whole = {**_OPTIONAL, **versions, **manifest, "files": files}
+    content = json.dumps(whole, indent=1, sort_keys=True, allow_nan=False).encode()
+    target = storage.join(uri, MANIFEST)
+    if storage.exists(target):
+        _refuse_other(uri, content, storage.read_bytes(target))
+        return open_bundle(uri)
+    for k, source in enumerate(members):
+        storage.write_bytes(storage.join(uri, member_path(k)), storage.read_bytes(str(source)))
+    if not storage.create_once(target, content):
+        _refuse_other(uri, content, storage.read_bytes(target))
+    return open_bundle(uri)
+
+
+def _refuse_other(uri: str, content: bytes, found: bytes) -> None:
+    if content != found:
+        raise InputError(f"'{uri}' already holds another bundle; choose another folder or delete that one")
+
+
+def open_bundle(uri: str, task: str | None = None) -> Bundle:
+    """Read and check a bundle's manifest.
+
+    Args:
+        uri: The bundle's folder.
+        task: What the bundle must be for, if that matters.
+
+    Raises:
+        InputError: No bundle there, one that this version cannot read, or a bundle of another task.
+    """
+    uri = storage.absolute(uri)
+    target = storage.join(uri, MANIFEST)
+    content = storage.read_text(target, "bundle manifest").encode()
+    try:
+        manifest = json.loads(content)
+    except (ValueError, RecursionError):
+        raise InputError(f"'{target}' is not JSON; write the bundle again") from None
+    _check(target, manifest)
+    if task is not None and manifest["task"] != task:
+        raise InputError(
+            f"bundle of another task: wanted {task}, '{uri}' is for {manifest['task']}; choose another bundle"
+        )
+    return Bundle(uri, {**_OPTIONAL, **manifest}, hashlib.sha256(content).hexdigest()[:12])
+
+
+def _check(where: str, manifest: Any) -> None:
+    if not isinstance(manifest, dict):
+        raise InputError(f"'{where}': wanted an object with {', '.join(_REQUIRED)}; is this a bundle?")
+    missing = [key for key in _REQUIRED if key not in manifest]
+    if missing:
+        raise InputError(f"'{where}': '{missing[0]}' is missing; is this a bundle?")
+    if manifest["schema_version"] != SCHEMA_VERSION:
+        found = manifest["schema_version"]
+        raise InputError(
+            f"'{where}': schema version {found}, this dubito reads {SCHEMA_VERSION}; use the version that wrote it"
+        )
+    if manifest["task"] not in PREDICTIONS:
+        raise InputError(f"'{where}': unknown task '{manifest['task']}'.{nearest(manifest['task'], PREDICTIONS)}")
+    settings = models.parse(manifest["model"] if isinstance(manifest["model"], dict) else {}, f"'{where}'")
+    if settings.task != manifest["task"]:
+        name = manifest["model"]["name"]
+        raise InputError(f"'{where}': model '{name}' is for {settings.task}, not for {manifest['task']}")
+    classes = manifest["classes"]
+    if not isinstance(classes, list) or not classes or not all(isinstance(name, str) for name in classes):
+        raise InputError(f"'{where}': 'classes' must list the names of the classes; write the bundle again")
+    files = manifest["files"]
+    wanted = {member_path(k) for k in range(len(files))} if isinstance(files, dict) else set()
+    if not wanted or set(files) != wanted:
+        raise InputError(f"'{where}': 'files' must name {member_path(0)} and so on; write the bundle again")
+
+
+def _verified(uri: str, path: str, wanted: Mapping[str, Any]) -> bytes:
+    """The file's bytes, if they are what the manifest says."""
+    where = storage.join(uri, path)
+    try:
+        data = storage.read_bytes(where)
+    except OSError as error:
+        raise InputError(f"'{where}' could not be read ({storage.classify(error)}); write the bundle again") from None
+    if len(data) != wanted["size"]:
+        raise InputError(f"'{where}': {len(data)} bytes, the manifest says {wanted['size']}; write the bundle again")
+    found = hashlib.sha256(data).hexdigest()
+    if found != wanted["sha256"]:
+        raise InputError(
+            f"'{where}': sha256 {found[:12]}..., the manifest says {wanted['sha256'][:12]}...; write the bundle again"
+        )
+    return data
+
+
+def _tensors(data: bytes, where: str) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load(data)
+    except SafetensorError as error:
+        raise InputError(f"{where} is not a safetensors file ({error}); pickles are never loaded") from None

@@ -1,0 +1,59 @@
+"""The losses of segmentation by name, the detection loss, and the arithmetic that joins terms.
+
+Every loss gives a sum and a count; the count comes from targets alone. Counts are summed over ranks and
+accumulation steps before the first backward, and ``total`` divides by them, so the gradient does not
+depend on how rows were sharded.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.losses import segmentation
+from pipeline.losses.detection import DetectionLoss, Term, counts, detection
+
+__all__ = ["LOSSES", "DetectionLoss", "Loss", "Term", "counts", "detection", "total"]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A segmentation loss: called, it gives (sum, count); ``count(target)`` gives the count alone."""
+
+    function: Callable[..., tuple[Tensor, Tensor]]
+    count: Callable[[Tensor], Tensor]
+
+    def __call__(self, logits: Tensor, target: Tensor, **settings: Any) -> tuple[Tensor, Tensor]:
+        """(N, C, H, W) logits and (N, H, W) uint8 target -> (sum, count), both float32 scalars."""
+        return self.function(logits, target, **settings)
+
+
+LOSSES: dict[str, Loss] = {
+    "cross_entropy": Loss(segmentation.cross_entropy, segmentation.valid_pixels),
+    "focal": Loss(segmentation.focal, segmentation.valid_pixels),
+    "dice": Loss(segmentation.dice, segmentation.labelled_images),
+}
+
+
+def total(terms: Mapping[str, Term], counts: Mapping[str, Tensor], world_size: int = 1) -> Tensor:
+    """The scalar to call ``backward`` on: ``world_size * Σ weight * sum / count``.
+
+    Data-parallel training averages gradients over ranks; times ``world_size`` that average is the sum, and
+    each sum over all ranks is divided by the count over all ranks.
+
+    Args:
+        terms: Name -> (weight, sum on this rank and micro-batch, its own count, unused here).
+        counts: Name -> count summed over all ranks and all micro-batches of the step.
+        world_size: Number of ranks whose gradients are averaged.
+
+    Returns:
+        A float32 scalar; a term whose count is 0 gives 0, with zero gradient.
+    """
+    parts: list[Tensor] = []
+    for name, (weight, value, _) in terms.items():
+        count = counts[name].to(value.device, torch.float32)
+        scale = torch.where(count > 0, weight * world_size / count.clamp(min=1e-12), torch.zeros_like(count))
+        parts.append(value.float() * scale)
+    return torch.stack(parts).sum()

@@ -1,0 +1,43 @@
+"""The models by name: one file a family, one line here.
+
+Each is a settings class with ``task`` and ``build(num_classes) -> nn.Module``; the module maps float32
+normalised images (N, 3, H, W) to raw outputs, the same in train and eval, and says in ``stride`` what
+H and W must be multiples of. A model knows no loss, no device, no Ray.
+"""
+
+from typing import Any
+
+from torch import nn
+
+from pipeline.errors import InputError, nearest
+from pipeline.models.anchor_free import AnchorFree, DetectionOutput
+from pipeline.models.smp import Smp
+from pipeline.models.unet import UNet
+
+ModelSettings = UNet | Smp | AnchorFree
+
+MODELS: dict[str, type[ModelSettings]] = {"unet": UNet, "smp": Smp, "anchor_free": AnchorFree}
+
+__all__ = ["MODELS", "DetectionOutput", "ModelSettings", "describe", "parse", "skeleton"]
+
+
+def parse(values: dict[str, Any], where: str) -> ModelSettings:
+    """Settings from ``{"name": "unet", ...}``; ``where`` (file, option) is named in the InputError."""
+    name = values.get("name")
+    if name not in MODELS:
+        raise InputError(f"{where}: 'model.name' = {name!r} is no model.{nearest(str(name), MODELS)}")
+    rest = {key: value for key, value in values.items() if key != "name"}
+    return MODELS[name].parse(rest, f"{where}: model")
+
+
+def describe(settings: ModelSettings) -> dict[str, Any]:
+    """The inverse of ``parse``: plain JSON types with the name, as configs and bundle manifests hold it."""
+    name = next(name for name, cls in MODELS.items() if type(settings) is cls)
+    return {"name": name, **settings.to_dict()}
+
+
+def skeleton(settings: ModelSettings, num_classes: int) -> nn.Module:
+    """A network whose weights are about to be loaded: as ``build``, but never fetches pretrained ones."""
+    if isinstance(settings, Smp):
+        settings = settings.model_copy(update={"encoder_weights": None})
+    return settings.build(num_classes)

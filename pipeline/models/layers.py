@@ -1,0 +1,66 @@
+"""Blocks that the project's own networks share: convolution + norm + ReLU, initialisation, input check."""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import InputError
+
+Norm = Literal["batch", "group"]
+
+
+def norm_layer(kind: Norm, channels: int) -> nn.Module:
+    """Batch norm, or group norm with as many groups (at most 8) as divide ``channels``.
+
+    Group norm (Wu & He 2018, https://arxiv.org/abs/1803.08494) does not mix images: use it where a worker's
+    batch is small, or where the gradient must not depend on how rows are sharded.
+    """
+    return nn.BatchNorm2d(channels) if kind == "batch" else nn.GroupNorm(math.gcd(8, channels), channels)
+
+
+def conv_block(inputs: int, outputs: int, norm: Norm, *, stride: int = 1) -> nn.Sequential:
+    """3x3 convolution (no bias: the norm has one), norm, ReLU."""
+    conv = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+    return nn.Sequential(conv, norm_layer(norm, outputs), nn.ReLU(inplace=True))
+
+
+class Residual(nn.Module):
+    """``relu(x + f(x))`` with two 3x3 convolutions in f (He et al. 2015); (N, c, H, W) -> the same."""
+
+    def __init__(self, channels: int, norm: Norm) -> None:
+        super().__init__()
+        self.first = conv_block(channels, channels, norm)
+        self.second = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm = norm_layer(norm, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, c, H, W) -> (N, c, H, W)."""
+        return torch.relu(x + self.norm(self.second(self.first(x))))
+
+
+def init_weights(module: nn.Module) -> None:
+    """Kaiming-normal weights (fan out, ReLU) and zero biases of every (transposed) convolution below."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+        elif isinstance(layer, nn.ConvTranspose2d):
+            # Kernel = stride: each output sees one tap, so its fan is the number of input channels,
+            # and no ReLU follows (the norm of the next block does).
+            nn.init.normal_(layer.weight, std=layer.in_channels**-0.5)
+        else:
+            continue
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+
+
+def check_input(images: Tensor, stride: int) -> None:
+    """Refuse a height or width that is no multiple of ``stride``, naming the size to pad to."""
+    height, width = int(images.shape[-2]), int(images.shape[-1])
+    if height % stride or width % stride:
+        up = (math.ceil(height / stride) * stride, math.ceil(width / stride) * stride)
+        raise InputError(
+            f"the model wants image sides that are multiples of {stride}, found {height}x{width} "
+            f"(height x width); set input.size to [{up[0]}, {up[1]}] or pad to it"
+        )

@@ -1,0 +1,52 @@
+"""Reading committed predictions: what the manifest names, and nothing else."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline import storage
+from pipeline.errors import InputError
+from pipeline.predictions.attempts import THREADS, attempt_number, committed
+
+
+def read(uri: str, columns: Sequence[str] | None = None, *, verify: bool = True) -> pa.Table:
+    """All committed rows, in the order of the plan.
+
+    Args:
+        uri: The folder of predictions.
+        columns: Columns to read; all if None.
+        verify: Compare each file with the manifest's sha256 (pyarrow does not notice flipped bits).
+
+    Raises:
+        InputError: Nothing is committed there, or a file is missing or not what the manifest says.
+    """
+    uri = storage.absolute(uri)
+    manifest = committed(uri)
+    if manifest is None:
+        unfinished = storage.exists(uri) and any(attempt_number(item.path) >= 0 for item in storage.list_files(uri))
+        hint = "the job did not finish; run it again" if unfinished else "check the path"
+        raise InputError(f"no committed predictions at '{uri}': {hint}")
+    names = list(columns) if columns is not None else None
+    with ThreadPoolExecutor(THREADS) as pool:
+        tables = list(pool.map(lambda entry: _read_file(uri, entry, names, verify), manifest["files"]))
+    return pa.concat_tables(tables).replace_schema_metadata(None)
+
+
+def _read_file(uri: str, entry: Mapping[str, Any], columns: list[str] | None, verify: bool) -> pa.Table:
+    where = storage.join(uri, entry["file"])
+    try:
+        if not verify:
+            with storage.open_input(where) as file:
+                return pq.ParquetFile(file).read(columns).replace_schema_metadata(None)
+        data = storage.read_bytes(where)
+    except OSError as error:
+        raise InputError(
+            f"'{where}' could not be read ({storage.classify(error)}), but the manifest names it"
+        ) from None
+    if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+        raise InputError(f"'{where}' is not what the manifest says (sha256 differs); predict again to another folder")
+    return pq.ParquetFile(pa.BufferReader(data)).read(columns).replace_schema_metadata(None)

@@ -1,0 +1,125 @@
+"""The whole tree of settings of a training run, and what it resolves to."""
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from pipeline import models
+from pipeline.augment import AugmentSettings, InputSettings
+from pipeline.config import Settings
+from pipeline.datasets import DatasetInfo
+from pipeline.errors import InputError
+from pipeline.models import ModelSettings
+from pipeline.optim import OptimSettings
+from pipeline.storage import absolute
+from pipeline.stream import StreamSettings
+from pipeline.tasks import TASKS
+from pipeline.tasks.base import Task
+
+
+class LoopSettings(Settings):
+    """How long, how wide, and when to look."""
+
+    batch_size: int = Field(default=8, ge=1)
+    """Images per worker and forward pass."""
+    accumulate: int = Field(default=1, ge=1)
+    """Forward passes per optimiser step."""
+    epochs: float | None = Field(default=None, gt=0)
+    """Passes over the training split; this or ``steps``."""
+    steps: int | None = Field(default=None, ge=1)
+    """Optimiser steps; this or ``epochs``."""
+    validate_every: int | None = Field(default=None, ge=1)
+    """Optimiser steps between validations; null = an epoch's worth."""
+    patience: int | None = Field(default=None, ge=1)
+    """Stop after this many validations in a row without a fall of the validation loss by ``min_delta``."""
+    min_delta: float = Field(default=0.0, ge=0)
+    workers: int = Field(default=1, ge=1)
+    """Data-parallel processes; with a GPU, one GPU each."""
+    threads: int | None = Field(default=None, ge=1)
+    """CPU threads of a worker; null = its share of the machine's cores."""
+    log_every: int = Field(default=10, ge=1)
+    """Optimiser steps between lines of metrics.jsonl."""
+    max_failures: int = Field(default=2, ge=0)
+    """Restarts of the worker group before the run is given up."""
+    sync_batch_norm: bool = False
+    """Batch statistics over all workers; GPUs only."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give exactly one of epochs and steps")
+        return self
+
+
+class TrainConfig(Settings):
+    """Everything that decides a run, except the data behind ``data``."""
+
+    task: Literal["segmentation", "detection"]
+    data: str
+    """URI of a dataset made by ``dubito ingest``."""
+    out: str
+    """URI of the folder to write: config.json, members/, bundle/."""
+    seed: int = 0
+    model: dict[str, Any]
+    """``name`` (see pipeline.models.MODELS) and that model's own settings."""
+    loss: dict[str, Any] = Field(default_factory=dict)
+    """Segmentation: weight of each term by name. Detection: settings of its loss."""
+    input: InputSettings
+    augment: AugmentSettings = Field(default_factory=AugmentSettings)
+    optim: OptimSettings = Field(default_factory=OptimSettings)
+    train: LoopSettings
+    stream: StreamSettings = Field(default_factory=StreamSettings)
+    predict: dict[str, Any] = Field(default_factory=dict)
+    """Settings of the task's predictions (detection: score_threshold, nms_iou, max_boxes)."""
+
+    def model_settings(self, where: str = "config") -> ModelSettings:
+        """The model's settings, checked against the task; ``where`` is named in the InputError."""
+        settings = models.parse(self.model, where)
+        if settings.task != self.task:
+            fitting = ", ".join(sorted(name for name, kind in models.MODELS.items() if kind.task == self.task))
+            raise InputError(
+                f"{where}: model '{self.model['name']}' is for {settings.task}, but task is {self.task};"
+                f" choose one of {fitting}"
+            )
+        return settings
+
+    def build_task(self, info: DatasetInfo, threads: int, multiple: int = 32) -> Task:
+        """The task over this dataset's classes; whole images are framed to a ``multiple`` of the model's stride.
+
+        Raises:
+            InputError: The dataset has no labels for this task.
+        """
+        if self.task not in info.tasks:
+            raise InputError(
+                f"'{info.uri}' has no labels for {self.task}; it can serve {', '.join(info.tasks) or 'no task'}"
+            )
+        return TASKS[self.task](
+            classes=list(info.classes),
+            background=info.background,
+            input=self.input,
+            loss=self.loss,
+            predict=self.predict,
+            threads=threads,
+            multiple=multiple,
+        )
+
+    def with_absolute_uris(self) -> Self:
+        """``data`` and ``out`` as every process of a cluster can read them."""
+        return self.model_copy(update={"data": absolute(self.data), "out": absolute(self.out)})
+
+    def resolved(self) -> dict[str, Any]:
+        """The tree with every default filled in, the model's too."""
+        tree = self.to_dict()
+        tree["model"] = models.describe(self.model_settings())
+        return tree
+
+    def length(self, rows: int) -> tuple[int, int]:
+        """(stream positions of the whole run, images of one optimiser step) for a split of ``rows`` images."""
+        global_batch = self.train.batch_size * self.train.accumulate * self.train.workers
+        if self.train.steps is not None:
+            return self.train.steps * global_batch, global_batch
+        return max(1, round(rows * float(self.train.epochs or 0))), global_batch
+
+    def validate_every(self, rows: int, global_batch: int) -> int:
+        """Optimiser steps between validations, for a train split of ``rows`` images."""
+        return self.train.validate_every or max(1, rows // global_batch)

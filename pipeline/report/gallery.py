@@ -1,0 +1,117 @@
+"""A picture of predictions beside the truth, the most doubtful first."""
+
+import io
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
+from matplotlib.patches import Rectangle
+
+from pipeline.decode import decode
+from pipeline.schema import VOID, unpack_map
+
+MIN_SCORE = 0.3
+"""Boxes below this score are not drawn."""
+
+
+def most_doubtful(predictions: pa.Table, count: int) -> list[str]:
+    """image_ids of the ``count`` rows with the highest ``uncertainty``, highest first."""
+    good = predictions.filter(pc.field("status") == "ok")
+    return good.sort_by([("uncertainty", "descending"), ("image_id", "ascending")])["image_id"][:count].to_pylist()
+
+
+def gallery(
+    groups: list[tuple[str, pa.Table, pa.Table]], task: str, classes: list[str], background: int | None
+) -> bytes:
+    """A PNG: one row an image, in the order of each group's ``rows``.
+
+    Args:
+        groups: (title, dataset rows, prediction rows of the same image_ids in any order).
+        task: Segmentation draws input, truth, prediction, uncertainty; detection input and truth, prediction.
+        classes: Names by label.
+        background: Its label, drawn transparent; or None.
+    """
+    columns = 4 if task == "segmentation" else 2
+    total = sum(rows.num_rows for _, rows, _ in groups)
+    figure, axes = plt.subplots(total, columns, figsize=(2.6 * columns, 2.6 * total), squeeze=False)
+    colours = plt.get_cmap("tab20" if len(classes) > 10 else "tab10")(np.arange(len(classes)) % 20)
+    if background is not None:
+        colours[background, 3] = 0.0
+    at = 0
+    for title, rows, predictions in groups:
+        found = {row["image_id"]: row for row in predictions.to_pylist()}
+        for row in rows.to_pylist():
+            prediction = found[row["image_id"]]
+            axes[at, 0].set_ylabel(f"{title}\nuncertainty {prediction['uncertainty']:.3g}", fontsize=8)
+            draw = _draw_masks if task == "segmentation" else _draw_boxes
+            draw(axes[at], row, prediction, classes, colours)
+            at += 1
+    for axis in axes.flat:
+        axis.set_xticks([])
+        axis.set_yticks([])
+    figure.tight_layout()
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=90)
+    plt.close(figure)
+    return out.getvalue()
+
+
+def _mask(packed: bytes, row: dict[str, Any]) -> np.ndarray:
+    height, width = row["height"], row["width"]
+    return np.frombuffer(unpack_map(packed, height, width), np.uint8).reshape(height, width)
+
+
+def _draw_masks(
+    axes: np.ndarray, row: dict[str, Any], prediction: dict[str, Any], classes: list[str], colours: np.ndarray
+) -> None:
+    image = decode(row["image"])
+    colormap = ListedColormap(colours)
+    masks = [("truth", row["mask"]), ("prediction", prediction["mask"])]
+    axes[0].imshow(image)
+    axes[0].set_title("input", fontsize=8)
+    for axis, (name, packed) in zip(axes[1:3], masks, strict=True):
+        mask = np.ma.masked_equal(_mask(packed, row), VOID)
+        axis.imshow(image.mean(2), cmap="gray", alpha=0.6)
+        axis.imshow(mask, cmap=colormap, vmin=-0.5, vmax=len(classes) - 0.5, interpolation="nearest")
+        present = [classes[int(value)] for value in np.unique(mask.compressed()) if colours[int(value), 3] > 0]
+        axis.set_title(f"{name}: {', '.join(present[:6])}", fontsize=8)
+    shape = prediction["map_height"], prediction["map_width"]
+    packed = unpack_map(prediction["uncertainty_map"], *shape)
+    axes[3].imshow(np.frombuffer(packed, np.uint8).reshape(shape), cmap="magma", vmin=0, vmax=255)
+    axes[3].set_title("uncertainty (entropy / ln C)", fontsize=8)
+
+
+def _draw_boxes(
+    axes: np.ndarray, row: dict[str, Any], prediction: dict[str, Any], classes: list[str], colours: np.ndarray
+) -> None:
+    image = decode(row["image"])
+    said = [box for box in prediction["boxes"] if box["score"] >= MIN_SCORE]
+    for axis, name, boxes in ((axes[0], "truth", row["boxes"]), (axes[1], "prediction", said)):
+        axis.imshow(image)
+        axis.set_title(name, fontsize=8)
+        for box in boxes:
+            _draw_box(axis, box, classes, colours)
+
+
+def _draw_box(axis: Axes, box: dict[str, Any], classes: list[str], colours: np.ndarray) -> None:
+    """Continuous edges, while imshow centres the first pixel on 0: hence the half pixel."""
+    x, y, width, height = box["x1"] - 0.5, box["y1"] - 0.5, box["x2"] - box["x1"], box["y2"] - box["y1"]
+    colour = colours[box["label"], :3]
+    axis.add_patch(Rectangle((x, y), width, height, fill=False, edgecolor=colour, linewidth=1.5))
+    doubt = f" {box['score']:.2f} H {box['entropy']:.2f}" if "score" in box else ""
+    axis.text(
+        x,
+        y,
+        f"{classes[box['label']]}{doubt}",
+        fontsize=6,
+        color="white",
+        backgroundcolor=colour,
+        va="bottom",
+    )

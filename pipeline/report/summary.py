@@ -1,0 +1,43 @@
+"""The demo's figures: one table, one picture a task, one JSON file."""
+
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline import predictions
+from pipeline.datasets import DatasetInfo, read_row_group, row_groups
+from pipeline.metrics.ranking import auroc
+from pipeline.report.gallery import gallery, most_doubtful
+
+COLUMNS = ["image_id", "image", "height", "width", "mask", "boxes"]
+
+
+def doubt(test: pa.Table, shifted: pa.Table) -> dict[str, float]:
+    """Mean uncertainty on both, and how well it tells one from the other (AUROC, 1 = perfectly)."""
+    low, high = (_uncertainty(table) for table in (test, shifted))
+    return {
+        "uncertainty_test": float(low.mean()),
+        "uncertainty_shifted": float(high.mean()),
+        "shift_auroc": auroc(low, high),
+    }
+
+
+def _uncertainty(table: pa.Table) -> Any:
+    return table["uncertainty"].drop_null().to_numpy()
+
+
+def rows_of(info: DatasetInfo, split: str, image_ids: list[str]) -> pa.Table:
+    """Dataset rows with these ids, in their order."""
+    table = pa.concat_tables([read_row_group(group, COLUMNS) for group in row_groups(info, split)])
+    at = {name: row for row, name in enumerate(table["image_id"].to_pylist())}
+    return table.take(pa.array([at[name] for name in image_ids]))
+
+
+def picture(task: str, parts: list[tuple[str, DatasetInfo, str]], each: int = 4) -> bytes:
+    """A PNG of the ``each`` most doubtful images of every (title, dataset, predictions URI)."""
+    groups = []
+    for title, info, uri in parts:
+        table = predictions.read(uri)
+        groups.append((title, rows_of(info, "test", most_doubtful(table, each)), table))
+    info = parts[0][1]
+    return gallery(groups, task, list(info.classes), info.background)

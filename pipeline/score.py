@@ -1,0 +1,291 @@
+"""Plan, anti-join, actor pool, commit: what predict, evaluate and the demo all call.
+
+One Ray Data execution a job: a task reads a unit's encoded images, an actor that holds all members predicts
+them, writes the unit's file and returns one small row about it. A unit travels as ONE row that holds an Arrow
+stream: Ray may split and merge blocks as it likes, and ``batch_size=1`` (which it insists on for GPUs) is
+one unit.
+"""
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+import torch
+from ray.data import ActorPoolStrategy
+
+from pipeline import predictions, storage, units
+from pipeline.bundle import Bundle, open_bundle
+from pipeline.errors import InputError
+from pipeline.predict import Meters, Predictor, task_of
+from pipeline.predictions import Attempt, UnitFile
+from pipeline.telemetry import NoSink, Progress, Sink
+from pipeline.units import Plan, Unit
+
+_READ_CPUS = 0.5
+"""A reading task waits for storage more than it computes. Other resources than the actor's also keep Ray
+from fusing it into the actor, where it would run between two predictions instead of beside one."""
+
+
+def predict(
+    bundle: str, data: str, out: str, split: str | None = None, sink: Sink | None = None, **resources: Any
+) -> dict[str, Any]:
+    """Score a dataset or a folder of images and commit the predictions at ``out``; see ``score``."""
+    return score(bundle, data, out=out, split=split, sink=sink, **resources)
+
+
+def score(
+    bundle: str,
+    data: str,
+    *,
+    out: str | None = None,
+    split: str | None = None,
+    measure: bool = False,
+    sink: Sink | None = None,
+    actors: int | None = None,
+    threads: int | None = None,
+) -> dict[str, Any]:
+    """Run every image of ``data`` through every member of ``bundle``, once.
+
+    Ray must be running. An unfinished run with the same inputs is continued; only its missing units are
+    scored.
+
+    Args:
+        bundle: URI of a bundle.
+        data: URI of a dataset or of a folder of images.
+        out: Where predictions are committed; None to measure only.
+        split: Split of the dataset; None for all.
+        measure: Compare with the dataset's labels.
+        sink: Where progress goes.
+        actors: Processes that hold the members; None = one a GPU, or what the CPUs allow.
+        threads: CPU threads of each; None = its share.
+
+    Returns:
+        ``rows, statuses, bundle_id, members, uncertainty_mean, data, split, seconds``; with ``out`` also
+        ``out, already, attempt, adopted, scored`` (the last two in units); with ``measure`` also
+        ``metrics`` (of the pool, and ``members``: a list of the same).
+
+    Raises:
+        InputError: Bad input, or an output that other inputs committed.
+    """
+    began = time.monotonic()
+    opened = open_bundle(bundle)
+    plan = units.make_plan(opened, data, split, measure=measure)
+    out = storage.absolute(out) if out is not None else None
+    found = predictions.committed(out, plan.inputs) if out is not None else None
+    if found is not None:
+        return _done_already(opened, plan, split, out, found, measure)
+    attempt = None
+    if out is not None:
+        attempt = predictions.start(out, inputs=plan.inputs, digest=plan.digest, expected=plan.expected)
+    adopted = attempt.adopted if attempt is not None else {}
+    progress = Progress(sink or NoSink(), "evaluate" if out is None else "predict", plan.rows, 0)
+    progress.advance(sum(item.rows for item in adopted.values()))
+    todo = [unit for unit in plan.units if unit.number not in adopted]
+    pool = _pool(len(todo), actors, threads)
+    finished = [*adopted.values(), *_run(opened, plan, todo, attempt, measure, progress, pool)]
+    predictions.check(finished, plan.expected)
+    summary = _summary(opened, plan, split, finished)
+    if measure:
+        summary["metrics"] = _merged(opened, finished)
+    if attempt is not None:
+        summary = _commit(opened, plan, attempt, finished, summary)
+        summary |= {"adopted": len(adopted), "scored": len(todo)}
+    return {**summary, "seconds": time.monotonic() - began}
+
+
+def _done_already(
+    bundle: Bundle, plan: Plan, split: str | None, out: str | None, manifest: dict[str, Any], measure: bool
+) -> dict[str, Any]:
+    if measure and "metrics" not in manifest:
+        raise InputError(f"'{out}' was committed without metrics; use dubito evaluate, or another output")
+    kept = {key: manifest[key] for key in ("rows", "statuses", "uncertainty_mean", "attempt")}
+    kept |= {"metrics": manifest["metrics"]} if measure else {}
+    common = {"bundle_id": bundle.id, "members": bundle.members, "data": plan.inputs["data"], "split": split}
+    return {**common, **kept, "out": out, "already": True, "adopted": 0, "scored": 0, "seconds": 0.0}
+
+
+def _summary(bundle: Bundle, plan: Plan, split: str | None, finished: Sequence[UnitFile]) -> dict[str, Any]:
+    statuses: dict[str, int] = {}
+    for item in finished:
+        for word, count in item.statuses.items():
+            statuses[word] = statuses.get(word, 0) + count
+    ok, total = statuses.get("ok", 0), sum(item.uncertainty_sum for item in finished)
+    return {
+        "rows": plan.rows,
+        "statuses": statuses,
+        "bundle_id": bundle.id,
+        "members": bundle.members,
+        "uncertainty_mean": total / ok if ok else None,
+        "data": plan.inputs["data"],
+        "split": split,
+    }
+
+
+def _commit(
+    bundle: Bundle, plan: Plan, attempt: Attempt, finished: Sequence[UnitFile], summary: dict[str, Any]
+) -> dict[str, Any]:
+    extra = {key: summary[key] for key in ("bundle_id", "members", "uncertainty_mean", "metrics") if key in summary}
+    manifest = predictions.commit(
+        attempt, finished, expected=plan.expected, inputs=plan.inputs, extra={"task": bundle.task, **extra}
+    )
+    won = manifest["attempt"] == attempt.number
+    return {**summary, "out": attempt.uri, "attempt": manifest["attempt"], "already": not won}
+
+
+@dataclass(frozen=True)
+class Pool:
+    """How many actors hold the members, and what each takes."""
+
+    size: int
+    cpus: int
+    gpus: int
+    threads: int
+
+
+def _pool(todo: int, actors: int | None, threads: int | None) -> Pool:
+    """An actor on each GPU; where there are none, as many as the CPUs allow, one left to the readers."""
+    total = ray.cluster_resources()
+    cpus, gpus = int(total.get("CPU", 1)), int(total.get("GPU", 0))
+    if gpus:
+        size = max(1, min(actors or gpus, todo))
+        return Pool(size, 1, 1, threads or max(1, min(16, cpus // gpus - 1)))
+    each = 2 if cpus >= 4 else 1
+    size = max(1, min(actors or max(1, (cpus - 1) // each), todo))
+    return Pool(size, each, 0, threads or min(2, cpus))
+
+
+def _run(
+    bundle: Bundle,
+    plan: Plan,
+    todo: Sequence[Unit],
+    attempt: Attempt | None,
+    measure: bool,
+    progress: Progress,
+    pool: Pool,
+) -> Iterator[UnitFile]:
+    """Score the units; yields each as it is finished, in no order."""
+    if not todo:
+        return
+    # One block a unit; a source of rows in memory spares the range operator and its task for each unit.
+    blocks = [pa.table({"unit": [unit.number], "spec": [_spec(unit)]}) for unit in todo]
+    reader = Reader(plan.info.uri if plan.info is not None else "", plan.columns)
+    out = (attempt.uri, attempt.name, attempt.digest) if attempt is not None else None
+    rows = (
+        ray.data.from_arrow(blocks)
+        .map_batches(reader, batch_size=1, batch_format="pyarrow", num_cpus=_READ_CPUS)
+        .map_batches(
+            Scorer,
+            batch_size=1,
+            batch_format="pyarrow",
+            compute=ActorPoolStrategy(size=pool.size),
+            num_cpus=pool.cpus,
+            num_gpus=pool.gpus or None,
+            fn_constructor_args=(bundle.uri, bundle.id, pool.threads, measure, out),
+        )
+    )
+    for row in rows.iter_rows():
+        item = _from_row(row)
+        progress.advance(item.rows)
+        yield item
+
+
+def _spec(unit: Unit) -> str:
+    return json.dumps({"rows": unit.rows, "source": unit.source, "files": unit.files})
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Runs in tasks: one planned unit -> the same row with its images, as an Arrow stream."""
+
+    data: str
+    columns: tuple[str, ...]
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """``batch`` is one row: a unit."""
+        spec = json.loads(batch["spec"][0].as_py())
+        sink, fault = pa.BufferOutputStream(), None
+        try:
+            table = units.read_unit(spec["source"], spec["rows"], self.data, self.columns)
+            with pa.ipc.new_stream(sink, table.schema) as stream:
+                stream.write_table(table)
+        except InputError as error:
+            fault = str(error)
+        whole = sink.getvalue()
+        ends = pa.py_buffer(np.array([0, whole.size], np.int64))
+        images = pa.Array.from_buffers(pa.large_binary(), 1, [None, ends, whole])
+        files, faults = [json.dumps(spec["files"])], pa.array([fault], pa.string())
+        return pa.table({"unit": batch["unit"], "files": files, "images": images, "fault": faults})
+
+
+class Scorer:
+    """Runs in actors: one unit's images -> predictions, written here -> one small row.
+
+    Wrong input travels to the driver in the row: Ray loses the type of what an actor raises.
+    """
+
+    def __init__(
+        self, bundle_uri: str, bundle_id: str, threads: int, measure: bool, out: tuple[str, str, str] | None
+    ) -> None:
+        torch.set_num_threads(threads)
+        self.measure, self.out = measure, out
+        self.fault: str | None = None
+        try:
+            self.predictor = Predictor(bundle_uri, threads=threads)
+        except InputError as error:
+            self.fault = str(error)
+            return
+        if self.predictor.bundle.id != bundle_id:
+            self.fault = f"bundle '{bundle_uri}' was replaced while it was in use; run again"
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """``batch`` is one row: a unit."""
+        unit, fault = batch["unit"][0].as_py(), self.fault or batch["fault"][0].as_py()
+        nothing = UnitFile(unit, "", 0, 0, "", {}, 0.0, predictions.id_hashes([]))
+        if fault is not None:
+            return _to_row(nothing, fault)
+        try:
+            with pa.ipc.open_stream(batch["images"][0].as_buffer()) as stream:
+                return _to_row(self._score(unit, stream.read_all(), json.loads(batch["files"][0].as_py())), "")
+        except InputError as error:
+            return _to_row(nothing, str(error))
+
+    def _score(self, unit: int, table: pa.Table, sources: list[str]) -> UnitFile:
+        state = b""
+        if self.measure:
+            scored, meters = self.predictor.measure(table)
+            state = meters.to_bytes()
+        else:
+            scored = self.predictor(table)
+        if self.out is not None:
+            uri, folder, digest = self.out
+            return predictions.write_unit(uri, folder, unit, scored, digest=digest, sources=sources, metrics=state)
+        ids = predictions.id_hashes(scored["image_id"].to_pylist())
+        return UnitFile(unit, "", len(scored), 0, "", **predictions.summarise(scored), ids=ids, metrics=state)
+
+
+def _to_row(item: UnitFile, fault: str) -> pa.Table:
+    values = {**item.listed(), "uncertainty_sum": item.uncertainty_sum, "fault": fault}
+    values |= {"statuses": json.dumps(item.statuses), "ids": item.ids.tobytes(), "metrics": item.metrics}
+    return pa.table({key: [value] for key, value in values.items()})
+
+
+def _from_row(row: dict[str, Any]) -> UnitFile:
+    fault = row.pop("fault")
+    if fault:
+        raise InputError(fault)
+    return UnitFile(**{**row, "statuses": json.loads(row["statuses"]), "ids": np.frombuffer(row["ids"], "<u8")})
+
+
+def _merged(bundle: Bundle, finished: Sequence[UnitFile]) -> dict[str, Any]:
+    """Metrics over all units, whatever attempt they are from, added in the order of the plan."""
+    metric = task_of(bundle).metric()
+    total, *rest = (Meters.from_bytes(item.metrics, metric) for item in sorted(finished, key=lambda item: item.unit))
+    for meters in rest:
+        total.merge(meters)
+    return total.compute()

@@ -1,0 +1,205 @@
+"""The one interface of tasks: from rows to a batch, a loss, predictions, doubt, metrics, columns.
+
+Predictions of one member and the fusion of several are opaque to everybody else:
+``predict`` makes one, ``fuse`` joins them, ``measure`` and ``to_columns`` read them.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from pipeline import boxes as box_ops
+from pipeline.augment import Batch, InputSettings, crop_offsets, frame
+from pipeline.config import Settings
+from pipeline.decode import DecodeError, decode_many
+from pipeline.errors import InputError
+
+Term = tuple[float, Tensor, Tensor]
+"""Weight, sum, count."""
+Failure = tuple[int, str, str]
+"""Row of the table, reason (a word of ``schema.STATUSES``), detail."""
+
+
+class Task(ABC):
+    """What a dataset, a model and a loop have in common for one kind of label.
+
+    Args:
+        classes: Names in label order.
+        background: Label of the implicit background, if there is one.
+        input: What the network sees.
+        loss: Settings of the loss; {} = defaults.
+        predict: Settings of predictions; {} = defaults.
+        threads: CPU threads that decode and resize.
+        multiple: Whole-image frames (``fit: crop``) are padded to a multiple of it: the model's stride.
+
+    Raises:
+        InputError: Unknown or wrong settings.
+    """
+
+    name: ClassVar[str]
+    label_column: ClassVar[str]
+    """What it learns from."""
+
+    def __init__(
+        self,
+        classes: list[str],
+        background: int | None,
+        input: InputSettings,
+        loss: dict[str, Any],
+        predict: dict[str, Any] | None = None,
+        threads: int = 1,
+        multiple: int = 32,
+    ) -> None:
+        self.classes, self.background, self.input = list(classes), background, input
+        self.threads, self.multiple = threads, multiple
+        self.settings = self._parse_predict(predict or {})
+        self._set_loss(loss)
+
+    @abstractmethod
+    def _parse_predict(self, values: dict[str, Any]) -> Settings: ...
+
+    @abstractmethod
+    def _set_loss(self, values: dict[str, Any]) -> None: ...
+
+    @property
+    @abstractmethod
+    def num_outputs(self) -> int:
+        """Classes that the model tells apart, for its ``build``."""
+
+    @property
+    @abstractmethod
+    def terms(self) -> list[str]:
+        """Names of the loss terms, sorted."""
+
+    def collate(self, table: pa.Table, *, train: bool, seed: int) -> tuple[Batch, list[Failure]]:
+        """Decode and frame the rows of a table, on the CPU.
+
+        Args:
+            table: ``image_id, image``, perhaps ``height, width`` and the label column; with ``train`` also
+                ``epoch, position``.
+            train: Random windows where the input is cropped; every row must be labelled.
+            seed: Of the windows.
+
+        Returns:
+            The Batch of the rows that could be decoded, in order (labels None when the table has no label
+            column; a null label of a row is all void, or no boxes), and the other rows with the reason.
+
+        Raises:
+            InputError: With ``train``, a row is not labelled; a label names no class.
+        """
+        decoded = decode_many(table["image"].to_pylist(), self.threads)
+        labelled = self.label_column in table.column_names
+        sizes = _stored_sizes(table) if labelled else [None] * len(decoded)
+        images: list[np.ndarray] = []
+        rows: list[int] = []
+        failures: list[Failure] = []
+        for row, (item, size) in enumerate(zip(decoded, sizes, strict=True)):
+            if isinstance(item, DecodeError):
+                failures.append((row, item.reason, str(item)))
+            elif size is not None and item.shape[:2] != size:
+                found = f"{item.shape[0]}x{item.shape[1]}"
+                failures.append((row, "corrupt", f"decodes to {found}, its labels are for {size[0]}x{size[1]}"))
+            else:
+                images.append(item)
+                rows.append(row)
+        kept = table.take(pa.array(rows, pa.int64())) if failures else table
+        return self._batch(kept, images, train=train, seed=seed), failures
+
+    def _batch(self, table: pa.Table, images: list[np.ndarray], *, train: bool, seed: int) -> Batch:
+        ids = table["image_id"].to_pylist()
+        epochs, positions = (_keys(table, name, train) for name in ("epoch", "position"))
+        labels = {"masks": None, "boxes": None, "labels": None, "crowd": None}
+        if self.label_column in table.column_names:
+            column = table[self.label_column]
+            if train and column.null_count:
+                row = column.is_null().to_pylist().index(True)
+                raise InputError(
+                    f"image '{ids[row]}' is in the train split but has no {self.label_column}; label it, "
+                    f"or move it to another split and ingest again"
+                )
+            labels |= self._labels(column, ids, [(image.shape[0], image.shape[1]) for image in images])
+        offsets = crop_offsets(seed, epochs, positions) if train else None
+        # Inference mode is a matter of threads: those of frame() may not write to tensors made inside it.
+        with torch.inference_mode(False):
+            framed = frame(
+                images, input=self.input, train=train, offsets=offsets, multiple=self.multiple,
+                threads=self.threads, **labels,
+            )  # fmt: skip
+        return Batch(image_ids=ids, epochs=torch.from_numpy(epochs), positions=torch.from_numpy(positions), **framed)
+
+    @abstractmethod
+    def _labels(self, column: pa.ChunkedArray, ids: list[str], sizes: list[tuple[int, int]]) -> dict[str, Any]:
+        """Arguments of ``frame``, from this task's label column."""
+
+    @abstractmethod
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        """What each loss term is divided by: term -> scalar; of targets alone."""
+
+    @abstractmethod
+    def loss(self, outputs: Any, batch: Batch) -> dict[str, Term]:
+        """Term -> (weight, sum, count) of a model's raw outputs."""
+
+    @abstractmethod
+    def predict(self, outputs: Any, batch: Batch) -> Any:
+        """One member's probabilities, on its device, in the batch's frame."""
+
+    @abstractmethod
+    def fuse(self, members: Iterable[Any]) -> Any:
+        """The pool of members, taken one at a time: memory does not grow with their number."""
+
+    @abstractmethod
+    def metric(self) -> Any:
+        """A fresh ``pipeline.metrics.Metric``."""
+
+    @abstractmethod
+    def measure(self, predicted: Any, batch: Batch, truth: pa.Table | None, metric: Any) -> None:
+        """Count predictions against the truth at each image's own size.
+
+        Args:
+            predicted: What ``predict`` or ``fuse`` gave.
+            batch: What it was made from.
+            truth: The rows of the batch with their label column; rows that are null there are not counted.
+            metric: Updated.
+
+        Raises:
+            InputError: There is no label column.
+        """
+
+    @abstractmethod
+    def to_columns(self, fused: Any, batch: Batch) -> dict[str, list[Any]]:
+        """``uncertainty`` and the columns of ``schema.PREDICTIONS[name]`` beyond the common ones, by row."""
+
+    def _truth(self, truth: pa.Table | None) -> pa.ChunkedArray:
+        if truth is None or self.label_column not in truth.column_names:
+            raise InputError(
+                f"no column '{self.label_column}': metrics of {self.name} need a dataset with those labels"
+            )
+        return truth[self.label_column]
+
+
+def image_area(batch: Batch) -> Tensor:
+    """(N, 4) float32 x1, y1, x2, y2 of the images inside the batch's frame (upright: nothing was turned)."""
+    height, width = batch.sizes.to(batch.matrices).unbind(1)
+    zero = torch.zeros_like(height)
+    corners = torch.stack([zero, zero, width, height], 1)
+    return box_ops.transform_boxes(corners[:, None], batch.matrices)[:, 0]
+
+
+def _stored_sizes(table: pa.Table) -> list[tuple[int, int] | None]:
+    if "height" not in table.column_names or "width" not in table.column_names:
+        return [None] * table.num_rows
+    pairs = zip(table["height"].to_pylist(), table["width"].to_pylist(), strict=True)
+    return [None if height is None or width is None else (height, width) for height, width in pairs]
+
+
+def _keys(table: pa.Table, name: str, train: bool) -> np.ndarray:
+    if name in table.column_names:
+        return np.array(table[name].to_numpy(), np.int64)
+    if train:
+        raise ValueError(f"a training table needs the column '{name}', found {table.column_names}")
+    return np.zeros(table.num_rows, np.int64)

@@ -1,0 +1,204 @@
+"""Measures of doubt: pure tensor functions, member axis first, and running means over members.
+
+Let ``p_m`` be what member m of M says about one pixel or box, and ``p = 1/M Σ_m p_m`` the pool
+(Lakshminarayanan et al. 2017, 1612.01474). Total entropy ``H[p]`` = expected entropy ``1/M Σ_m H[p_m]`` +
+mutual information ``1/M Σ_m KL(p_m || p)`` (Depeweg et al. 2018, 1710.07283). All entropies are in nats.
+
+Maps are (N, H, W); ``valid`` (N, H, W) bool marks the pixels of the image in a padded frame.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def entropy(probabilities: Tensor, dim: int) -> Tensor:
+    """``-Σ_c p_c ln p_c`` over ``dim``, which is dropped; 0 ln 0 = 0."""
+    return torch.special.entr(probabilities).sum(dim)
+
+
+def expected_entropy(members: Tensor, dim: int) -> Tensor:
+    """``1/M Σ_m H[p_m]`` of (M, ...) probabilities; ``dim`` is the class axis, counted with the members'."""
+    return entropy(members, dim).mean(0)
+
+
+def mutual_information(total: Tensor, expected: Tensor) -> Tensor:
+    """``H[p] - 1/M Σ_m H[p_m]``, never negative by Jensen's inequality; rounding below 0 is cut off."""
+    return (total - expected).clamp(min=0)
+
+
+class RunningMean:
+    """Mean over members, one at a time: memory does not grow with their number.
+
+    ``mean += (x - mean) / m``: the mean of equal members is exactly that member, which Σx / M is not.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._mean: Tensor | None = None
+
+    def add(self, values: Tensor) -> None:
+        """Take in one member's values, of the same shape each time; they are not changed."""
+        self.count += 1
+        if self._mean is None:
+            self._mean = values.clone()
+        else:
+            self._mean.lerp_(values, 1 / self.count)
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of all that was added."""
+        if self._mean is None:
+            raise ValueError("the mean of no members; add at least one")
+        return self._mean
+
+
+class RunningSpread:
+    """Weighted mean and standard deviation over members (West 1979, 10.1145/359146.359153).
+
+    ``mean = Σ w x / Σ w`` and ``std = sqrt(Σ w (x - mean)² / Σ w)``: that of the mixture of the members, 0
+    for one member and for equal members.
+    """
+
+    def __init__(self) -> None:
+        self.mean = torch.zeros(())
+        self._squares = torch.zeros(())
+        self._weight: Tensor | None = None
+
+    def add(self, values: Tensor, weights: Tensor) -> None:
+        """Take in one member's ``values`` (..., D) with positive ``weights`` (...)."""
+        weights = weights[..., None]
+        if self._weight is None:
+            self.mean, self._squares = values.clone(), torch.zeros_like(values)
+            self._weight = weights.clone()
+            return
+        self._weight = self._weight + weights
+        before = values - self.mean
+        self.mean = self.mean + before * (weights / self._weight)
+        self._squares = self._squares + weights * before * (values - self.mean)
+
+    @property
+    def std(self) -> Tensor:
+        """(..., D), in the unit of the values."""
+        if self._weight is None:
+            raise ValueError("the spread of no members; add at least one")
+        return (self._squares / self._weight).clamp(min=0).sqrt()
+
+
+def with_rest(scores: Tensor) -> Tensor:
+    """Independent sigmoid scores (..., K) -> one distribution (..., K + 1), the last "none of these".
+
+    Existence ``e = max_c s_c``; ``p_c = e s_c / Σ s``; the rest is ``1 - e``.
+    """
+    existence = scores.amax(-1, keepdim=True)
+    tiny = torch.finfo(scores.dtype).tiny
+    return torch.cat([existence * (scores / scores.sum(-1, keepdim=True).clamp(min=tiny)), 1 - existence], -1)
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """(N,) mean of (N, H, W) ``values`` where ``mask``; NaN where there is no pixel."""
+    total = torch.where(mask, values, 0).sum((1, 2), dtype=torch.float64)
+    return (total / mask.sum((1, 2))).to(values.dtype)
+
+
+def masked_quantile(values: Tensor, mask: Tensor, q: float) -> Tensor:
+    """(N,) the smallest of the masked values that a share ``q`` of them does not exceed; NaN of none."""
+    flat = torch.where(mask, values, -torch.inf).flatten(1)
+    inside = mask.sum((1, 2)).tolist()
+    out = values.new_full((len(inside),), torch.nan)
+    for n, count in enumerate(inside):
+        if count:
+            # Pixels outside sort first; 1e-9 keeps 0.95 * 20 at 19.
+            rank = flat.shape[1] - count + max(1, -int(-(q * count - 1e-9) // 1))
+            out[n] = flat[n].kthvalue(rank).values
+    return out
+
+
+def patch_max(values: Tensor, valid: Tensor, size: int) -> Tensor:
+    """(N,) largest mean over any ``size`` x ``size`` window wholly inside the image.
+
+    Kahl et al. 2024 (2401.08501), "patch level". The mean over the image where it is smaller than one window.
+    """
+    if min(values.shape[-2:]) < size:
+        return masked_mean(values, valid)
+    # One pixel outside makes the mean of its windows -inf.
+    rows = F.avg_pool2d(torch.where(valid, values, -torch.inf)[:, None], (size, 1), stride=1)
+    best = F.avg_pool2d(rows, (1, size), stride=1).flatten(1).amax(1)
+    return torch.where(best.isfinite(), best, masked_mean(values, valid))
+
+
+def inner(labels: Tensor, valid: Tensor, radius: int) -> Tensor:
+    """(N, H, W) bool: pixels of the image with one label only within ``radius`` rows and columns.
+
+    Boundaries between classes are doubtful in any image; without them what is left tells images apart.
+    """
+    values = labels.to(torch.uint8)
+    high = _window_max(torch.where(valid, values, 0), radius)
+    # 255 is no label, so a pixel outside the image is neither the largest nor the smallest.
+    low = 255 - _window_max(torch.where(valid, 255 - values, 0), radius)
+    return valid & (high == low)
+
+
+def _window_max(values: Tensor, radius: int) -> Tensor:
+    """Maximum within ``radius`` rows and columns, by shifts: on uint8 much faster than pooling."""
+    for dim in (1, 2):
+        out, length = values.clone(), values.shape[dim]
+        for shift in range(1, min(radius, length - 1) + 1):
+            for source, target in ((0, shift), (shift, 0)):
+                part = out.narrow(dim, target, length - shift)
+                torch.maximum(part, values.narrow(dim, source, length - shift), out=part)
+        values = out
+    return values
+
+
+def inner_mean(values: Tensor, labels: Tensor, valid: Tensor, radius: int) -> Tensor:
+    """(N,) mean over ``inner`` pixels; over the whole image where every pixel is near a boundary."""
+    away = inner(labels, valid, radius)
+    means = masked_mean(values, away)
+    return torch.where(means.isnan(), masked_mean(values, valid), means)
+
+
+def pairwise_dice(maps: list[Tensor], valid: Tensor, num_classes: int, background: int | None = None) -> Tensor:
+    """(N,) mean Dice between the masks of all pairs of members (Zenk et al. 2025, 2406.03323).
+
+    For one pair: the mean over classes that either shows, without the background, of
+    ``2 |A∩B| / (|A| + |B|)``; 1 where neither shows any. One member agrees with itself: 1.
+
+    Args:
+        maps: M maps (N, H, W) uint8 of class ids.
+        valid: (N, H, W) bool, the pixels that count.
+        num_classes: C.
+        background: Class id left out, if there is one.
+    """
+    images = valid.shape[0]
+    total = torch.zeros(images, dtype=torch.float64, device=valid.device)
+    keep = torch.ones(num_classes, dtype=torch.bool, device=valid.device)
+    if background is not None and num_classes > 1:
+        keep[background] = False
+    areas = [class_sums(each, valid, num_classes) for each in maps]
+    pairs = [(a, b) for a in range(len(maps)) for b in range(a)]
+    for a, b in pairs:
+        shared = class_sums(maps[a], valid & (maps[a] == maps[b]), num_classes)
+        either = areas[a] + areas[b]
+        shown = (either > 0) & keep
+        dice = torch.where(shown, 2 * shared / either.clamp(min=1), 0).sum(1) / shown.sum(1).clamp(min=1)
+        total += torch.where(shown.any(1), dice, 1.0)
+    return total / len(pairs) if pairs else total + 1
+
+
+def class_sums(labels: Tensor, mask: Tensor, num_classes: int, weights: Tensor | None = None) -> Tensor:
+    """(N, C) float64: pixels of each class where ``mask``, or the sums of ``weights`` over them.
+
+    Args:
+        labels: (N, H, W) class ids below ``num_classes`` wherever ``mask`` is true.
+        mask: (N, H, W) bool.
+        num_classes: C.
+        weights: (N, H, W) what to sum; None counts.
+    """
+    images = labels.shape[0]
+    # int32 holds 8 million images.
+    row = torch.arange(images, device=labels.device, dtype=torch.int32)[:, None, None] * (num_classes + 1)
+    bins = row + torch.where(mask, labels.int(), num_classes)
+    flat = None if weights is None else weights.double().flatten()
+    sums = torch.bincount(bins.flatten(), flat, minlength=images * (num_classes + 1))
+    return sums.double().reshape(images, num_classes + 1)[:, :num_classes]

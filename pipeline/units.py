@@ -1,0 +1,250 @@
+"""What is scored, cut into units: a plan that is a pure function of its inputs, and reading one unit of it.
+
+A unit is a slice of a dataset's row group, or a page of the sorted listing of a folder of images. Neither
+the size of the cluster nor what an earlier attempt finished changes the plan, so attempts can share units.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline import decode, storage
+from pipeline.bundle import Bundle
+from pipeline.datasets import DatasetInfo, RowGroup, open_dataset, read_row_group, row_groups
+from pipeline.errors import InputError
+from pipeline.schema import SCHEMA_VERSION, SPLITS
+
+UNIT_ROWS = 64
+"""Images in a unit: what a crash may cost, and the step of the progress bar."""
+UNIT_BYTES = 32 * 2**20
+"""Encoded images of a page of a folder; row groups are bounded likewise when they are written."""
+FEW_GROUPS = 64
+"""A dataset of more row groups than this is not cut further: a slice reads its whole row group."""
+FETCH_THREADS = 16
+LABEL_COLUMNS = {"segmentation": ["mask"], "detection": ["boxes"]}
+
+_COLUMNS = ["image_id", "uri", "sha256", "image", "height", "width"]
+_FETCHED = pa.schema(
+    [
+        ("image_id", pa.string()),
+        ("uri", pa.string()),
+        ("sha256", pa.string()),
+        ("image", pa.binary()),
+        ("status", pa.string()),
+        ("error", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """``rows`` images and where they are, as JSON types: what a task gets."""
+
+    number: int
+    rows: int
+    source: dict[str, Any]
+
+    @property
+    def files(self) -> list[str]:
+        """The input files that the rows come from, for the footer of the output."""
+        if "file" in self.source:
+            return [f"{self.source['file']}#{self.source['group']}"]
+        paths = self.source["paths"]
+        return [f"{self.source['root']}: {paths[0]} to {paths[-1]}"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All units of one job, and what its result depends on."""
+
+    units: tuple[Unit, ...]
+    inputs: dict[str, Any]
+    info: DatasetInfo | None
+    """None for a folder of images."""
+    columns: tuple[str, ...]
+    """Columns that are read from a dataset."""
+
+    @cached_property
+    def expected(self) -> dict[int, int]:
+        """Rows of each unit."""
+        return {unit.number: unit.rows for unit in self.units}
+
+    @property
+    def rows(self) -> int:
+        """Images in all."""
+        return sum(self.expected.values())
+
+    @cached_property
+    def digest(self) -> str:
+        """Names the plan: units are adopted from earlier attempts with the same digest only."""
+        text = json.dumps([self.inputs, self.columns, [asdict(unit) for unit in self.units]], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def make_plan(bundle: Bundle, data: str, split: str | None, *, measure: bool) -> Plan:
+    """The units of ``data``, which is a dataset (``dataset.json`` is there) or a folder of images.
+
+    Args:
+        bundle: The bundle that will score them.
+        data: URI of a dataset or of a folder.
+        split: Split of the dataset; None for all that have rows.
+        measure: Whether labels are read too.
+
+    Raises:
+        InputError: Nothing to score there, or no labels to measure against.
+    """
+    data = storage.absolute(data)
+    if storage.exists(storage.join(data, "dataset.json")):
+        return _plan_dataset(bundle, open_dataset(data), split, measure)
+    if measure:
+        raise InputError(f"no dataset at '{data}' (dataset.json is missing): metrics need labels; run dubito ingest")
+    if split is not None:
+        raise InputError(f"'{data}' is a folder of images without splits; leave out the split '{split}'")
+    return _plan_folder(bundle, data)
+
+
+def _inputs(bundle: Bundle, kind: str, digest: str, splits: Sequence[str]) -> dict[str, Any]:
+    return {
+        "bundle_id": bundle.id,
+        "data": digest,
+        "kind": kind,
+        "schema_version": SCHEMA_VERSION,
+        "splits": list(splits),
+    }
+
+
+def _plan_dataset(bundle: Bundle, info: DatasetInfo, split: str | None, measure: bool) -> Plan:
+    if measure:
+        check_truth(bundle, info)
+    splits = [split] if split is not None else [name for name in SPLITS if info.counts.get(name, {}).get("images")]
+    if not splits:
+        raise InputError(f"dataset '{info.uri}' has no rows; ingest some images")
+    groups = [group for name in splits for group in row_groups(info, name)]
+    step = UNIT_ROWS if len(groups) <= FEW_GROUPS else max(group.rows for group in groups)
+    units: list[Unit] = []
+    for group in groups:
+        for start in range(0, group.rows, step):
+            rows = min(step, group.rows - start)
+            # Relative to the dataset, so that a moved or mirrored one is the same input.
+            file = group.file.removeprefix(info.uri).lstrip("/")
+            source = {"file": file, "group": group.index, "group_rows": group.rows, "start": start}
+            units.append(Unit(len(units), rows, source))
+    columns = [*_COLUMNS, *(LABEL_COLUMNS[bundle.task] if measure else [])]
+    return Plan(tuple(units), _inputs(bundle, "dataset", info.fingerprint, splits), info, tuple(columns))
+
+
+def check_truth(bundle: Bundle, info: DatasetInfo) -> None:
+    """The dataset has labels for the bundle's task, and the same classes.
+
+    Raises:
+        InputError: It has not; the first difference is named.
+    """
+    if bundle.task not in info.tasks:
+        raise InputError(
+            f"bundle of another task: '{bundle.uri}' is for {bundle.task}, but dataset '{info.uri}' "
+            f"has labels for {' and '.join(info.tasks) or 'no task'}; choose another bundle or dataset"
+        )
+    for label in range(max(len(bundle.classes), len(info.classes))):
+        pair = [names[label] if label < len(names) else None for names in (bundle.classes, info.classes)]
+        if pair[0] != pair[1]:
+            said = [f"'{name}'" if name is not None else "absent" for name in pair]
+            raise InputError(
+                f"classes differ: label {label} is {said[0]} in bundle '{bundle.uri}' and {said[1]} in "
+                f"dataset '{info.uri}'; ingest with --classes {','.join(bundle.classes)}"
+            )
+
+
+def _plan_folder(bundle: Bundle, root: str) -> Plan:
+    listed = storage.list_files(root, decode.IMAGE_SUFFIXES)
+    if not listed:
+        endings = ", ".join(decode.IMAGE_SUFFIXES)
+        raise InputError(f"no images in '{root}': wanted files ending in {endings}, or a dataset; check the path")
+    units: list[Unit] = []
+    page: list[storage.Listed] = []
+    for at, file in enumerate(listed):
+        page.append(file)
+        following = listed[at + 1].size if at + 1 < len(listed) else 0
+        full = len(page) == UNIT_ROWS or sum(item.size for item in page) + following > UNIT_BYTES
+        if full or at + 1 == len(listed):
+            source = {
+                "root": root,
+                "paths": [item.path for item in page],
+                "sizes": [item.size for item in page],
+            }
+            units.append(Unit(len(units), len(page), source))
+            page = []
+    digest = hashlib.sha256("\n".join([root, *(f"{item.size} {item.path}" for item in listed)]).encode())
+    return Plan(tuple(units), _inputs(bundle, "folder", digest.hexdigest(), []), None, ())
+
+
+def read_unit(source: dict[str, Any], rows: int, data: str, columns: Sequence[str]) -> pa.Table:
+    """The rows of one unit, with their encoded bytes; runs in tasks.
+
+    Args:
+        source: As planned.
+        rows: As planned.
+        data: URI of the dataset, for a unit of one.
+        columns: Columns to read from a dataset.
+    """
+    if "paths" in source:
+        return _fetch_page(source)
+    group = RowGroup(storage.join(data, source["file"]), source["group"], source["group_rows"], 0)
+    table = read_row_group(group, list(columns)).slice(source["start"], rows)
+    if table.num_rows != rows:
+        raise InputError(f"'{group.file}' has changed since the job began: {table.num_rows} rows where {rows} were")
+    return fetch_referenced(table) if table["image"].null_count else table
+
+
+def _fetch_page(source: dict[str, Any]) -> pa.Table:
+    uris = [storage.join(source["root"], path) for path in source["paths"]]
+    with ThreadPoolExecutor(FETCH_THREADS, "fetch") as pool:
+        found = list(pool.map(fetch, uris, source["sizes"]))
+    columns = {
+        "image_id": source["paths"],
+        "uri": uris,
+        "sha256": [None if data is None else hashlib.sha256(data).hexdigest() for data, _, _ in found],
+        "image": [data for data, _, _ in found],
+        "status": [status for _, status, _ in found],
+        "error": [error for _, _, error in found],
+    }
+    return pa.Table.from_pydict(columns, schema=_FETCHED)
+
+
+def fetch_referenced(table: pa.Table) -> pa.Table:
+    """Fill in the images of rows that only refer to theirs; adds ``status`` and ``error``."""
+    absent = [row for row, value in enumerate(table["image"]) if not value.is_valid]
+    uris = table["uri"].to_pylist()
+    with ThreadPoolExecutor(FETCH_THREADS, "fetch") as pool:
+        found = dict(zip(absent, pool.map(fetch, [uris[row] for row in absent]), strict=True))
+    images = [found[row][0] if row in found else value.as_py() for row, value in enumerate(table["image"])]
+    words = [found[row][1] if row in found else "ok" for row in range(table.num_rows)]
+    errors = [found[row][2] if row in found else None for row in range(table.num_rows)]
+    table = table.set_column(table.column_names.index("image"), "image", pa.array(images, pa.binary()))
+    table = table.append_column("status", pa.array(words, pa.string()))
+    return table.append_column("error", pa.array(errors, pa.string()))
+
+
+def fetch(uri: str, size: int = 0) -> tuple[bytes | None, str, str | None]:
+    """(bytes, "ok", None), or (None, a word of ``schema.STATUSES``, what happened).
+
+    Args:
+        uri: One image.
+        size: Its bytes as listed, if known.
+    """
+    if size > decode.MAX_BYTES:
+        return None, "error", f"image file has {size} bytes; at most {decode.MAX_BYTES} are read"
+    status, text = "error", ""
+    for _ in range(2):  # storage that hiccups once must not cost an image
+        try:
+            return storage.read_bytes(uri), "ok", None
+        except Exception as error:  # whatever a filesystem raises belongs to this image alone
+            status, text = storage.classify(error), " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        if status in ("missing", "forbidden"):
+            break
+    return None, status, text

@@ -1,0 +1,197 @@
+"""The loop on tensors: no Ray, a list of batches drives it."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+import torch.distributed as dist
+
+from pipeline import checkpoint, datasets, loop, schema, stream
+from pipeline.recipe import TrainConfig
+from pipeline.telemetry import NoSink, Progress
+
+SIZE = 32
+
+
+def tree(task: str, **over):
+    model = {"name": "unet", "width": 4, "depth": 2, "norm": "group"}
+    if task == "detection":
+        model = {"name": "anchor_free", "norm": "group"}
+    base = {
+        "task": task,
+        "data": "none",
+        "out": "none",
+        "model": model,
+        "loss": {"cross_entropy": 1.0, "dice": 0.5} if task == "segmentation" else {},
+        "input": {"size": [SIZE, SIZE]},
+        "optim": {"name": "sgd", "lr": 0.05},
+        "train": {"steps": 4, "batch_size": 4},
+    }
+    return TrainConfig.parse({**base, **over}, "test")
+
+
+def info() -> datasets.DatasetInfo:
+    classes = ("a", "b", schema.BACKGROUND)
+    return datasets.DatasetInfo("none", "t", classes, 2, ("segmentation", "detection"), {}, "f", {}, {})
+
+
+def rows(count: int, seed: int = 0, start: int = 0) -> pa.Table:
+    """Random images with one box each but every fourth, and masks with uneven amounts of void."""
+    import io
+
+    from PIL import Image
+
+    rng = np.random.default_rng(seed)
+    out = []
+    for i in range(count):
+        pixels = rng.integers(0, 255, (SIZE, SIZE, 3), np.uint8)
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "PNG")
+        mask = np.full((SIZE, SIZE), 2, np.uint8)
+        mask[4:20, 6:22] = i % 2
+        mask[: (5 * i) % SIZE] = schema.VOID
+        box = {"x1": 6.0, "y1": 4.0, "x2": 22.0, "y2": 20.0, "label": i % 2, "crowd": False, "instance": 0}
+        out.append(
+            {
+                "image_id": f"i{i}",
+                "image": file.getvalue(),
+                "height": SIZE,
+                "width": SIZE,
+                "mask": schema.pack_map(mask.tobytes()),
+                "boxes": [] if i % 4 == 3 else [box],
+            }
+        )
+    names = ["image_id", "image", "height", "width", "mask", "boxes"]
+    table = pa.Table.from_pylist(out, schema=pa.schema([schema.DATASET.field(name) for name in names]))
+    positions = pa.array(np.arange(start, start + count, dtype=np.int64))
+    table = table.append_column("position", positions)
+    table = table.append_column("epoch", pa.array(np.zeros(count, np.int64)))
+    return table.append_column("resumed_from", pa.array([""] * count))
+
+
+def worker_of(config: TrainConfig, **kwargs) -> loop.Worker:
+    return loop.build_worker(config, info(), torch.device("cpu"), **kwargs)
+
+
+def gradient(worker: loop.Worker, tables: list[pa.Table]) -> torch.Tensor:
+    """Gradient of one step over ``tables`` as accumulated batches, before the optimiser uses it."""
+    seen: list[torch.Tensor] = []
+
+    def spy(optimizer, args, kwargs):
+        grads = [p.grad.flatten() for p in worker.module.parameters() if p.grad is not None]
+        seen.append(torch.cat(grads).clone())
+
+    worker.optimizer.register_step_pre_hook(spy)
+    batches = [worker.task.collate(table, train=True, seed=0)[0] for table in tables]
+    loop.train_step(worker, batches, 0.01)
+    return seen[0]
+
+
+def _rank(rank: int, world: int, port: int, task: str, folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    table = rows(8)
+    mine = [table.slice(0, 3), table.slice(3, 2)] if rank == 0 else [table.slice(5, 1), table.slice(6, 2)]
+    grad = gradient(worker_of(tree(task), rank=rank, world=world), mine)
+    if rank == 0:
+        torch.save(grad, Path(folder) / "grad.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("task", ["segmentation", "detection"])
+def test_two_workers_and_accumulation_give_the_gradient_of_one_on_the_union(task, tmp_path):
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(_rank, (2, port, task, str(tmp_path)), nprocs=2)
+    union = gradient(worker_of(tree(task)), [rows(8)])
+    both = torch.load(tmp_path / "grad.pt", weights_only=True)
+    assert union.abs().max() > 1e-3
+    assert (union - both).abs().max() <= 1e-5 * max(1.0, float(union.abs().max()))
+
+
+def run(worker: loop.Worker, tables, journal=None, looks=None, every=2, steps=4) -> loop.Journal:
+    journal = journal or loop.Journal()
+    plan = loop.Plan(steps, every, "")
+
+    def look(worker, journal):
+        metrics = loop.validate(worker, [rows(5, seed=1)])
+        journal.judge(metrics["val_loss"], worker.config.train.min_delta)
+        if looks is not None:
+            looks.append((journal.step, metrics, worker.ledger.count(0, 10**9)))
+
+    loop.run_steps(worker, loop.steps_of(worker, tables), journal, plan, Progress(NoSink(), "t", steps), look)
+    return journal
+
+
+@pytest.mark.parametrize("task", ["segmentation", "detection"])
+def test_the_loop_learns_and_the_ledger_follows_the_optimiser(task):
+    config = tree(task, optim={"name": "adamw", "lr": 0.01}, train={"steps": 12, "batch_size": 4})
+    worker, looks = worker_of(config), []
+    tables = [rows(4, start=4 * i) for i in range(12)]
+    run(worker, tables, looks=looks, every=4, steps=12)
+    assert [(step, used) for step, _, used in looks] == [(4, 16), (8, 32), (12, 48)]
+    assert looks[-1][1]["val_loss"] < looks[0][1]["val_loss"]
+    assert looks[0][1]["val_images"] == 5
+
+
+def test_a_batch_that_is_not_full_is_an_error_not_a_loss():
+    worker = worker_of(tree("segmentation"))
+    with pytest.raises(RuntimeError, match="ended within a batch: 3 rows"):
+        list(loop.steps_of(worker, [rows(4), rows(3)]))
+
+
+def test_early_stop_counts_validations_without_improvement():
+    journal = loop.Journal()
+    for value in (3.0, 2.0, 1.95, 1.99):
+        journal.judge(value, 0.1)
+    assert (journal.best, journal.stale) == (2.0, 2)
+    config = tree("segmentation", train={"steps": 9, "batch_size": 4, "patience": 1, "min_delta": 1e9})
+    looks: list = []
+    run(worker_of(config), [rows(4)] * 9, looks=looks, every=1, steps=9)
+    assert [step for step, *_ in looks] == [1, 2]
+
+
+def test_a_loss_that_is_not_finite_names_its_images():
+    worker = worker_of(tree("segmentation"))
+    with torch.no_grad():
+        next(worker.module.parameters()).fill_(float("nan"))
+    with pytest.raises(loop.NonFiniteLossError, match=r"loss is nan at step 1; images of that step: i0, i1, i2, i3"):
+        run(worker, [rows(4)] * 4)
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_a_restored_run_goes_on_as_if_nothing_had_happened(tmp_path, ema):
+    config = tree("segmentation", optim={"name": "adamw", "lr": 0.01, "ema": ema}, augment={"hflip": 0.5, "rotate": 10})
+    tables = [rows(4, seed=i, start=4 * i) for i in range(4)]
+    whole = worker_of(config)
+    run(whole, tables)
+    first = worker_of(config)
+    journal = loop.Journal()
+    plan = loop.Plan(4, 9, "")
+    two = loop.steps_of(first, tables[:2])
+    loop.run_steps(first, two, journal, plan, Progress(NoSink(), "t", 4), lambda *_: None)
+    progress = {"step": journal.step, "best": journal.best, "stale": 0, "history": []}
+    checkpoint.save(
+        tmp_path,
+        0,
+        first.ledger,
+        model=first.module,
+        average=first.average,
+        optimizer=first.optimizer,
+        progress=progress,
+    )
+    second = worker_of(config.model_copy(update={"seed": 0}))
+    restored = checkpoint.load(tmp_path, 0, model=second.module, average=second.average, optimizer=second.optimizer)
+    second.ledger = checkpoint.read_ledger(str(tmp_path))
+    assert second.ledger.contains(np.arange(9)).tolist() == [True] * 8 + [False]
+    run(second, tables[2:], journal=loop.Journal(**restored))
+    for a, b in zip(whole.judged.state_dict().values(), second.judged.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    assert stream.plan_rest(second.ledger, 16, 4).steps == 0

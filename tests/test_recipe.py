@@ -1,0 +1,67 @@
+"""The tree of settings: what it refuses, and how long a run is."""
+
+import pytest
+
+from pipeline.config import load, merge, parse_sets
+from pipeline.errors import InputError
+from pipeline.recipe import TrainConfig
+
+TREE = {
+    "task": "segmentation",
+    "data": "d",
+    "out": "o",
+    "model": {"name": "unet", "width": 4},
+    "input": {"size": [32, 32]},
+    "train": {"epochs": 2, "batch_size": 4},
+}
+
+
+def with_sets(*pairs: str) -> TrainConfig:
+    return TrainConfig.parse(merge(TREE, parse_sets(list(pairs))), "config.yaml")
+
+
+def test_a_misspelt_key_names_the_nearest():
+    with pytest.raises(InputError, match=r"config.yaml: unknown key 'optim.learning'.*Known: .*lr"):
+        with_sets("optim.learning=1")
+    with pytest.raises(InputError, match=r"unknown key 'train.bach_size'. Did you mean 'batch_size'"):
+        with_sets("train.bach_size=1")
+
+
+def test_model_and_task_must_fit():
+    with pytest.raises(InputError, match="no model.*Did you mean 'unet'"):
+        with_sets("model={name: unett}").model_settings("config.yaml")
+    with pytest.raises(InputError, match="'anchor_free' is for detection, but task is segmentation; choose one of smp"):
+        with_sets("model={name: anchor_free}").model_settings("config.yaml")
+    with pytest.raises(InputError, match="unknown key 'widht'|'model.widht'|Did you mean 'width'"):
+        with_sets("model.widht=3").model_settings("config.yaml")
+
+
+def test_epochs_or_steps_but_one_of_them():
+    with pytest.raises(InputError, match="exactly one of epochs and steps"):
+        with_sets("train.steps=3")
+    assert with_sets("train.epochs=null", "train.steps=7", "train.workers=2").length(100) == (56, 8)
+    assert with_sets("train.workers=2", "train.accumulate=3").length(100) == (200, 24)
+    assert with_sets().validate_every(100, 8) == 12
+    assert with_sets().validate_every(3, 8) == 1
+
+
+def test_resolved_holds_every_default_and_parses_back():
+    tree = with_sets().resolved()
+    assert tree["optim"]["lr"] > 0
+    assert tree["model"]["depth"] >= 2
+    assert TrainConfig.parse(tree, "x").resolved() == tree
+
+
+def test_a_missing_config_file_says_where_examples_are():
+    with pytest.raises(InputError, match="'nowhere.yaml' not found; examples are in jobs/configs"):
+        load("nowhere.yaml", [])
+
+
+@pytest.mark.parametrize("name", ["nuclei_unet", "nuclei_smp", "bccd_anchor_free", "demo", "demo_detection"])
+def test_the_example_configs_are_valid(name):
+    from pathlib import Path
+
+    import jobs
+
+    path = Path(jobs.__file__).parent / "configs" / f"{name}.yaml"
+    TrainConfig.parse(load(str(path), []), str(path)).model_settings(str(path))
