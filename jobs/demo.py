@@ -9,6 +9,8 @@ from jobs.session import ray_session, run_job
 from pipeline.telemetry import Terminal
 
 MEMBERS = 2
+SEED = 1
+"""Of the images. Settings were tried on those of seed 0, so that nothing was chosen on these."""
 CONFIGS = Path(__file__).parent / "configs"
 TASKS = {"segmentation": "demo.yaml", "detection": "demo_detection.yaml"}
 
@@ -42,6 +44,7 @@ def _data(root: str, terminal: Terminal) -> None:
 
     for name, options in (("data", {}), ("shifted", {"shifted": True, "images": 150})):
         terminal.say(f"demo: making the {'shifted ' if options else ''}images")
+        options |= {"seed": SEED}
         datasets.ingest("demo", None, None, storage.join(root, name), options=options, sink=terminal)
 
 

@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import os
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -34,6 +33,9 @@ def ray_session(workers: int = 1) -> Iterator[None]:
         os.environ.setdefault(key, value)
     import ray
 
+    if ray.is_initialized():  # somebody's session, and theirs to end
+        yield
+        return
     if os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=False)
     else:
@@ -75,8 +77,8 @@ def run_job(verb: str, story: Callable[[Terminal], None]) -> int:
             if wrong is not None:
                 terminal.fail(f"dubito {verb}: {wrong}")
                 return 2
-            traceback.print_exc()
-            sys.stderr.flush()
+            with log.open("a") as file:
+                traceback.print_exc(file=file)
             first = " ".join(str(error).split())[:200]
             terminal.fail(f"dubito {verb}: {type(error).__name__}: {first}; the whole story is in {log}")
             return 1

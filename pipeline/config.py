@@ -153,16 +153,16 @@ def load(path: str, sets: list[str]) -> dict[str, Any]:
 
 
 def first_difference(old: Any, new: Any, path: str = "") -> str | None:
-    """Where two trees of plain values part first: ``optim.lr: was 0.1, now 0.2``; None if they are equal."""
+    """Where two trees of plain values part first: ``optim.lr was 0.1, now 0.2``; None if they are equal."""
     if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted(old.keys() | new.keys(), key=str):
+        for key in [*new, *(key for key in old if key not in new)]:
             inner = first_difference(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
             if inner is not None:
                 return inner
         return None
     if old == new:
         return None
-    return f"{path or 'value'}: was {_short(old)}, now {_short(new)}"
+    return f"{path or 'value'} was {_short(old)}, now {_short(new)}"
 
 
 def _short(value: Any) -> str:

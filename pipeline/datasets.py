@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from pipeline import manifest, schema, shards, storage
 from pipeline import splits as splitting
+from pipeline.config import first_difference
 from pipeline.errors import InputError, nearest
 from pipeline.formats import FORMATS
 from pipeline.formats.base import Context, Index, IngestSettings
@@ -194,7 +195,7 @@ def _committed(uri: str) -> dict[str, Any] | None:
 
 def _refuse_other(uri: str, committed: dict[str, Any], source: dict[str, Any]) -> None:
     there = {key: value for key, value in committed.get("source", {}).items() if key in source}
-    different = manifest.first_difference(there, source)
+    different = first_difference(there, source)
     if different:
         raise InputError(f"'{uri}' already holds a dataset made from other inputs: {different}; choose another --out")
 

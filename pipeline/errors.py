@@ -30,11 +30,15 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def root_input_error(error: BaseException | None) -> InputError | None:
     """The InputError inside a chain of causes (Ray wraps what a task raises), or None."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        if isinstance(error, InputError) and type(error) is InputError:
-            return error
-        inner = getattr(error, "cause", None) or getattr(error, "training_failed_error", None)
-        error = inner if isinstance(inner, BaseException) else error.__cause__ or error.__context__
+    waiting, seen = [error], set[int]()
+    while waiting:
+        each = waiting.pop()
+        if each is None or id(each) in seen:
+            continue
+        if type(each) is InputError:
+            return each
+        seen.add(id(each))
+        failures = getattr(each, "worker_failures", None)  # of Ray Train, by rank
+        inner = [getattr(each, "cause", None), *(failures.values() if isinstance(failures, dict) else [])]
+        waiting += [item for item in (*inner, each.__cause__, each.__context__) if isinstance(item, BaseException)]
     return None

@@ -70,7 +70,7 @@ def build_worker(
     """Model, optimiser, task and augmentation of one process; the same weights on every rank."""
     checkpoint.seed_all(config.seed, 0)
     outputs = config.build_task(info, threads).num_outputs
-    module = config.model_settings().build(outputs).to(device)
+    module = config.model_for(info).build(outputs).to(device)
     module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     task = config.build_task(info, threads, multiple=int(module.stride))  # type: ignore[arg-type]
     if config.train.sync_batch_norm:

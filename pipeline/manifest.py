@@ -114,19 +114,6 @@ def reject_table(rejects: Sequence[Reject]) -> str:
     return "\n".join(lines)
 
 
-def first_difference(there: Any, here: Any, at: str = "") -> str | None:
-    """Where two JSON values first differ, in words, or None."""
-    if isinstance(there, dict) and isinstance(here, dict):
-        for key in [*here, *(key for key in there if key not in here)]:
-            found = first_difference(there.get(key), here.get(key), f"{at}.{key}" if at else key)
-            if found:
-                return found
-        return None
-    if there == here:
-        return None
-    return f"{at} was {json.dumps(there)}, now it is {json.dumps(here)}"
-
-
 def check_rejects(uri: str, rejects: list[Reject], good: int, settings: IngestSettings) -> None:
     """Write the rejects and raise InputError with their table, if they are more than is allowed of all."""
     total = len(rejects) + good

@@ -83,6 +83,14 @@ class TrainConfig(Settings):
             )
         return settings
 
+    def model_for(self, info: DatasetInfo) -> ModelSettings:
+        """The model's settings, with the class frequencies of the train split as its ``prior`` if it wants one."""
+        settings = self.model_settings()
+        pixels = info.counts.get("train", {}).get("pixels")
+        if pixels is None or "prior" not in type(settings).model_fields or getattr(settings, "prior", None):
+            return settings
+        return settings.model_copy(update={"prior": tuple(float(max(count, 1)) for count in pixels.values())})
+
     def build_task(self, info: DatasetInfo, threads: int, multiple: int = 32) -> Task:
         """The task over this dataset's classes; whole images are framed to a ``multiple`` of the model's stride.
 

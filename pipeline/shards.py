@@ -181,11 +181,17 @@ def _row(source: Source, plan: Plan, context: Context) -> _Row | Reject:
         "boxes": labels.boxes,
         "tags": labels.tags,
         "shapes": labels.shapes,
-        "label_source": "human" if source.labelled else None,
+        "label_source": _label_source(source),
         "label_confidence": None,
     }
     digest = _label_digest(labels) if source.labelled else None
     return _Row(values, digest, len(data) + len(values["mask"] or b""), _sums(source, labels, pixels))
+
+
+def _label_source(source: Source) -> str | None:
+    if not source.labelled:
+        return None
+    return "human" if source.image_uri is not None else "generated"
 
 
 def _fetch(uri: str) -> bytes:

@@ -26,7 +26,7 @@ def images(height: int = 64, width: int = 96, n: int = 2) -> torch.Tensor:
     return torch.randn(n, 3, height, width, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("values", SMALL, ids=str)
+@pytest.mark.parametrize("values", [*SMALL, {**SMALL[0], "prior": [1, 2, 3, 4, 5]}], ids=str)
 def test_settings_survive_a_manifest_and_give_the_same_network(values):
     settings = parse(values, "config.yaml")
     again = parse(describe(settings), "manifest.json")
@@ -103,6 +103,20 @@ def _spot(out: torch.Tensor) -> torch.Tensor:
     spot = torch.zeros_like(out)
     spot[:, 1, 3, 5] = 1.0
     return spot
+
+
+@pytest.mark.parametrize("heads", [False, True])
+def test_unet_first_answers_with_the_prior(heads):
+    model = UNet(width=4, depth=3, heads=heads, prior=(1, 0, 7)).build(3).eval()
+    with torch.no_grad():
+        p = model(images()).softmax(dim=1).mean(dim=(0, 2, 3))
+    assert p.tolist() == pytest.approx([0.125, 1e-4, 0.875], rel=0.2)
+
+
+@pytest.mark.parametrize("prior", [(1, 2), (0, 0, 0), (1, -1, 1)])
+def test_a_prior_that_does_not_fit_the_classes_is_refused(prior):
+    with pytest.raises(InputError, match=r"model.prior wants one frequency for each of the 3 classes"):
+        UNet(width=4, depth=3, prior=prior).build(3)
 
 
 def test_unet_dropout_acts_in_train_mode_only():

@@ -148,7 +148,7 @@ def test_of_two_that_commit_one_wins(tmp_path: Path):
     other = [write(second, unit) for unit in EXPECTED]
     assert finish(second, other)["attempt"] == 1
     assert finish(first, mine)["attempt"] == 1
-    with pytest.raises(InputError, match="committed by other inputs: data: was 'd1', now 'd2'"):
+    with pytest.raises(InputError, match="committed by other inputs: data was 'd1', now 'd2'"):
         finish(first, mine, {**INPUTS, "data": "d2"})
 
 
@@ -172,7 +172,7 @@ def test_committed_by_the_same_or_by_other_inputs(done: Path):
     found = predictions.committed(str(done), INPUTS)
     assert found is not None
     assert found["rows"] == 8
-    with pytest.raises(InputError, match="bundle_id: was 'b1', now 'b2'"):
+    with pytest.raises(InputError, match="bundle_id was 'b1', now 'b2'"):
         predictions.committed(str(done), {**INPUTS, "bundle_id": "b2"})
     assert predictions.committed(str(done.parent / "none"), INPUTS) is None
 

@@ -119,6 +119,15 @@ def test_boxes_come_back_in_the_images_own_pixels():
     assert clipped["y2"] == 62
 
 
+def test_locations_in_the_padding_and_boxes_beyond_the_image_are_not_found():
+    task = detection()
+    # The image lies in columns 8 to 23. The first location is beside it, the second box ends before it begins.
+    batch = framed(task, [(64, 32)])
+    spots = {4: (5.0, [0.0, 4.0, 20.0, 20.0]), 9: (5.0, [1.0, 2.0, 8.0, 20.0]), 10: (5.0, [10.0, 2.0, 20.0, 20.0])}
+    rows = task.to_columns(task.fuse([task.predict(_single(task, spots), batch)]), batch)["boxes"][0]
+    assert [(row["x1"], row["x2"]) for row in rows] == [(4, 24)]
+
+
 def test_doubt_of_the_image_is_summed_over_its_own_locations():
     task = detection()
     batch = framed(task, [(64, 32), (32, 32)])

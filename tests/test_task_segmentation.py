@@ -83,12 +83,14 @@ def test_members_are_taken_one_at_a_time():
     assert [(each.dtype, each.shape) for each in fused.maps] == [(torch.uint8, (1, 16, 24))] * 4
 
 
-def test_padding_takes_no_part_in_any_measure():
-    task = segmentation(size=(16, 24))
+@pytest.mark.parametrize("flat", [False, True])
+def test_padding_takes_no_part_in_any_measure(flat):
+    task = segmentation(size=(24, 16) if flat else (16, 24))
     batch = framed(task, [(16, 16)])
-    inside = torch.zeros(24, dtype=torch.bool)
+    inside = torch.zeros(24, 16, dtype=torch.bool)
     inside[4:20] = True
-    clean, dirty = (logits_of(1, (16, 24), seed) for seed in (0, 1))
+    inside = inside if flat else inside.T
+    clean, dirty = (logits_of(1, task.input.size, seed) for seed in (0, 1))
     other = clean.clone()
     other[..., ~inside] = dirty[..., ~inside] * 50
     answers = [
@@ -101,7 +103,7 @@ def test_padding_takes_no_part_in_any_measure():
     pool = (probabilities + doubled) / 2
     wanted = -(pool * pool.log()).sum(0).mean().item()
     assert answers[0]["entropy_mean"] == [pytest.approx(wanted, rel=1e-5)]
-    assert np.array_equal(_unpacked(answers[0]["mask"][0], 16, 16), pool.argmax(0).numpy())
+    assert np.array_equal(_unpacked(answers[0]["mask"][0], 16, 16), pool.argmax(0).reshape(16, 16).numpy())
 
 
 def _unpacked(packed: bytes, height: int, width: int) -> np.ndarray:

@@ -66,7 +66,7 @@ def test_s3_end_to_end_with_two_workers_and_an_ensemble(demo_on_s3, s3):
     assert two.members == 2
     with pytest.raises(DoneError, match="done already"):
         ensemble.run(config, 2, resume=False, sink=NoSink())
-    with pytest.raises(InputError, match=r"other inputs \(members: was 2, now 3\)"):
+    with pytest.raises(InputError, match=r"other inputs \(members was 2, now 3\)"):
         ensemble.run(config, 3, resume=False, sink=NoSink())
 
     score.predict(two.uri, demo_on_s3, f"{s3}/predictions", sink=NoSink())

@@ -1,6 +1,7 @@
 """Blocks that the project's own networks share: convolution + norm + ReLU, initialisation, input check."""
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -41,18 +42,24 @@ class Residual(nn.Module):
 
 
 def init_weights(module: nn.Module) -> None:
-    """Kaiming-normal weights (fan out, ReLU) and zero biases of every (transposed) convolution below."""
+    """Kaiming-normal weights (fan out, ReLU) and zero biases of every convolution below."""
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d):
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
-        elif isinstance(layer, nn.ConvTranspose2d):
-            # Kernel = stride: each output sees one tap, so its fan is the number of input channels,
-            # and no ReLU follows (the norm of the next block does).
-            nn.init.normal_(layer.weight, std=layer.in_channels**-0.5)
-        else:
-            continue
-        if layer.bias is not None:
-            nn.init.zeros_(layer.bias)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
+def set_prior(bias: Tensor, prior: Sequence[float]) -> None:
+    """Set the (C,) bias of a softmax head to log class frequencies, floored at one in ten thousand."""
+    if len(prior) != len(bias) or min(prior) < 0 or not 0 < sum(prior) < math.inf:
+        raise InputError(
+            f"model.prior wants one frequency for each of the {len(bias)} classes, not negative and not all 0, "
+            f"found {list(prior)}"
+        )
+    frequencies = torch.tensor([value / sum(prior) for value in prior])
+    with torch.no_grad():
+        bias.copy_(frequencies.clamp(min=1e-4).log())
 
 
 def check_input(images: Tensor, stride: int) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.config import Settings
-from pipeline.models.layers import Norm, check_input, conv_block, init_weights
+from pipeline.models.layers import Norm, check_input, conv_block, norm_layer, set_prior
 
 
 class UNet(Settings):
@@ -24,11 +24,16 @@ class UNet(Settings):
     """Probability of dropping a channel in the bottleneck and before each decoder level's head."""
     norm: Norm = "batch"
     stem: bool = False
-    """Start with a stride-2 convolution: the whole network works at half the resolution (a quarter of the
-    time), and its logits are upsampled bilinearly at the end."""
+    """Start with a stride-2 convolution: the rest works at half the resolution, a quarter of the
+    pixels, and its logits are upsampled bilinearly at the end."""
     heads: bool = False
     """One 1x1 head at the bottleneck and at each decoder level, logits summed: learns far faster from
     scratch, since the coarse levels get their gradient directly."""
+
+    prior: tuple[float, ...] | None = None
+    """How frequent each class is (pixels; any scale), set as the first answer. Where one class fills most of
+    the image, a network that starts from equal ones spends its first steps on unlearning them and loses its
+    features: demo data, 400 steps: mIoU 0.74 with it, 0.28 without."""
 
     def build(self, num_classes: int) -> nn.Module:
         """The network with random weights; forward (N, 3, H, W) -> logits (N, num_classes, H, W)."""
@@ -45,19 +50,24 @@ class UNetModule(nn.Module):
         self.stride = 2 ** (settings.depth - 1) * (2 if settings.stem else 1)
         self.stem = conv_block(3, widths[0], norm, stride=2) if settings.stem else nn.Identity()
         inputs = [widths[0] if settings.stem else 3, *widths[:-1]]
-        self.encoder = nn.ModuleList(_double(before, after, norm) for before, after in zip(inputs, widths, strict=True))
+        self.encoder = nn.ModuleList(_Double(before, after, norm) for before, after in zip(inputs, widths, strict=True))
         self.pool = nn.MaxPool2d(2)
         pairs = list(zip(widths[1:], widths[:-1], strict=True))[::-1]
         self.up = nn.ModuleList(nn.ConvTranspose2d(deep, fine, 2, stride=2) for deep, fine in pairs)
-        self.decoder = nn.ModuleList(_double(2 * fine, fine, norm) for _, fine in pairs)
+        self.decoder = nn.ModuleList(_Double(2 * fine, fine, norm) for _, fine in pairs)
         self.drop = nn.Dropout2d(settings.dropout)
         # Coarse to fine; without summed heads only the finest level has one.
         with_head = widths[::-1] if settings.heads else widths[:1]
         self.heads = nn.ModuleList(nn.Conv2d(channels, num_classes, 1) for channels in with_head)
-        init_weights(self)
+        # Convolutions keep torch's own initial weights: smaller than Kaiming's, so Adam's steps are relatively
+        # larger (one pair of runs without prior: mIoU 0.64 against 0.10 after 200 steps; another seed: neither).
         for head in self.heads:
             # Near-uniform class probabilities at the start: the first steps are not spent undoing noise.
-            nn.init.normal_(head.weight, std=0.01)  # pyright: ignore[reportArgumentType]
+            nn.init.normal_(head.get_parameter("weight"), std=0.01)
+            nn.init.zeros_(head.get_parameter("bias"))
+        if settings.prior is not None:
+            # In the finest head alone: the biases of summed heads add up.
+            set_prior(self.heads[-1].get_parameter("bias"), settings.prior)
 
     def forward(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) -> (N, C, H, W)."""
@@ -85,8 +95,18 @@ class UNetModule(nn.Module):
         return logits
 
 
-def _double(inputs: int, outputs: int, norm: Norm) -> nn.Sequential:
-    return nn.Sequential(conv_block(inputs, outputs, norm), conv_block(outputs, outputs, norm))
+class _Double(nn.Module):
+    """Two 3x3 convolutions, the second with a shortcut: (N, inputs, H, W) -> (N, outputs, H, W)."""
+
+    def __init__(self, inputs: int, outputs: int, norm: Norm) -> None:
+        super().__init__()
+        self.first = conv_block(inputs, outputs, norm)
+        self.second = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.norm = norm_layer(norm, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return torch.relu(x + self.norm(self.second(x)))
 
 
 def _double_size(x: Tensor) -> Tensor:

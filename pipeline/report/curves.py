@@ -21,6 +21,18 @@ def read_history(run_uri: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
+def write(out: str, members: int) -> str:
+    """Loss curves of a finished run: ``plots/loss.png``, and TensorBoard events; returns the plot's URI."""
+    histories = []
+    for k in range(members):
+        run_uri = storage.join(out, "members", str(k))
+        histories.append(read_history(run_uri))
+        write_events(histories[-1], storage.join(out, "tensorboard", str(k)))
+    uri = storage.join(out, "plots", "loss.png")
+    storage.write_bytes(uri, loss_plot(histories))
+    return uri
+
+
 def loss_plot(histories: list[list[dict[str, Any]]]) -> bytes:
     """A PNG with the training and validation loss of every member over the optimiser steps."""
     figure, axis = plt.subplots(figsize=(7, 4))
@@ -28,7 +40,8 @@ def loss_plot(histories: list[list[dict[str, Any]]]) -> bytes:
         colour = f"C{k}"
         trained = [(row["step"], row["loss"]) for row in history if "loss" in row]
         looked = [(row["step"], row["val_loss"]) for row in history if "val_loss" in row]
-        axis.plot(*zip(*trained, strict=True), color=colour, alpha=0.35, linewidth=0.8) if trained else None
+        if trained:
+            axis.plot(*zip(*trained, strict=True), color=colour, alpha=0.35, linewidth=0.8)
         axis.plot(*zip(*looked, strict=True), color=colour, marker="o", label=f"member {k}, validation")
     axis.set_xlabel("optimiser step")
     axis.set_ylabel("loss")

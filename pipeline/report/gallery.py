@@ -110,8 +110,9 @@ def _draw_box(axis: Axes, box: dict[str, Any], classes: list[str], colours: np.n
         x,
         y,
         f"{classes[box['label']]}{doubt}",
-        fontsize=6,
+        fontsize=5,
         color="white",
-        backgroundcolor=colour,
-        va="bottom",
+        va="top",
+        clip_on=True,
+        bbox={"facecolor": colour, "edgecolor": "none", "pad": 1, "alpha": 0.8},
     )

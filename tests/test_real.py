@@ -1,0 +1,107 @@
+"""The real images: ingest, a few steps of training, predictions; one row an image."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline import bundle, datasets, ensemble, loop, predictions, score, stream
+from pipeline.recipe import TrainConfig
+from pipeline.telemetry import NoSink, Progress
+
+HELD = {"val": 0.1, "calibration": 0.1}
+
+
+def few_steps(config: TrainConfig, folder: Path, steps: int) -> str:
+    """Train without Ray, and write a bundle; returns its URI."""
+    info = datasets.open_dataset(config.data)
+    worker = loop.build_worker(config, info, torch.device("cpu"))
+    groups = datasets.row_groups(info, "train")
+    order = stream.Order.of(groups, 0, 2**26)
+    size = config.train.batch_size
+    expand = stream.Expand(
+        order, tuple(stream.training_columns(config.task)), 0, steps * size, stream.Ledger().to_bytes(), size, ""
+    )
+    units = {"id": torch.arange(steps * size).numpy()}
+    journal = loop.Journal()
+    first: list[float] = []
+
+    def look(worker: loop.Worker, journal: loop.Journal) -> None:
+        tables = stream.share(info, "val", 0, 1, stream.training_columns(config.task))
+        first.append(loop.validate(worker, stream.slices(tables, size))["val_loss"])
+
+    look(worker, journal)
+    tables = (table for table in expand(units) if table.num_rows == size)
+    plan, progress = loop.Plan(steps, steps, ""), Progress(NoSink(), "t", steps)
+    loop.run_steps(worker, loop.steps_of(worker, tables), journal, plan, progress, look)
+    assert journal.step == steps
+    assert first[1] < first[0], "the validation loss did not fall"
+    weights = folder / "model.safetensors"
+    from safetensors.torch import save_file
+
+    save_file({k: v.contiguous() for k, v in worker.judged.state_dict().items()}, weights)
+    manifest = ensemble._manifest(config, info, 1, [{"metrics": {"val_loss": first[1]}}])
+    return bundle.write(str(folder / "bundle"), manifest, [weights]).uri
+
+
+def test_bccd_boxes(ray_local, real_images, tmp_path):
+    root = real_images / "bccd"
+    made = datasets.ingest(
+        "voc", str(root / "JPEGImages"), str(root / "Annotations"), str(tmp_path / "data"),
+        splits=str(root / "ImageSets/Main"), options={"split_names": {"val": "test"}, "hold_out": HELD},
+    )  # fmt: skip
+    assert made["images"] == 292
+    assert made["splits"]["test"] == 87
+    assert sum(made["splits"].values()) - 87 == 205
+    assert made["repairs"] == {"zero_area_box": 2}
+    assert set(made["classes"]) == {"RBC", "WBC", "Platelets"}
+    config = TrainConfig.parse(
+        {
+            "task": "detection", "data": made["uri"], "out": str(tmp_path / "out"),
+            "model": {"name": "anchor_free", "width": 8}, "input": {"size": [128, 160]},
+            "optim": {"lr": 0.003}, "train": {"batch_size": 8, "steps": 12, "threads": 1},
+        },
+        "test",
+    )  # fmt: skip
+    made = ensemble.run(config, 1, resume=False, sink=NoSink())
+    score.predict(made.uri, config.data, str(tmp_path / "out/p"), split="test", sink=NoSink())
+    table = predictions.read(str(tmp_path / "out/p"))
+    assert table.num_rows == 87 == len(set(table["image_id"].to_pylist()))
+    assert set(table["status"].to_pylist()) == {"ok"}
+
+
+@pytest.mark.parametrize("kind", ["nuclei", "chase"])
+def test_masks(ray_local, real_images, tmp_path, kind):
+    root = real_images / kind
+    if kind == "nuclei":
+        made = datasets.ingest(
+            "instances", str(root / "images"), str(root / "labels"), str(tmp_path / "data"), classes=["nucleus"],
+            splits=str(root / "splits.json"), options={"split_names": {"val": "test"}, "hold_out": HELD},
+        )  # fmt: skip
+        assert (made["images"], made["splits"]["test"]) == (440, 60)
+    else:
+        made = datasets.ingest(
+            "masks", str(root / "images"), str(root / "observer1"), str(tmp_path / "data"),
+            classes=["background", "vessel"], options={"group": r"Image_(\d+)"},
+        )  # fmt: skip
+        assert made["images"] == 20
+    config = TrainConfig.parse(
+        {
+            "task": "segmentation", "data": made["uri"], "out": str(tmp_path / "out"),
+            "model": {"name": "unet", "width": 4, "depth": 3, "stem": True},
+            "loss": {"cross_entropy": 1}, "input": {"size": [96, 96], "fit": "crop"},
+            "augment": {"hflip": 0.5, "vflip": 0.5, "rotate": 15},
+            "optim": {"lr": 0.01}, "train": {"batch_size": 8, "steps": 10 if kind == "nuclei" else 1},
+        },
+        "test",
+    )  # fmt: skip
+    uri = few_steps(config, tmp_path, config.train.steps or 0)
+    source = str(root / "images") if kind == "chase" else made["uri"]
+    score.predict(uri, source, str(tmp_path / "p"), split=None if kind == "chase" else "test", sink=NoSink())
+    table = predictions.read(str(tmp_path / "p"))
+    assert table.num_rows == (20 if kind == "chase" else 60)
+    assert set(table["status"].to_pylist()) == {"ok"}
+    from pipeline.schema import unpack_map
+
+    for row in table.select(["mask", "height", "width"]).slice(0, 3).to_pylist():
+        assert set(unpack_map(row["mask"], row["height"], row["width"])) <= {0, 1}
