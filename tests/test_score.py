@@ -163,7 +163,7 @@ def test_an_output_of_other_inputs_is_refused(tmp_path: Path, data: str, unet: s
     out = str(tmp_path / "p")
     score.predict(unet, data, out, split="train", actors=1)
     before = sorted(os.listdir(out))
-    with pytest.raises(InputError, match="committed by other inputs: bundle_id: was"):
+    with pytest.raises(InputError, match="committed by other inputs: bundle_id was"):
         score.predict(detector, data, out, split="train")
     with pytest.raises(InputError, match=r"committed by other inputs: splits was \['train'\], now \['test'\]"):
         score.predict(unet, data, out, split="test")
