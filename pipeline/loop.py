@@ -292,7 +292,8 @@ def run_steps(
         ids = [name for batch in step.batches for name in batch.image_ids]
         for at, value in flags.push(journal.step, loss, ids):
             if at % settings.log_every == 0:
-                journal.history.append({"step": at, "loss": value, "lr": lr, "step_s": time.monotonic() - began})
+                rate = optim.lr_at(worker.config.optim, at - 1, plan.steps)
+                journal.history.append({"step": at, "loss": value, "lr": rate, "step_s": time.monotonic() - began})
         progress.advance(1)
         if journal.step % plan.validate_every == 0 or journal.step == plan.steps:
             deque(flags.flush(), maxlen=0)
