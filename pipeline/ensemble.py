@@ -43,7 +43,7 @@ def run(config: TrainConfig, members: int, *, resume: bool, sink: telemetry.Sink
         "schema_version": SCHEMA_VERSION,
     }
     _claim(config.out, inputs, resume)
-    results = _fit_members(config, members, sink)
+    results = _fit_members(config, members, _steps(config, info), sink)
     manifest = _manifest(config, info, members, results)
     return bundle.write(_bundle_uri(config.out), manifest, [_weights(result) for result in results])
 
@@ -86,7 +86,13 @@ def concurrency(members: int, workers: int, cpus: float, gpus: float) -> int:
     return max(1, min(members, fit))
 
 
-def _fit_members(config: TrainConfig, members: int, sink: telemetry.Sink) -> list[dict[str, Any]]:
+def _steps(config: TrainConfig, info: DatasetInfo) -> int:
+    """Optimiser steps of one member."""
+    end, global_batch = config.length(sum(group.rows for group in row_groups(info, "train")))
+    return -(-end // global_batch)
+
+
+def _fit_members(config: TrainConfig, members: int, steps: int, sink: telemetry.Sink) -> list[dict[str, Any]]:
     """Each member is a zero-CPU Ray task around one fit; at most ``concurrency`` at a time."""
     resources = ray.cluster_resources()
     at_once = concurrency(members, config.train.workers, resources.get("CPU", 1), resources.get("GPU", 0))
@@ -99,7 +105,9 @@ def _fit_members(config: TrainConfig, members: int, sink: telemetry.Sink) -> lis
     while waiting or running:
         while waiting and len(running) < at_once:
             k = waiting.pop(0)
-            running[fit.remote(_member(config, k, members, threads, board))] = k
+            run = _member(config, k, members, threads, board)
+            sink.update(run.stage, 0, steps, "", "steps")
+            running[fit.remote(run)] = k
         done, _ = ray.wait(list(running), timeout=POLL_S)
         _show(board, sink)
         for ref in done:

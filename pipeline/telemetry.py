@@ -9,8 +9,10 @@ import contextlib
 import math
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -42,8 +44,26 @@ class NoSink:
 def rate_text(done: int, total: int, seconds: float, unit: str, start: int = 0) -> str:
     """``12/80 steps, 3.1 steps/s, 22 s left``; ``start`` units were there before the clock started."""
     rate = (done - start) / seconds if seconds > 0 else 0.0
+    if rate <= 0:
+        return f"{done}/{total} {unit}"
     text = f"{done}/{total} {unit}, {rate:.3g} {unit}/s"
-    return f"{text}, {(total - done) / rate:.0f} s left" if done < total and rate > 0 else text
+    return f"{text}, {(total - done) / rate:.0f} s left" if done < total else text
+
+
+@dataclass
+class _Stage:
+    """What the terminal knows of one stage."""
+
+    seen: float
+    """When it was first heard of."""
+    began: float
+    """When its first unit was begun, as far as known: waiting for a start is no part of the rate."""
+    start: int
+    done: int
+    total: int
+    text: str = ""
+    said: float = -math.inf
+    """When a plain line was last printed; inf once the last one was."""
 
 
 class Terminal:
@@ -54,8 +74,9 @@ class Terminal:
         self._console = Console(file=self._out, highlight=False, soft_wrap=True)
         self._live: RichProgress | None = None
         self._bars: dict[str, TaskID] = {}
-        self._began: dict[str, tuple[float, int]] = {}
-        self._said: dict[str, float] = {}
+        self._stages: dict[str, _Stage] = {}
+        self._lock = threading.RLock()
+        self._timers: list[threading.Timer] = []
 
     def say(self, text: str) -> None:
         """One message on standard output."""
@@ -67,42 +88,72 @@ class Terminal:
         print(text, file=self._err, flush=True)
 
     def update(self, stage: str, done: int, total: int, note: str = "", unit: str = "images") -> None:
-        """Show that ``done`` of ``total`` units of ``stage`` are finished."""
-        now = time.monotonic()
-        began, start = self._began.setdefault(stage, (now, done))
-        if now - began < QUIET_S and stage not in self._bars:
-            return
-        text = rate_text(done, total, now - began, unit, start)
-        text = f"{text}  {note}" if note else text
+        """Show that ``done`` of ``total`` units of ``stage`` are finished; fewer than before = it runs anew."""
+        with self._lock:
+            now = time.monotonic()
+            known = self._stages.get(stage)
+            if known is None or done < known.done:
+                known = self._stages[stage] = _Stage(now, now, done, done, total)
+                self._show_late(stage)
+            if done == known.start:
+                known.began = now
+            known.done, known.total = done, total
+            text = rate_text(done, total, now - known.began, unit, known.start)
+            known.text = f"{text}  {note}" if note else text
+            if now - known.seen >= QUIET_S or stage in self._bars:
+                self._show(stage, known, now)
+
+    def _show(self, stage: str, known: _Stage, now: float) -> None:
         if self._console.is_terminal:
-            self._draw(stage, done, total, text)
-        elif self._line_is_due(stage, now - self._said.get(stage, began), ended=done >= total > 0):
-            self._said[stage] = math.inf if done >= total > 0 else now
-            self.say(f"{stage}: {text}")
+            self._draw(stage, known)
+            return
+        ended = known.done >= known.total > 0
+        silent_s = now - max(known.said, known.seen)
+        if known.said != math.inf and (ended or silent_s >= LINE_EVERY_S):
+            known.said = math.inf if ended else now
+            self.say(f"{stage}: {known.text}")
 
-    def _line_is_due(self, stage: str, silent_s: float, *, ended: bool) -> bool:
-        """Every ten seconds, and once at the end."""
-        return self._said.get(stage) != math.inf and (ended or silent_s >= LINE_EVERY_S)
+    def _show_late(self, stage: str) -> None:
+        """A bar for a stage that says nothing for a while, such as one whose workers are starting."""
+        if not self._console.is_terminal:
+            return
 
-    def _draw(self, stage: str, done: int, total: int, text: str) -> None:
+        def late() -> None:
+            with self._lock:
+                known = self._stages.get(stage)
+                if known is not None and known.done < known.total:
+                    self._draw(stage, known)
+
+        timer = threading.Timer(QUIET_S, late)
+        timer.daemon = True
+        timer.start()
+        self._timers.append(timer)
+
+    def _draw(self, stage: str, known: _Stage) -> None:
         if self._live is None:
             columns = (
                 TextColumn("{task.description}"),
                 BarColumn(24),
                 TextColumn("{task.fields[text]}", markup=False),
             )
-            self._live = RichProgress(*columns, TimeElapsedColumn(), console=self._console)
+            # What others print (Ray does) belongs into the log, not between the bars.
+            self._live = RichProgress(
+                *columns, TimeElapsedColumn(), console=self._console, redirect_stdout=False, redirect_stderr=False
+            )
             self._live.start()
         if stage not in self._bars:
-            self._bars[stage] = self._live.add_task(stage, total=total, text=text)
-        self._live.update(self._bars[stage], completed=done, total=total, text=text)
+            self._bars[stage] = self._live.add_task(stage, total=known.total, text=known.text)
+        self._live.update(self._bars[stage], completed=known.done, total=known.total, text=known.text)
 
     def close(self) -> None:
         """End the live display, leaving its last state on the screen."""
-        if self._live is not None:
-            self._live.stop()
-        self._live, self._bars = None, {}
-        self._began, self._said = {}, {}
+        with self._lock:
+            for timer in self._timers:
+                timer.cancel()
+            self._timers, self._stages = [], {}
+            if self._live is not None:
+                self._live.stop()
+            self._live, self._bars = None, {}
 
 
 class Progress:

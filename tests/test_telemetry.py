@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -46,7 +47,7 @@ class Memory:
     [
         (12, 80, 4.0, "12/80 steps, 3 steps/s, 23 s left"),
         (80, 80, 4.0, "80/80 steps, 20 steps/s"),
-        (0, 80, 0.0, "0/80 steps, 0 steps/s"),
+        (0, 80, 0.0, "0/80 steps"),
         (1, 3000, 0.001, "1/3000 steps, 1e+03 steps/s, 3 s left"),
     ],
 )
@@ -187,3 +188,40 @@ def test_a_log_is_continued(tmp_path: Path):
         with diverted(tmp_path / "log"):
             os.write(1, f"{word}\n".encode())
     assert (tmp_path / "log").read_text() == "one\ntwo\n"
+
+
+def test_a_stage_that_runs_anew_is_shown_anew(clock: Clock):
+    lines = shown([(0, 0, 60), (3, 60, 60), (100, 0, 60), (4, 60, 60)], clock)
+    assert lines == ["score: 60/60 images, 20 images/s", "score: 60/60 images, 15 images/s"]
+
+
+def test_waiting_for_a_start_is_no_part_of_the_rate(clock: Clock):
+    lines = shown([(0, 0, 60), (8, 0, 60), (3, 30, 60), (3, 60, 60)], clock)
+    assert lines == ["score: 30/60 images, 10 images/s, 3 s left", "score: 60/60 images, 10 images/s"]
+
+
+def test_a_terminal_shows_a_stage_that_says_nothing_and_nothing_that_others_print(tmp_path: Path):
+    code = """
+import sys, time, pathlib
+from pipeline import telemetry
+telemetry.QUIET_S = 0.2
+with telemetry.diverted(pathlib.Path("log")) as terminal:
+    terminal.update("member 0", 0, 60, "", "steps")
+    time.sleep(0.6)
+    print("chatter of others")
+    print("more of it", file=sys.stderr)
+    terminal.update("member 0", 60, 60, "", "steps")
+"""
+    if shutil.which("script") is None:
+        pytest.skip("the program script, which makes a terminal, is not installed")
+    command = f"{sys.executable} -c '{code}'"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", "COLUMNS": "120"}
+    said = subprocess.run(
+        ["script", "-qec", command, "/dev/null"], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert "member 0" in said.stdout
+    assert "0/60 steps" in said.stdout
+    assert "60/60 steps" in said.stdout
+    assert "chatter" not in said.stdout
+    assert "more of it" not in said.stdout
+    assert "chatter of others\nmore of it" in (tmp_path / "log").read_text()
