@@ -6,6 +6,7 @@ stream: Ray may split and merge blocks as it likes, and ``batch_size=1`` (which 
 one unit.
 """
 
+import gc
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,7 @@ import ray.data
 import torch
 from ray.data import ActorPoolStrategy
 
-from pipeline import predictions, storage, units
+from pipeline import pools, predictions, storage, units
 from pipeline.bundle import Bundle, open_bundle
 from pipeline.errors import InputError
 from pipeline.predict import Meters, Predictor, task_of
@@ -87,7 +88,7 @@ def score(
     progress = Progress(sink or NoSink(), "evaluate" if out is None else "predict", plan.rows, 0)
     progress.advance(sum(item.rows for item in adopted.values()))
     todo = [unit for unit in plan.units if unit.number not in adopted]
-    pool = _pool(len(todo), actors, threads)
+    pool = pools.plan(len(todo), actors, threads, pools.free_cpus() if todo else 1)
     finished = [*adopted.values(), *_run(opened, plan, todo, attempt, measure, progress, pool)]
     predictions.check(finished, plan.expected)
     summary = _summary(opened, plan, split, finished)
@@ -138,28 +139,6 @@ def _commit(
     return {**summary, "out": attempt.uri, "attempt": manifest["attempt"], "already": not won}
 
 
-@dataclass(frozen=True)
-class Pool:
-    """How many actors hold the members, and what each takes."""
-
-    size: int
-    cpus: int
-    gpus: int
-    threads: int
-
-
-def _pool(todo: int, actors: int | None, threads: int | None) -> Pool:
-    """An actor on each GPU; where there are none, as many as the CPUs allow, one left to the readers."""
-    total = ray.cluster_resources()
-    cpus, gpus = int(total.get("CPU", 1)), int(total.get("GPU", 0))
-    if gpus:
-        size = max(1, min(actors or gpus, todo))
-        return Pool(size, 1, 1, threads or max(1, min(16, cpus // gpus - 1)))
-    each = 2 if cpus >= 4 else 1
-    size = max(1, min(actors or max(1, (cpus - 1) // each), todo))
-    return Pool(size, each, 0, threads or min(2, cpus))
-
-
 def _run(
     bundle: Bundle,
     plan: Plan,
@@ -167,7 +146,7 @@ def _run(
     attempt: Attempt | None,
     measure: bool,
     progress: Progress,
-    pool: Pool,
+    pool: pools.Pool,
 ) -> Iterator[UnitFile]:
     """Score the units; yields each as it is finished, in no order."""
     if not todo:
@@ -189,10 +168,17 @@ def _run(
             fn_constructor_args=(bundle.uri, bundle.id, pool.threads, measure, out),
         )
     )
-    for row in rows.iter_rows():
-        item = _from_row(row)
-        progress.advance(item.rows)
-        yield item
+    try:
+        for row in rows.iter_rows():
+            item = _from_row(row)
+            progress.advance(item.rows)
+            yield item
+    except Exception as error:
+        pools.forget_frames(error)
+        raise
+    finally:
+        del rows
+        gc.collect()
 
 
 def _spec(unit: Unit) -> str:

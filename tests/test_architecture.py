@@ -18,7 +18,7 @@ LAYERS = (
     ("manifest",),
     ("datasets", "tasks", "bundle"),
     ("stream",),
-    ("predict", "predictions", "checkpoint", "recipe", "units"),
+    ("predict", "predictions", "checkpoint", "recipe", "units", "pools"),
     ("loop",),
     ("train", "score"),
     ("evaluate",),
@@ -30,7 +30,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 SIDEWAYS = {("schema", "errors"), ("config", "errors")}
 """``errors`` is what everything, its own layer too, raises."""
 
-RAY = {"telemetry", "datasets", "stream", "predictions", "train", "score", "evaluate", "ensemble"}
+RAY = {"telemetry", "datasets", "stream", "predictions", "pools", "train", "score", "evaluate", "ensemble"}
 KORNIA = {"augment", "losses"}
 MAX_FILE_LINES = 320
 MAX_FUNCTION_LINES = 70

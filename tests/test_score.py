@@ -12,7 +12,7 @@ import pytest
 import ray
 from tiny import DETECTOR, UNET, encode, make_bundle, png
 
-from pipeline import datasets, predictions, score, storage, units
+from pipeline import datasets, pools, predictions, score, storage, units
 from pipeline.bundle import open_bundle
 from pipeline.errors import InputError
 from pipeline.evaluate import evaluate
@@ -357,6 +357,22 @@ def test_everything_on_s3(s3: str, ray_local: None, unet: str, tmp_path: Path):
 
 def test_one_actor_an_image_where_there_is_little_to_do(ray_local: None):
     assert int(ray.cluster_resources()["CPU"]) == 8
-    assert score._pool(1, None, None).size == 1
-    assert score._pool(100, None, None).size == 3
-    assert score._pool(100, 2, 5) == score.Pool(2, 2, 0, 5)
+    assert pools.plan(1, None, None, 8).size == 1
+    assert pools.plan(100, None, None, 8).size == 3
+    assert pools.plan(100, 2, 5, 8) == pools.Pool(2, 2, 0, 5)
+
+
+def test_a_pool_leaves_a_cpu_to_the_readers_whatever_others_hold(ray_local: None):
+    for free in (0.0, 1.0, 1.5, 2.0, 3.0, 4.0, 6.5, 8.0):
+        pool = pools.plan(100, 4, None, free)
+        assert pool.size == 1 or pool.size * pool.cpus + 1 <= free, free
+
+
+def test_a_failed_run_gives_its_cpus_back_even_while_its_error_is_kept(
+    tmp_path: Path, data: str, unet: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(score, "Scorer", scorer(tmp_path / "log", allowed=0))
+    with pytest.raises(Exception, match="power cut") as kept:
+        score.predict(unet, data, str(tmp_path / "p"), actors=1)
+    assert pools.free_cpus() == ray.cluster_resources()["CPU"]
+    assert "power cut" in str(kept.value)
