@@ -160,6 +160,14 @@ class Flags:
         return step, value
 
 
+def share_buffers(worker: Worker) -> None:
+    """Give every rank the buffers of rank 0, whose model is kept: running statistics differ by what each saw."""
+    if worker.world > 1:
+        for module in dict.fromkeys([worker.module, worker.judged]):
+            for buffer in module.buffers():
+                dist.broadcast(buffer, 0)
+
+
 @torch.inference_mode()
 def validate(worker: Worker, tables: Iterable[pa.Table]) -> dict[str, float]:
     """Loss over this rank's rows, summed over ranks once: ``val_loss`` and ``val_<term>``, and ``val_images``.
@@ -290,13 +298,16 @@ def run_steps(
             worker.ledger.add(positions)
         journal.step += 1
         ids = [name for batch in step.batches for name in batch.image_ids]
-        for at, value in flags.push(journal.step, loss, ids):
+        looks = journal.step % plan.validate_every == 0 or journal.step == plan.steps
+        arrived = [*flags.push(journal.step, loss, ids), *(flags.flush() if looks else ())]
+        seconds = time.monotonic() - began
+        for at, value in arrived:
             if at % settings.log_every == 0:
                 rate = optim.lr_at(worker.config.optim, at - 1, plan.steps)
-                journal.history.append({"step": at, "loss": value, "lr": rate, "step_s": time.monotonic() - began})
+                journal.history.append({"step": at, "loss": value, "lr": rate, "step_s": seconds})
         progress.advance(1)
-        if journal.step % plan.validate_every == 0 or journal.step == plan.steps:
-            deque(flags.flush(), maxlen=0)
+        if looks:
+            share_buffers(worker)
             look(worker, journal)
             if settings.patience and journal.stale >= settings.patience:
                 break

@@ -99,6 +99,14 @@ def _rank(rank: int, world: int, port: int, task: str, folder: str) -> None:
     grad = gradient(worker_of(tree(task), rank=rank, world=world), mine)
     if rank == 0:
         torch.save(grad, Path(folder) / "grad.pt")
+    model = {**tree(task).model, "norm": "batch"}
+    running = worker_of(tree(task, model=model, optim={"ema": 0.9}), rank=rank, world=world)
+    buffers = [*running.module.buffers(), *running.judged.buffers()]
+    assert buffers
+    for buffer in buffers:
+        buffer.fill_(rank)
+    loop.share_buffers(running)
+    assert not any(buffer.any() for buffer in buffers), "a rank kept statistics of its own"
     dist.destroy_process_group()
 
 
@@ -132,12 +140,13 @@ def run(worker: loop.Worker, tables, journal=None, looks=None, every=2, steps=4)
 
 @pytest.mark.parametrize("task", ["segmentation", "detection"])
 def test_the_loop_learns_and_the_ledger_follows_the_optimiser(task):
-    config = tree(task, optim={"name": "adamw", "lr": 0.01}, train={"steps": 12, "batch_size": 4})
+    config = tree(task, optim={"name": "adamw", "lr": 0.01}, train={"steps": 12, "batch_size": 4, "log_every": 2})
     worker, looks = worker_of(config), []
     tables = [rows(4, start=4 * i) for i in range(12)]
-    run(worker, tables, looks=looks, every=4, steps=12)
+    journal = run(worker, tables, looks=looks, every=4, steps=12)
     assert [(step, used) for step, _, used in looks] == [(4, 16), (8, 32), (12, 48)]
     assert looks[-1][1]["val_loss"] < looks[0][1]["val_loss"]
+    assert [row["step"] for row in journal.history if "loss" in row] == list(range(2, 13, 2)), "a loss was not logged"
     assert looks[0][1]["val_images"] == 5
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline import checkpoint, datasets, ensemble, predictions, score, storage, train
+from pipeline import checkpoint, datasets, ensemble, predictions, score, storage
 from pipeline.errors import DoneError, InputError
 from pipeline.recipe import TrainConfig
 from pipeline.telemetry import NoSink
@@ -119,7 +119,3 @@ def test_a_killed_run_resumes_and_trains_on_each_image_once_an_epoch(ray_local, 
     logged = [row["step"] for row in progress["history"] if "val_loss" in row]
     assert logged == sorted(set(logged)), "a validation was repeated or lost"
     assert logged[0] == 15
-
-
-def test_fit_is_importable_by_workers():
-    assert train.fit.__module__ == "pipeline.train"
