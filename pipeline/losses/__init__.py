@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.losses import segmentation
+from pipeline.losses import pixel, region
+from pipeline.losses.dense import categorical, labelled_images, margin, valid_pixels
 from pipeline.losses.detection import DetectionLoss, Term, counts, detection
 
-__all__ = ["LOSSES", "DetectionLoss", "Loss", "Term", "counts", "detection", "total"]
+__all__ = ["LOSSES", "DetectionLoss", "Loss", "Term", "categorical", "counts", "detection", "margin", "total"]
 
 
 @dataclass(frozen=True)
@@ -26,14 +27,20 @@ class Loss:
     count: Callable[[Tensor], Tensor]
 
     def __call__(self, logits: Tensor, target: Tensor, **settings: Any) -> tuple[Tensor, Tensor]:
-        """(N, C, H, W) logits and (N, H, W) uint8 target -> (sum, count), both float32 scalars."""
+        """(N, C, H, W) or (N, 1, H, W) logits, (N, H, W) uint8 target -> (sum, count), both float32 scalars."""
         return self.function(logits, target, **settings)
 
 
 LOSSES: dict[str, Loss] = {
-    "cross_entropy": Loss(segmentation.cross_entropy, segmentation.valid_pixels),
-    "focal": Loss(segmentation.focal, segmentation.valid_pixels),
-    "dice": Loss(segmentation.dice, segmentation.labelled_images),
+    "cross_entropy": Loss(pixel.cross_entropy, valid_pixels),
+    "binary_cross_entropy": Loss(pixel.binary_cross_entropy, valid_pixels),
+    "focal": Loss(pixel.focal, valid_pixels),
+    "binary_focal": Loss(pixel.binary_focal, valid_pixels),
+    "dice": Loss(region.dice, labelled_images),
+    "tversky": Loss(region.tversky, labelled_images),
+    "jaccard": Loss(region.jaccard, labelled_images),
+    "lovasz": Loss(region.lovasz, labelled_images),
+    "lovasz_hinge": Loss(region.lovasz_hinge, labelled_images),
 }
 
 
