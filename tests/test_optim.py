@@ -1,5 +1,7 @@
 """Optimiser, schedule, clipping, averaged weights."""
 
+import copy
+import io
 import math
 
 import pytest
@@ -8,6 +10,8 @@ from torch import nn
 
 from pipeline import optim
 from pipeline.errors import InputError
+from pipeline.models import layers_of
+from pipeline.models.unet import UNet
 from pipeline.optim import Ema, OptimSettings
 
 
@@ -64,6 +68,171 @@ def test_set_lr_reaches_every_group():
     assert [group["lr"] for group in built.param_groups] == [0.025, 0.025]
 
 
+class Backboned(nn.Module):
+    """Three backbone layers of two tensors each, and a head."""
+
+    LAYERS = (("a.weight", "a.bias"), ("b.weight", "b.bias"), ("c.weight", "c.bias"))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.head = (nn.Linear(2, 2) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.c(self.b(self.a(x))))
+
+
+def rates(built: torch.optim.Optimizer, module: nn.Module) -> dict[str, float]:
+    lr = {id(p): group["lr"] for group in built.param_groups for p in group["params"]}
+    return {name.removesuffix(".weight"): lr[id(p)] for name, p in module.named_parameters() if id(p) in lr}
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_learning_rates_fall_layer_by_layer_down_the_backbone(name):
+    module = Backboned()
+    settings = OptimSettings(name=name, lr=0.1, backbone_lr=0.5, layer_decay=0.4)
+    built = optim.build(settings, module, module.LAYERS)
+    factors = {"a": 0.5 * 0.16, "b": 0.5 * 0.4, "c": 0.5, "head": 1.0}
+    wanted = {each: factor for name, factor in factors.items() for each in (name, f"{name}.bias")}
+    assert rates(built, module) == pytest.approx({key: 0.1 * value for key, value in wanted.items()}, rel=1e-12)
+    optim.set_lr(built, 0.02)
+    assert rates(built, module) == pytest.approx({key: 0.02 * value for key, value in wanted.items()}, rel=1e-12)
+    decay = {id(p): group["weight_decay"] for group in built.param_groups for p in group["params"]}
+    assert decay == {id(p): settings.weight_decay if p.ndim > 1 else 0.0 for p in module.parameters()}
+
+
+def test_one_factor_for_the_backbone_makes_few_groups():
+    module = Backboned()
+    assert len(optim.build(OptimSettings(), module, module.LAYERS).param_groups) == 2
+    built = optim.build(OptimSettings(backbone_lr=0.1), module, module.LAYERS)
+    assert sorted((group["scale"], len(group["params"])) for group in built.param_groups) == [
+        (0.1, 3),
+        (0.1, 3),
+        (1.0, 1),
+        (1.0, 1),
+    ]
+
+
+def test_frozen_layers_do_not_count_when_rates_fall():
+    module = Backboned()
+    module.c.requires_grad_(False)
+    built = optim.build(OptimSettings(lr=1.0, layer_decay=0.5), module, module.LAYERS)
+    found = rates(built, module)
+    assert (found["a"], found["b"], found["head"]) == (0.5, 1.0, 1.0)
+    assert "c" not in found
+
+
+def test_the_layers_of_a_real_network_are_taken():
+    module = UNet(width=4, depth=3).build(2)
+    built = optim.build(OptimSettings(lr=1.0, layer_decay=0.5), module, layers_of(module))
+    found = rates(built, module)
+    assert [found[f"encoder.{level}.first.0"] for level in range(3)] == [0.25, 0.5, 1.0]
+    assert found["heads.0"] == found["decoder.0.first.0"] == 1.0
+
+
+def test_rates_by_layer_want_the_layers():
+    with pytest.raises(ValueError, match="want the names of the backbone's layers"):
+        optim.build(OptimSettings(backbone_lr=0.1), Backboned())
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_the_optimisers_state_goes_round(name):
+    settings = OptimSettings(name=name, lr=0.1, backbone_lr=0.5, layer_decay=0.4)
+    torch.manual_seed(0)
+    first = Backboned()
+    second = copy.deepcopy(first)
+    one = optim.build(settings, first, first.LAYERS)
+    x = torch.randn(4, 2)
+
+    def step(module: nn.Module, optimizer: torch.optim.Optimizer, lr: float) -> None:
+        optimizer.zero_grad()
+        module(x).square().mean().backward()
+        optim.set_lr(optimizer, lr)
+        optimizer.step()
+
+    step(first, one, 0.05)
+    second.load_state_dict(first.state_dict())
+    two = optim.build(settings, second, second.LAYERS)
+    buffer = io.BytesIO()
+    torch.save(one.state_dict(), buffer)
+    buffer.seek(0)
+    two.load_state_dict(torch.load(buffer, weights_only=True))
+    assert [group["scale"] for group in two.param_groups] == [group["scale"] for group in one.param_groups]
+    step(first, one, 0.03)
+    step(second, two, 0.03)
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_state_from_before_there_were_scales_still_loads():
+    module = network()
+    built = optim.build(OptimSettings(), module)
+    state = built.state_dict()
+    for group in state["param_groups"]:
+        del group["scale"]
+    built.load_state_dict(state)
+    optim.set_lr(built, 0.5)
+    assert [group["lr"] for group in built.param_groups] == [0.5, 0.5]
+
+
+def test_penalties_are_the_gradient_of_their_formula():
+    module, plain = network(), network()
+    x = torch.randn(2, 3, 8, 8)
+    settings = OptimSettings(l1=0.03, l2=0.2)
+    module(x).square().mean().backward()
+    optim.add_penalties(settings, module)
+    matrices = [p for p in plain.parameters() if p.ndim > 1]
+    penalty = 0.03 * sum(p.abs().sum() for p in matrices) + 0.1 * sum(p.square().sum() for p in matrices)
+    (plain(x).square().mean() + penalty).backward()
+    for a, b in zip(module.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-6, atol=1e-8)
+
+
+def test_penalties_spare_vectors_and_what_is_frozen():
+    module = network()
+    module[2].weight.requires_grad_(False)
+    weights = {name: p.detach().clone() for name, p in module.named_parameters()}
+    for p in module.parameters():
+        p.grad = torch.zeros_like(p)
+    optim.add_penalties(OptimSettings(l1=1.0, l2=1.0), module)
+    touched = {name for name, p in module.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert touched == {"0.weight"}
+    assert all(torch.equal(p, weights[name]) for name, p in module.named_parameters())
+    optim.add_penalties(OptimSettings(l1=1.0), nn.Linear(1, 1))  # nothing has a gradient yet
+
+
+def test_l2_is_weight_decay_to_sgd():
+    decayed, penalised = network(), network()
+    x = torch.randn(2, 3, 8, 8)
+    for module, settings in (
+        (decayed, OptimSettings(name="sgd", lr=0.1, weight_decay=0.2)),
+        (penalised, OptimSettings(name="sgd", lr=0.1, weight_decay=0.0, l2=0.2)),
+    ):
+        built = optim.build(settings, module)
+        for _ in range(3):
+            built.zero_grad()
+            module(x).square().mean().backward()
+            optim.add_penalties(settings, module)
+            built.step()
+    for a, b in zip(decayed.parameters(), penalised.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_l1_drives_what_does_not_help_to_zero():
+    torch.manual_seed(0)
+    x = torch.randn(256, 2)
+    module = nn.Linear(2, 1, bias=False)
+    settings = OptimSettings(name="sgd", lr=0.02, momentum=0.0, weight_decay=0.0, l1=0.3)
+    built = optim.build(settings, module)
+    for _ in range(400):
+        built.zero_grad()
+        (module(x)[:, 0] - x[:, 0]).square().mean().backward()
+        optim.add_penalties(settings, module)
+        built.step()
+    useful, useless = module.weight[0].tolist()
+    assert abs(useless) < 0.02
+    assert useful == pytest.approx(1 - 0.15, abs=0.05)  # soft threshold: l1 / (2 E x^2)
+
+
 @pytest.mark.parametrize(("clip", "after"), [(1.0, 1.0), (10.0, 5.0), (0.0, 5.0)])
 def test_clipping_scales_the_whole_gradient(clip, after):
     parameters = [nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))]
@@ -105,3 +274,7 @@ def test_bad_settings_are_refused_by_name():
         OptimSettings.parse({"lr": -1}, "c.yaml: optim")
     with pytest.raises(InputError, match=r"unknown key 'momentun'. Did you mean 'momentum'\?"):
         OptimSettings.parse({"momentun": 0.5}, "c.yaml: optim")
+    with pytest.raises(InputError, match=r"'layer_decay' = 1.5: .*less than or equal to 1"):
+        OptimSettings.parse({"layer_decay": 1.5}, "c.yaml: optim")
+    with pytest.raises(InputError, match=r"'backbone_lr' = 0: .*greater than 0"):
+        OptimSettings.parse({"backbone_lr": 0}, "c.yaml: optim")

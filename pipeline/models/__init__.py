@@ -1,8 +1,9 @@
 """The models by name: one file a family, one line here.
 
-Each is a settings class with ``task`` and ``build(num_classes) -> nn.Module``; the module maps float32
-normalised images (N, 3, H, W) to raw outputs, the same in train and eval, and says in ``stride`` what
-H and W must be multiples of. A model knows no loss, no device, no Ray.
+Each is a settings class with ``task``, ``outputs(num_classes)`` and ``build(num_classes) -> nn.Module``; the
+module maps float32 normalised images (N, 3, H, W) to raw outputs, the same in train and eval, and says in
+``stride`` what H and W must be multiples of and in ``backbone`` which parts see the image first. A model
+knows no loss, no device, no Ray.
 """
 
 from typing import Any
@@ -11,6 +12,7 @@ from torch import nn
 
 from pipeline.errors import InputError, nearest
 from pipeline.models.anchor_free import AnchorFree, DetectionOutput
+from pipeline.models.parts import dropout_layers, layers_of, set_sampling
 from pipeline.models.smp import Smp
 from pipeline.models.unet import UNet
 
@@ -18,7 +20,17 @@ ModelSettings = UNet | Smp | AnchorFree
 
 MODELS: dict[str, type[ModelSettings]] = {"unet": UNet, "smp": Smp, "anchor_free": AnchorFree}
 
-__all__ = ["MODELS", "DetectionOutput", "ModelSettings", "describe", "parse", "skeleton"]
+__all__ = [
+    "MODELS",
+    "DetectionOutput",
+    "ModelSettings",
+    "describe",
+    "dropout_layers",
+    "layers_of",
+    "parse",
+    "set_sampling",
+    "skeleton",
+]
 
 
 def parse(values: dict[str, Any], where: str) -> ModelSettings:

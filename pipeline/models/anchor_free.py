@@ -71,6 +71,10 @@ class AnchorFree(Settings):
         """The network with random weights; forward (N, 3, H, W) -> DetectionOutput."""
         return AnchorFreeModule(self, num_classes)
 
+    def outputs(self, num_classes: int) -> int:
+        """Logits at a location: one a class."""
+        return num_classes
+
 
 class AnchorFreeModule(nn.Module):
     """Images (N, 3, H, W) -> DetectionOutput, in train and eval alike; H, W multiples of ``stride``."""
@@ -115,6 +119,11 @@ class AnchorFreeModule(nn.Module):
             features.append(x)
         features = self.pyramid(features[-len(self.strides) :])
         return _join([self._level(level, feature) for level, feature in enumerate(features)])
+
+    @property
+    def backbone(self) -> list[nn.Module]:
+        """The parts that see the image first, input first; the pyramid is not one of them."""
+        return [self.stem, self.stages]
 
     def _level(self, level: int, feature: Tensor) -> DetectionOutput:
         """Outputs of one pyramid level (N, c, h, w)."""

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from pipeline.errors import InputError
 
 Norm = Literal["batch", "group"]
+Head = Literal["multiclass", "binary"]
+"""One logit a class (softmax), or one for two classes: that of class 0 against class 1, so softmax over [z, 0]."""
 
 
 def norm_layer(kind: Norm, channels: int) -> nn.Module:
@@ -50,16 +52,34 @@ def init_weights(module: nn.Module) -> None:
                 nn.init.zeros_(layer.bias)
 
 
-def set_prior(bias: Tensor, prior: Sequence[float]) -> None:
-    """Set the (C,) bias of a softmax head to log class frequencies, floored at one in ten thousand."""
-    if len(prior) != len(bias) or min(prior) < 0 or not 0 < sum(prior) < math.inf:
+def outputs_of(head: Head, num_classes: int) -> int:
+    """Channels that a head gives; a binary one wants exactly two classes."""
+    if head == "multiclass":
+        return num_classes
+    if num_classes != 2:
         raise InputError(
-            f"model.prior wants one frequency for each of the {len(bias)} classes, not negative and not all 0, "
+            f"model.head = binary wants exactly 2 classes (the background is one), found {num_classes}; "
+            f"set model.head to multiclass"
+        )
+    return 1
+
+
+def set_prior(bias: Tensor, prior: Sequence[float]) -> None:
+    """Set a head's bias to log class frequencies, floored at one in ten thousand.
+
+    Args:
+        bias: (C,) of a softmax head over C classes, or (1,) of a binary one: the log odds of class 0.
+        prior: A frequency for each class, at any scale.
+    """
+    num_classes = 2 if len(bias) == 1 else len(bias)
+    if len(prior) != num_classes or min(prior) < 0 or not 0 < sum(prior) < math.inf:
+        raise InputError(
+            f"model.prior wants one frequency for each of the {num_classes} classes, not negative and not all 0, "
             f"found {list(prior)}"
         )
-    frequencies = torch.tensor([value / sum(prior) for value in prior])
+    logits = torch.tensor([value / sum(prior) for value in prior]).clamp(min=1e-4).log()
     with torch.no_grad():
-        bias.copy_(frequencies.clamp(min=1e-4).log())
+        bias.copy_(logits[:1] - logits[1:] if len(bias) == 1 else logits)
 
 
 def check_input(images: Tensor, stride: int) -> None:
