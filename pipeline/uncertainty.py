@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+_PAIR_ELEMENTS = 2**23
+"""Floats held at once while members are compared with one another."""
+
 
 def entropy(probabilities: Tensor, dim: int) -> Tensor:
     """``-Σ_c p_c ln p_c`` over ``dim``, which is dropped; 0 ln 0 = 0."""
@@ -140,13 +143,26 @@ def inner(labels: Tensor, valid: Tensor, radius: int) -> Tensor:
 
 
 def _window_max(values: Tensor, radius: int) -> Tensor:
-    """Maximum within ``radius`` rows and columns, by shifts: on uint8 much faster than pooling."""
+    """Maximum of (N, H, W) unsigned values within ``radius`` rows and columns.
+
+    Windows of 1, 2, 4... pixels, each the larger of two halves, then two that overlap: about 2 log2(radius)
+    passes, each at the speed of memory on uint8; pooling is many times slower.
+    """
     for dim in (1, 2):
-        out, length = values.clone(), values.shape[dim]
-        for shift in range(1, min(radius, length - 1) + 1):
-            for source, target in ((0, shift), (shift, 0)):
-                part = out.narrow(dim, target, length - shift)
-                torch.maximum(part, values.narrow(dim, source, length - shift), out=part)
+        length = values.shape[dim]
+        reach = min(radius, length - 1)
+        if reach < 1:
+            continue
+        shape = list(values.shape)
+        shape[dim] = reach
+        # 0 is the smallest unsigned value, so beyond the edge nothing counts.
+        edge = values.new_zeros(shape)
+        out, have, want = torch.cat([edge, values, edge], dim), 1, 2 * reach + 1
+        while have < want:
+            shift = min(have, want - have)
+            rest = out.shape[dim] - shift
+            out = torch.maximum(out.narrow(dim, 0, rest), out.narrow(dim, shift, rest))
+            have += shift
         values = out
     return values
 
@@ -170,20 +186,34 @@ def pairwise_dice(maps: list[Tensor], valid: Tensor, num_classes: int, backgroun
         num_classes: C.
         background: Class id left out, if there is one.
     """
-    images = valid.shape[0]
-    total = torch.zeros(images, dtype=torch.float64, device=valid.device)
-    keep = torch.ones(num_classes, dtype=torch.bool, device=valid.device)
-    if background is not None and num_classes > 1:
-        keep[background] = False
-    areas = [class_sums(each, valid, num_classes) for each in maps]
-    pairs = [(a, b) for a in range(len(maps)) for b in range(a)]
-    for a, b in pairs:
-        shared = class_sums(maps[a], valid & (maps[a] == maps[b]), num_classes)
-        either = areas[a] + areas[b]
-        shown = (either > 0) & keep
-        dice = torch.where(shown, 2 * shared / either.clamp(min=1), 0).sum(1) / shown.sum(1).clamp(min=1)
-        total += torch.where(shown.any(1), dice, 1.0)
-    return total / len(pairs) if pairs else total + 1
+    images, count = valid.shape[0], len(maps)
+    if count < 2:
+        return torch.ones(images, dtype=torch.float64, device=valid.device)
+    total = torch.zeros(images, count, count, dtype=torch.float64, device=valid.device)
+    shown = torch.zeros_like(total)
+    for label in range(num_classes):
+        if label == background and num_classes > 1:
+            continue
+        shared = _shared_areas(maps, valid, label)
+        areas = shared.diagonal(dim1=1, dim2=2)
+        either = areas[:, :, None] + areas[:, None, :]
+        total += 2 * shared / either.clamp(min=1)
+        shown += either > 0
+    dice = torch.where(shown > 0, total / shown.clamp(min=1), 1.0)
+    return (dice.sum((1, 2)) - dice.diagonal(dim1=1, dim2=2).sum(1)) / (count * (count - 1))
+
+
+def _shared_areas(maps: list[Tensor], valid: Tensor, label: int) -> Tensor:
+    """(N, M, M) float64: pixels where both members say ``label``; by one product for all pairs."""
+    flat = valid.flatten(1)
+    out = torch.zeros(len(valid), len(maps), len(maps), dtype=torch.float64, device=valid.device)
+    # float32 counts exactly up to 2**24; the step also bounds what is held as floats.
+    step = max(1, _PAIR_ELEMENTS // (len(maps) * len(valid)))
+    for start in range(0, flat.shape[1], step):
+        part = slice(start, start + step)
+        said = torch.stack([((each.flatten(1)[:, part] == label) & flat[:, part]).float() for each in maps], 1)
+        out += said @ said.transpose(1, 2)
+    return out
 
 
 def class_sums(labels: Tensor, mask: Tensor, num_classes: int, weights: Tensor | None = None) -> Tensor:

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -204,3 +205,17 @@ def test_class_sums_count_and_add_by_class():
         inside = valid[n] & (labels[n] == c)
         assert areas[n, c].item() == inside.sum().item()
         assert sums[n, c].item() == pytest.approx(values[n][inside].double().sum().item())
+
+
+def test_entropies_are_those_of_torch_uncertainty():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        metrics = pytest.importorskip("torch_uncertainty.metrics")
+    members = torch.randn(5, 200, 4, generator=torch.Generator().manual_seed(0)).mul(2).softmax(-1)
+    total = uncertainty.entropy(members.mean(0), -1)
+    mutual = uncertainty.mutual_information(total, uncertainty.expected_entropy(members, -1))
+    entropy, information = metrics.Entropy(), metrics.MutualInformation()
+    entropy.update(members.mean(0))
+    information.update(members.transpose(0, 1))
+    assert total.mean().item() == pytest.approx(entropy.compute().item(), abs=1e-5)
+    assert mutual.mean().item() == pytest.approx(information.compute().item(), abs=1e-5)

@@ -1,7 +1,12 @@
-"""How well a score ranks one group above another."""
+"""How well a score ranks: one group above another, large losses above small ones.
+
+A score is doubt: the higher, the more doubtful. Groups of tied rows, or bins of a histogram, have no order
+inside; what depends on one is given as its mean over all orders.
+"""
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy.special import digamma
 from scipy.stats import rankdata
 
 
@@ -21,3 +26,125 @@ def auroc(negatives: ArrayLike, positives: ArrayLike) -> float:
     ranks = rankdata(np.concatenate([low, high]))
     above = ranks[len(low) :].sum() - len(high) * (len(high) + 1) / 2
     return float(above / (len(low) * len(high)))
+
+
+def fpr_at_tpr(negatives: ArrayLike, positives: ArrayLike, tpr: float = 0.95) -> float:
+    """Share of negatives at or above the highest threshold that at least ``tpr`` of the positives reach.
+
+    Args:
+        negatives: (n,) scores of those that should score low.
+        positives: (m,) scores of those that should score high.
+        tpr: Above 0, at most 1.
+
+    Returns:
+        In [0, 1]; NaN if either group is empty.
+    """
+    low, high = np.asarray(negatives, np.float64), np.asarray(positives, np.float64)
+    if not len(low) or not len(high):
+        return float("nan")
+    # 1e-9 keeps 0.95 * 20 at 19.
+    rank = max(1, int(np.ceil(tpr * len(high) - 1e-9)))
+    threshold = np.sort(high)[len(high) - rank]
+    return float((low >= threshold).mean())
+
+
+def auroc_of_counts(negatives: np.ndarray, positives: np.ndarray) -> float:
+    """``auroc`` from counts (G,) by bin, lowest score first; rows of one bin are tied."""
+    low, high = np.asarray(negatives, np.float64), np.asarray(positives, np.float64)
+    pairs = low.sum() * high.sum()
+    return float((high * (low.cumsum() - low / 2)).sum() / pairs) if pairs else float("nan")
+
+
+def average_precision_of_counts(negatives: np.ndarray, positives: np.ndarray) -> float:
+    """Area under precision-recall as Σ (R_k - R_{k-1}) P_k, from counts by bin, lowest score first.
+
+    The mean over orders inside the bins of what scikit-learn's ``average_precision_score`` gives: in a bin of
+    n rows, w positive, after N0 rows, W0 positive, the j-th row is positive with w / n, and has then on average
+    ``W0 + 1 + (j - 1) a`` positives up to it, ``a = (w - 1) / (n - 1)``; summed as in ``aurc``.
+
+    Returns:
+        In [0, 1]; NaN without positives.
+    """
+    low, found = np.asarray(negatives, np.float64)[::-1], np.asarray(positives, np.float64)[::-1]
+    number = low + found
+    before, found_before = number.cumsum() - number, found.cumsum() - found
+    if not found.sum():
+        return float("nan")
+    slope = (found - 1) / np.maximum(number - 1, 1)
+    steps = digamma(before + number + 1) - digamma(before + 1)
+    precisions = slope * number + (found_before + 1 - slope - slope * before) * steps
+    return float((found * precisions / np.maximum(number, 1)).sum() / found.sum())
+
+
+def aurc(counts: ArrayLike, losses: ArrayLike) -> float:
+    """Area under risk-coverage: 1/N Σ_k (mean loss of the k surest) (Geifman & El-Yaniv 2017, 1705.08500).
+
+    In a group of n rows with losses L, after N0 rows with losses L0, the mean over orders of what its k-th
+    row adds is ``(L0 + k r) / (N0 + k)``, ``r = L / n``; summed over k: ``L + (L0 - r N0) (ψ(N0 + n + 1) -
+    ψ(N0 + 1))`` with the digamma function ψ.
+
+    Args:
+        counts: (G,) rows by group, the surest group first.
+        losses: (G,) sums of their losses.
+
+    Returns:
+        In the unit of the losses; NaN of no rows.
+    """
+    number, lost = np.asarray(counts, np.float64), np.asarray(losses, np.float64)
+    number, lost = number[number > 0], lost[number > 0]
+    if not len(number):
+        return float("nan")
+    before, lost_before = number.cumsum() - number, lost.cumsum() - lost
+    steps = digamma(before + number + 1) - digamma(before + 1)
+    total = lost + (lost_before - lost / number * before) * steps
+    return float(total.sum() / number.sum())
+
+
+def excess_aurc(counts: ArrayLike, losses: ArrayLike, each: ArrayLike) -> float:
+    """``aurc`` minus that of an oracle, which ranks by loss (E-AURC; Geifman et al. 2019, 1805.08206).
+
+    Args:
+        counts: (G,) as in ``aurc``.
+        losses: (G,) as in ``aurc``.
+        each: (2, K) the same rows by loss, K groups of equal losses: their counts, and their losses' sums.
+    """
+    number, lost = np.asarray(each, np.float64)
+    order = np.argsort(lost / np.maximum(number, 1))
+    # Rounding below 0 is cut off; NaN stays.
+    return float(np.maximum(aurc(counts, losses) - aurc(number[order], lost[order]), 0))
+
+
+def tied(scores: ArrayLike, losses: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """(counts, losses) of groups of equal scores (n,), the lowest first: what ``aurc`` takes."""
+    _, at, counts = np.unique(np.asarray(scores), return_inverse=True, return_counts=True)
+    return counts, np.bincount(at, np.asarray(losses, np.float64), minlength=len(counts))
+
+
+def risk_coverage(scores: ArrayLike, losses: ArrayLike, points: int = 101) -> tuple[np.ndarray, np.ndarray]:
+    """Mean loss of the surest rows by the share of them that is accepted.
+
+    Args:
+        scores: (n,) doubt.
+        losses: (n,) any unit.
+        points: At most so many coverages; those of k = 1..n rows where n is not larger.
+
+    Returns:
+        (coverage, risk), coverage rising to 1; empty of no rows.
+    """
+    counts, lost = tied(scores, losses)
+    total = int(counts.sum())
+    if not total:
+        return np.zeros(0), np.zeros(0)
+    kept = np.unique(np.ceil(np.linspace(total, 1, min(points, total)) - 1e-9).astype(np.int64))
+    ends = np.concatenate([[0], counts.cumsum()])
+    lost_ends = np.concatenate([[0.0], lost.cumsum()])
+    # Linear inside a group: its mean over orders.
+    return kept / total, np.interp(kept, ends, lost_ends) / kept
+
+
+def spearman(first: ArrayLike, second: ArrayLike) -> float:
+    """Correlation of ranks, ties sharing theirs (Spearman 1904); NaN of fewer than two, or of equal values."""
+    ranks = [rankdata(np.asarray(each, np.float64)) for each in (first, second)]
+    a, b = (each - each.mean() if len(each) else each for each in ranks)
+    scale = np.sqrt((a @ a) * (b @ b))
+    return float(np.clip(a @ b / scale, -1, 1)) if scale else float("nan")
