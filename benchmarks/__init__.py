@@ -1,0 +1,1 @@
+"""Side-by-side runs: each program prints a table and says what it measured."""

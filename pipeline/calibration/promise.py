@@ -1,0 +1,192 @@
+"""The review threshold: which images need no second look, as a promise about the risk of those.
+
+    P( E[loss | score <= threshold] > risk ) <= delta     over draws of the calibration split
+
+for images that come from where that split came from. Selective risk with a guarantee (SGR, Geifman & El-Yaniv
+2017, 1705.08500), tested as in Learn-then-Test (Angelopoulos et al. 2021, 2110.01052), by betting.
+
+Why it holds. Coverages q_1 > ... > q_J are fixed in advance; candidate j is the k_j-th smallest of the n scores, k_j =
+ceil(q_j n). Given its value t, the points strictly below t are independent draws from those with score < t (ties only
+make them fewer), so a p-value computed from their losses is valid for "the risk below t exceeds ``risk``" whatever the
+risk does as a function of t. All J are tested at delta / J, so with probability 1 - delta no false one is accepted, and
+the largest accepted may be chosen. Accepting means score < t: the threshold is the float32 just below t.
+(Holm's larger levels would need p-values valid given all candidates at once, and these are not.)
+
+Betting is the default because it sees small variance. Share accepted at n = 200, delta = 0.1, betting against
+Hoeffding-Bentkus (``python -m benchmarks.promise``): informative score, risk = mean loss: 0.71, 0.35; useless score,
+risk = 1.5 times the mean loss: 0.98, 0.05. It is the weaker where losses are 0 or 1: risk = 1.5 times: 0.74, 0.86.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.stats import binom
+
+COVERAGES = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
+"""Shares of the split that are tried as what is accepted."""
+MOST_REPEATS = 256
+"""How many times the split is imagined repeated, to say which size would do."""
+MOST_IMAGES = 1_000_000
+"""How large the repeated split may be: bounds time and memory."""
+_ORDER_SEED = 20_170_731
+"""Of the order in which points are bet on: fixed, and unrelated to scores and losses."""
+
+Method = Literal["betting", "hoeffding_bentkus"]
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """A review threshold, and what is known of it."""
+
+    value: float | None
+    """Accept where ``uncertainty <= value``; None: nothing can be accepted."""
+    risk: float
+    delta: float
+    n: int
+    accepted: float
+    """Share of the calibration split that is accepted."""
+    mean_loss: float
+    accepted_loss: float | None
+    """Mean loss of what is accepted, in the split."""
+    method: Method
+    n_needed: int | None
+    """With no threshold: how many such images would give one; None where no number would."""
+    note: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """As a bundle's manifest keeps it."""
+        return asdict(self)
+
+
+def review_threshold(
+    scores: ArrayLike,
+    losses: ArrayLike,
+    risk: float,
+    delta: float = 0.1,
+    method: Method = "betting",
+    *,
+    explain: bool = True,
+) -> Threshold:
+    """The threshold that accepts most among those that keep the promise.
+
+    Args:
+        scores: (n,) of the calibration split, higher = more doubtful; rounded to float32, as they are stored.
+            NaN is never accepted.
+        losses: (n,) in 0..1.
+        risk: Largest mean loss of what is accepted, between 0 and 1.
+        delta: Probability that the promise is broken, between 0 and 1.
+        method: Of the p-values.
+        explain: Whether to look for ``n_needed``, which takes most of the time.
+
+    Raises:
+        ValueError: Losses outside 0..1, other lengths, or risk or delta not between 0 and 1.
+    """
+    score, loss = np.asarray(scores, np.float32), np.asarray(losses, np.float64)
+    if score.shape != loss.shape or score.ndim != 1:
+        raise ValueError(f"wanted one loss for each score, found {score.shape} and {loss.shape}")
+    if not ((loss >= 0) & (loss <= 1)).all():
+        raise ValueError("losses must lie in 0..1")
+    if not (0 < risk < 1 and 0 < delta < 1):
+        raise ValueError(f"risk and delta must lie between 0 and 1, found {risk} and {delta}")
+    score = np.where(np.isnan(score), np.float32(np.inf), score)
+    value = _largest(score, loss, risk, delta, method)
+    n, mean = len(loss), float(loss.mean()) if len(loss) else 0.0
+    inside = score <= (np.float32(-np.inf) if value is None else np.float32(value))
+    share = float(inside.mean()) if n else 0.0
+    accepted_loss = float(loss[inside].mean()) if inside.any() else None
+    needed = _needed(score, loss, risk, delta, method) if value is None and explain else None
+    why = "" if value is not None else _why(needed, score, loss, risk)
+    note = _note(value, risk, delta, n, share, why)
+    return Threshold(value, risk, delta, n, share, mean, accepted_loss, method, needed, note)
+
+
+def _note(value: float | None, risk: float, delta: float, n: int, share: float, why: str) -> str:
+    promise = f"mean loss at most {risk:g} with probability {1 - delta:g}"
+    if value is not None:
+        return f"review threshold {value:.4g}: {promise}; accepts {share:.0%} of {n} calibration images"
+    return f"no threshold keeps the promise ({promise}) on {n} calibration images, so all go to review; {why}"
+
+
+def _why(needed: int | None, score: np.ndarray, loss: np.ndarray, risk: float) -> str:
+    """Why there is no threshold, and what would help."""
+    if needed is not None:
+        return f"about {needed} calibration images like these would do"
+    surest = _means(score, loss)
+    if not surest:
+        return "no image is surer than the others: the scores are missing, or all alike"
+    if min(surest) >= risk:
+        return "nor would more images like these do: even the surest have too high a loss"
+    return "far more images would be needed, or a larger risk"
+
+
+def _candidates(score: np.ndarray) -> list[np.float32]:
+    """Thresholds that are tried, largest first; those with no score below are left out."""
+    ranked = np.sort(score)
+    tried = [ranked[math.ceil(coverage * len(score)) - 1] for coverage in COVERAGES] if len(score) else []
+    return [each for each in tried if np.isfinite(each) and each > ranked[0]]
+
+
+def _means(score: np.ndarray, loss: np.ndarray) -> list[float]:
+    """Mean loss below each candidate; repeating the split changes none of them."""
+    return [float(loss[score < candidate].mean()) for candidate in _candidates(score)]
+
+
+def _largest(score: np.ndarray, loss: np.ndarray, risk: float, delta: float, method: Method) -> float | None:
+    """The largest threshold whose test is passed."""
+    order = np.random.default_rng(_ORDER_SEED).permutation(len(score))
+    score, loss = score[order], loss[order]
+    for candidate in _candidates(score):
+        if p_value(loss[score < candidate], risk, delta / len(COVERAGES), method) <= delta / len(COVERAGES):
+            return float(np.nextafter(candidate, np.float32(-np.inf)))
+    return None
+
+
+def p_value(losses: np.ndarray, risk: float, level: float, method: Method = "betting") -> float:
+    """Of "the mean exceeds ``risk``", from independent losses in 0..1; valid at any n.
+
+    ``betting``: one over the largest capital of a gambler who bets that losses fall below ``risk``, with stakes set
+    from the losses before (Waudby-Smith & Ramdas 2024, 2010.09686, predictable plug-in); ``level`` only tunes the
+    stakes. ``hoeffding_bentkus``: the smaller of two closed bounds of the mean (Bates et al. 2021, 2101.02703).
+    """
+    n = len(losses)
+    if method == "hoeffding_bentkus":
+        return _hoeffding_bentkus(float(losses.mean()), n, risk)
+    seen = np.arange(1, n + 1)
+    mean = (0.5 + np.cumsum(losses)) / (1 + seen)
+    variance = (0.25 + np.cumsum((losses - mean) ** 2)) / (1 + seen)
+    before = np.concatenate([[0.25], variance[:-1]])
+    # Below 1 / (1 - risk), so that the capital stays positive whatever the loss is.
+    stake = np.minimum(np.sqrt(2 * math.log(1 / level) / (n * before)), 0.99 / (1 - risk))
+    capital = np.cumsum(np.log1p(-stake * (losses - risk)))
+    return float(min(1.0, math.exp(-max(0.0, capital.max()))))
+
+
+def _hoeffding_bentkus(mean: float, n: int, risk: float) -> float:
+    if mean >= risk:
+        return 1.0
+    divergence = (1 - mean) * math.log((1 - mean) / (1 - risk)) + (mean * math.log(mean / risk) if mean else 0.0)
+    bentkus = math.e * float(binom.cdf(math.ceil(n * mean - 1e-9), n, risk))
+    return min(1.0, math.exp(-n * divergence), bentkus)
+
+
+def _needed(score: np.ndarray, loss: np.ndarray, risk: float, delta: float, method: Method) -> int | None:
+    """Images that would do if they were like these: the split repeated; None if the most that is tried is too few."""
+    if min(_means(score, loss), default=1.0) >= risk:
+        return None
+    most = min(MOST_REPEATS, MOST_IMAGES // len(loss))
+
+    def passes(repeats: int) -> bool:
+        return _largest(np.tile(score, repeats), np.tile(loss, repeats), risk, delta, method) is not None
+
+    low, high = 1, 2
+    while high <= most and not passes(high):
+        low, high = high, 2 * high
+    if high > most:
+        return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if passes(middle) else (middle, high)
+    return high * len(loss)

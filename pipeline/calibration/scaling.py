@@ -1,0 +1,131 @@
+"""Temperature and vector scaling of the pool's probabilities, fitted by L-BFGS on a streamed sample."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from scipy.optimize import minimize
+from torch import Tensor
+
+from pipeline.calibration.sample import FLOOR
+
+LIMITS = (0.05, 20.0)
+"""Of temperatures, and of the inverse of scales."""
+_TOWARDS_IDENTITY = 1e-4
+"""Weight of the squared distance of a vector's log scales and biases from 0, against a mean NLL: a class that
+the sample does not show would run away without."""
+
+Kind = Literal["temperature", "vector"]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """``parameters`` of ``kind``: ``temperature``, or ``scale`` and ``bias`` (C,); and the mean NLL in the sample."""
+
+    kind: Kind
+    parameters: dict[str, Any]
+    nll_before: float
+    nll_after: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """As a bundle's manifest keeps it."""
+        return asdict(self)
+
+
+def fit(rows: tuple[np.ndarray, np.ndarray, np.ndarray], kind: Kind = "temperature") -> Calibration:
+    """Minimise the weighted mean NLL of ``softmax(scale_c ln p_c + bias_c)`` by L-BFGS (Guo et al. 2017, 1706.04599).
+
+    ``temperature``: one scale 1/T for all, no bias; the most probable class stays. ``vector``: one scale and one
+    bias a class, biases summing to 0. Never worse than the identity, which is what it is where nothing helps.
+
+    Args:
+        rows: (log p (n, C), labels (n,), weights (n,)), as ``PixelSample.rows`` gives.
+        kind: Which.
+
+    Raises:
+        ValueError: No row.
+    """
+    log, labels, weights = rows
+    if not len(labels):
+        raise ValueError("a calibration cannot be fitted on no pixel")
+    weights = weights / weights.sum()
+    before = _nll(log, labels, weights, np.ones(log.shape[1]), np.zeros(log.shape[1]))[0]
+    found = _fit_temperature(log, labels, weights) if kind == "temperature" else _fit_vector(log, labels, weights)
+    after = _nll(log, labels, weights, *_scale_bias(found, log.shape[1]))[0]
+    if not after < before:
+        classes = log.shape[1]
+        found = {"temperature": 1.0} if kind == "temperature" else {"scale": [1.0] * classes, "bias": [0.0] * classes}
+        after = before
+    return Calibration(kind, found, float(before), float(after))
+
+
+def _scale_bias(parameters: dict[str, Any], classes: int) -> tuple[np.ndarray, np.ndarray]:
+    if "temperature" in parameters:
+        return np.full(classes, 1 / parameters["temperature"]), np.zeros(classes)
+    return np.array(parameters["scale"]), np.array(parameters["bias"])
+
+
+def _nll(
+    log: np.ndarray, labels: np.ndarray, weights: np.ndarray, scale: np.ndarray, bias: np.ndarray
+) -> tuple[float, np.ndarray, np.ndarray]:
+    """(weighted NLL, its gradients by scale and by bias)."""
+    z = log * scale + bias
+    z -= z.max(1, keepdims=True)
+    p = np.exp(z)
+    total = p.sum(1, keepdims=True)
+    at = np.arange(len(labels))
+    value = float((weights * (np.log(total[:, 0]) - z[at, labels])).sum())
+    p /= total
+    p[at, labels] -= 1
+    p *= weights[:, None]
+    return value, (p * log).sum(0), p.sum(0)
+
+
+def _fit_temperature(log: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> dict[str, Any]:
+    def goal(x: np.ndarray) -> tuple[float, np.ndarray]:
+        scale = np.full(log.shape[1], np.exp(-x[0]))
+        value, by_scale, _ = _nll(log, labels, weights, scale, np.zeros(log.shape[1]))
+        return value, np.array([-(by_scale * scale).sum()])
+
+    bounds = [(np.log(LIMITS[0]), np.log(LIMITS[1]))]
+    found = minimize(goal, np.zeros(1), jac=True, method="L-BFGS-B", bounds=bounds, options=_PRECISE)
+    return {"temperature": float(np.exp(found.x[0]))}
+
+
+def _fit_vector(log: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> dict[str, Any]:
+    classes = log.shape[1]
+
+    def goal(x: np.ndarray) -> tuple[float, np.ndarray]:
+        scale, bias = np.exp(x[:classes]), x[classes:]
+        value, by_scale, by_bias = _nll(log, labels, weights, scale, bias)
+        gradient = np.concatenate([by_scale * scale, by_bias]) + 2 * _TOWARDS_IDENTITY * x
+        return value + _TOWARDS_IDENTITY * float((x**2).sum()), gradient
+
+    limit = np.log(LIMITS[1])
+    bounds = [(-limit, limit)] * classes + [(None, None)] * classes
+    found = minimize(goal, np.zeros(2 * classes), jac=True, method="L-BFGS-B", bounds=bounds, options=_PRECISE)
+    bias = found.x[classes:] - found.x[classes:].mean()
+    return {"scale": np.exp(found.x[:classes]).tolist(), "bias": bias.tolist()}
+
+
+_PRECISE = {"ftol": 1e-12, "gtol": 1e-9, "maxiter": 500}
+
+
+def apply(calibration: dict[str, Any] | None, probabilities: Tensor) -> Tensor:
+    """Calibrated probabilities (N, C, h, w); without a calibration, or with the identity, the input itself.
+
+    Args:
+        calibration: ``{"kind": ..., "parameters": ...}`` of a bundle's manifest, or None.
+        probabilities: (N, C, h, w) float32 of the pool.
+    """
+    if calibration is None:
+        return probabilities
+    scale, bias = _scale_bias(calibration["parameters"], probabilities.shape[1])
+    if (scale == 1).all() and (bias == 0).all():
+        return probabilities
+    logits = probabilities.clamp(min=FLOOR).log_()
+    if "temperature" in calibration["parameters"]:
+        return logits.mul_(float(scale[0])).softmax(1)
+    row = torch.tensor(np.stack([scale, bias]), dtype=logits.dtype).to(logits.device)[:, :, None, None]
+    return logits.mul_(row[0]).add_(row[1]).softmax(1)
