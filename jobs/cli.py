@@ -69,11 +69,42 @@ def ensemble(
 def evaluate(
     bundle: Uri,
     data: Uri,
-    out: Annotated[str, typer.Option(metavar="FILE.json", help="Where the metrics go.")],
+    out: Annotated[str, typer.Option(metavar="FILE.json", help="Where the metrics go; plots lie beside it.")],
     split: Annotated[str, typer.Option(help="train, val, calibration or test.")] = "test",
+    shift_data: Annotated[
+        str, typer.Option(metavar="URI", help="Unlike images, a dataset or a folder: does doubt tell them apart?")
+    ] = "",
+    shift_split: Annotated[str, typer.Option(help="Only this split of the shift data.")] = "",
 ) -> None:
-    """Score a labelled split and write the metrics of the pool and of every member."""
-    _run("evaluate", bundle=bundle, data=data, split=split, out=out)
+    """Score a labelled split; write the metrics of the pool and of every member, and plots."""
+    _run(
+        "evaluate",
+        bundle=bundle,
+        data=data,
+        split=split,
+        out=out,
+        shift_data=shift_data,
+        shift_split=shift_split,
+    )
+
+
+@app.command()
+def calibrate(
+    bundle: Uri,
+    data: Annotated[str, typer.Option(metavar="URI", help="A dataset with a calibration split.")],
+    out: Annotated[str, typer.Option(metavar="URI", help="Where the calibrated bundle goes.")],
+    kind: Annotated[str, typer.Option(help="temperature, vector or none.")] = "temperature",
+    risk: Annotated[
+        float | None, typer.Option(help="Accepted images have at most this mean loss (1 - IoU); none: no threshold.")
+    ] = None,
+    delta: Annotated[float, typer.Option(help="Probability that the promise is broken.")] = 0.1,
+    sets: Annotated[
+        list[str],
+        typer.Option("--set", metavar="a.b=c", help="Change how members are asked, as in tta.flips=true; repeatable."),
+    ] = [],  # noqa: B006
+) -> None:
+    """Fit calibration and review threshold on the calibration split; write a new bundle of the same weights."""
+    _run("calibrate", bundle=bundle, data=data, out=out, kind=kind, risk=risk, delta=delta, sets=sets)
 
 
 @app.command()

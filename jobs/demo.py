@@ -69,7 +69,7 @@ def _task(root: str, task: str, terminal: Terminal) -> dict[str, Any]:
     for name in ("data", "shifted"):
         uri = storage.join(root, "predictions", f"{task}-{name}")
         data = storage.join(root, name)
-        made = score.score(bundle, data, out=uri, split="test", measure=True, sink=terminal)
+        made = score.score(bundle, data, out=uri, split="test", measure="metrics", sink=terminal)
         metrics[name] = made["metrics"]
         tables[name] = predictions.read(uri)
     infos = {name: open_dataset(storage.join(root, name)) for name in tables}

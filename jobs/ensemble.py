@@ -14,7 +14,8 @@ def run(config: str, members: int, resume: bool, sets: list[str], verb: str = "e
         settings = TrainConfig.parse(load(config, sets), config).with_absolute_uris()
         settings.model_settings(config)
         with ray_session(settings.train.workers):
-            from pipeline import ensemble
+            from pipeline import calibrate, ensemble
+            from pipeline.models import transfer
 
             made = ensemble.run(settings, members, resume=resume, sink=terminal)
             from pipeline.report import curves
@@ -23,6 +24,9 @@ def run(config: str, members: int, resume: bool, sets: list[str], verb: str = "e
         terminal.close()
         losses = ", ".join(f"{metrics['val_loss']:.4f}" for metrics in made.manifest["metrics"])
         terminal.say(f"bundle {made.uri} (id {made.id}, {members} member(s), validation loss {losses}); curves {plot}")
+        if made.manifest["transfer"] is not None:
+            terminal.say(transfer.Loaded(**made.manifest["transfer"]).sentence())
+        terminal.say(calibrate.sentence(made))
 
     return run_job(verb, story)
 

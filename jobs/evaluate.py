@@ -1,4 +1,4 @@
-"""``dubito evaluate``: metrics of the pool and of every member on a labelled split."""
+"""``dubito evaluate``: metrics of the pool and of every member on a labelled split, and what they look like."""
 
 import json
 
@@ -6,19 +6,32 @@ from jobs.session import ray_session, run_job
 from pipeline.telemetry import Terminal
 
 
-def run(bundle: str, data: str, split: str, out: str) -> int:
+def run(bundle: str, data: str, split: str, out: str, shift_data: str = "", shift_split: str = "") -> int:
     """Run the job; returns the exit code."""
 
     def story(terminal: Terminal) -> None:
         from pipeline import storage
+        from pipeline.bundle import open_bundle
+        from pipeline.datasets import open_dataset
 
+        where = storage.absolute(bundle), storage.absolute(data)
         with ray_session():
             from pipeline.evaluate import evaluate
 
-            metrics = evaluate(storage.absolute(bundle), storage.absolute(data), split, sink=terminal)
+            metrics, scalars = evaluate(
+                *where,
+                split,
+                shift_data=storage.absolute(shift_data) if shift_data else None,
+                shift_split=shift_split or None,
+                sink=terminal,
+            )
         storage.write_bytes(out, json.dumps(metrics, indent=1).encode())
+        from pipeline.report import evaluation
+
+        plots = evaluation.write(out, open_bundle(where[0]), open_dataset(where[1]), split, metrics, scalars)
         terminal.close()
-        terminal.say(f"metrics of {split}: {out}")
+        terminal.say(evaluation.sentence(split, metrics))
+        terminal.say(f"metrics {out}; plots {', '.join(plots)}")
 
     return run_job("evaluate", story)
 

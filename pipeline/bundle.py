@@ -37,6 +37,11 @@ def member_path(k: int) -> str:
     return f"members/{k}/model.safetensors"
 
 
+def member_uris(bundle: "Bundle") -> list[str]:
+    """Where the members' weights lie."""
+    return [storage.join(bundle.uri, member_path(k)) for k in range(bundle.members)]
+
+
 @dataclass(frozen=True)
 class Bundle:
     """A bundle whose manifest was read and checked; weights are read, and verified, by ``load_member``."""
@@ -67,6 +72,11 @@ class Bundle:
         return len(self.manifest["files"])
 
     @property
+    def model_settings(self) -> models.ModelSettings:
+        """Of every member."""
+        return models.parse(self.manifest["model"], f"bundle '{self.uri}'")
+
+    @property
     def num_outputs(self) -> int:
         """Classes that the model tells apart: detectors have none for a background at the end of the list."""
         count = len(self.classes)
@@ -80,8 +90,7 @@ class Bundle:
         """
         path = member_path(k)
         state = _tensors(_verified(self.uri, path, self.manifest["files"][path]), f"'{self.uri}/{path}'")
-        settings = models.parse(self.manifest["model"], f"bundle '{self.uri}'")
-        module = models.skeleton(settings, self.num_outputs)
+        module = models.skeleton(self.model_settings, self.num_outputs)
         try:
             module.load_state_dict(state)
         except RuntimeError as error:
@@ -91,7 +100,12 @@ class Bundle:
 
 
 def write(uri: str, manifest: Mapping[str, Any], members: Sequence[Path | str]) -> Bundle:
-    """Copy the members' weights to ``uri`` and commit the manifest last.
+    """``stage`` and ``commit`` in one."""
+    return commit(stage(uri, manifest, members))
+
+
+def stage(uri: str, manifest: Mapping[str, Any], members: Sequence[Path | str]) -> Bundle:
+    """Copy the members' weights to ``uri``; the bundle can be used, but is not there before ``commit``.
 
     Args:
         uri: The bundle's folder. Writing the same content again is no error.
@@ -113,21 +127,43 @@ def write(uri: str, manifest: Mapping[str, Any], members: Sequence[Path | str]) 
         files[member_path(k)] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     versions = {"schema_version": SCHEMA_VERSION, "code_version": __version__}
     whole = {**_OPTIONAL, **versions, **manifest, "files": files}
-    content = json.dumps(whole, indent=1, sort_keys=True, allow_nan=False).encode()
-    target = storage.join(uri, MANIFEST)
-    if storage.exists(target):
-        _refuse_other(uri, content, storage.read_bytes(target))
-        return open_bundle(uri)
-    for k, source in enumerate(members):
-        storage.write_bytes(storage.join(uri, member_path(k)), storage.read_bytes(str(source)))
-    if not storage.create_once(target, content):
-        _refuse_other(uri, content, storage.read_bytes(target))
-    return open_bundle(uri)
+    if storage.exists(storage.join(uri, MANIFEST)):
+        if open_bundle(uri).manifest["files"] != files:
+            raise _another(uri)
+    else:
+        for k, source in enumerate(members):
+            storage.write_bytes(storage.join(uri, member_path(k)), storage.read_bytes(str(source)))
+    return _made(uri, whole)
 
 
-def _refuse_other(uri: str, content: bytes, found: bytes) -> None:
-    if content != found:
-        raise InputError(f"'{uri}' already holds another bundle; choose another folder or delete that one")
+def derive(bundle: Bundle, **changes: Any) -> Bundle:
+    """The same weights with other entries in the manifest (calibration, threshold, predict); not committed."""
+    return _made(bundle.uri, {**bundle.manifest, **changes})
+
+
+def commit(bundle: Bundle) -> Bundle:
+    """Publish a staged bundle's manifest: from now on it is there, for good.
+
+    Raises:
+        InputError: Another bundle is there already.
+    """
+    target, content = storage.join(bundle.uri, MANIFEST), _content(bundle.manifest)
+    if not storage.create_once(target, content) and storage.read_bytes(target) != content:
+        raise _another(bundle.uri)
+    return open_bundle(bundle.uri)
+
+
+def _made(uri: str, manifest: dict[str, Any]) -> Bundle:
+    content = _content(manifest)
+    return Bundle(uri, json.loads(content), hashlib.sha256(content).hexdigest()[:12])
+
+
+def _content(manifest: Mapping[str, Any]) -> bytes:
+    return json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False).encode()
+
+
+def _another(uri: str) -> InputError:
+    return InputError(f"'{uri}' already holds another bundle; choose another folder or delete that one")
 
 
 def open_bundle(uri: str, task: str | None = None) -> Bundle:
@@ -175,6 +211,9 @@ def _check(where: str, manifest: Any) -> None:
     classes = manifest["classes"]
     if not isinstance(classes, list) or not classes or not all(isinstance(name, str) for name in classes):
         raise InputError(f"'{where}': 'classes' must list the names of the classes; write the bundle again")
+    threshold = manifest.get("threshold")
+    if threshold is not None and not (isinstance(threshold, dict) and "value" in threshold):
+        raise InputError(f"'{where}': 'threshold' must be null or an object with 'value'; write the bundle again")
     files = manifest["files"]
     wanted = {member_path(k) for k in range(len(files))} if isinstance(files, dict) else set()
     if not wanted or set(files) != wanted:

@@ -9,10 +9,11 @@ from typing import Any
 
 import ray
 
-from pipeline import __version__, bundle, models, storage, telemetry, train
+from pipeline import __version__, bundle, calibrate, models, storage, telemetry, train
 from pipeline.config import first_difference
 from pipeline.datasets import DatasetInfo, open_dataset, row_groups
 from pipeline.errors import DoneError, InputError
+from pipeline.models import transfer
 from pipeline.recipe import TrainConfig
 from pipeline.schema import SCHEMA_VERSION
 
@@ -35,17 +36,21 @@ def run(config: TrainConfig, members: int, *, resume: bool, sink: telemetry.Sink
     if members < 1:
         raise InputError(f"--members {members}: an ensemble needs at least 1 member")
     info = open_dataset(config.data)
-    _check(config, info)
+    loaded = _check(config, info)
     inputs = {
         "config": {key: value for key, value in config.resolved().items() if key not in ("out", "data")},
         "members": members,
         "data_fingerprint": info.fingerprint,
+        "weights": None if loaded is None else loaded.to_dict(),
         "schema_version": SCHEMA_VERSION,
     }
     _claim(config.out, inputs, resume)
     results = _fit_members(config, members, _steps(config, info), sink)
-    manifest = _manifest(config, info, members, results)
-    return bundle.write(_bundle_uri(config.out), manifest, [_weights(result) for result in results])
+    manifest = _manifest(config, info, members, results) | {"transfer": inputs["weights"]}
+    staged = bundle.stage(_bundle_uri(config.out), manifest, [_weights(result) for result in results])
+    if calibrate.possible(config.task, info):
+        staged = calibrate.calibrate(staged, config.data, config.calibrate, sink)
+    return bundle.commit(staged)
 
 
 def _bundle_uri(out: str) -> str:
@@ -56,12 +61,18 @@ def _weights(result: dict[str, Any]) -> str:
     return storage.join(result["checkpoint"], "model.safetensors")
 
 
-def _check(config: TrainConfig, info: DatasetInfo) -> None:
-    """Everything about the input that can be refused before a worker starts."""
-    config.model_settings()
-    config.build_task(info, 1)
+def _check(config: TrainConfig, info: DatasetInfo) -> transfer.Loaded | None:
+    """Everything about the input that can be refused before a worker starts; what transfer will load."""
+    settings = config.model_settings()
+    task = config.build_task(info, 1)
+    if config.calibrate.risk is not None and not calibrate.possible(config.task, info):
+        raise InputError(
+            f"calibrate.risk = {config.calibrate.risk} wants segmentation and a split 'calibration', which "
+            f"'{info.uri}' has not; ingest with --set hold_out.calibration=0.1, or set calibrate.risk to null"
+        )
     for split in ("train", "val"):
         row_groups(info, split)
+    return transfer.prepare(config.transfer, models.skeleton(settings, task.num_outputs))
 
 
 def _claim(out: str, inputs: dict[str, Any], resume: bool) -> None:

@@ -16,10 +16,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline import checkpoint, losses, optim, stream
+from pipeline import checkpoint, losses, models, optim, stream
 from pipeline.augment import Augment, Batch
 from pipeline.datasets import DatasetInfo
 from pipeline.errors import InputError
+from pipeline.models import transfer
 from pipeline.recipe import TrainConfig
 from pipeline.tasks.base import Task
 from pipeline.telemetry import Progress
@@ -70,7 +71,9 @@ def build_worker(
     """Model, optimiser, task and augmentation of one process; the same weights on every rank."""
     checkpoint.seed_all(config.seed, 0)
     outputs = config.build_task(info, threads).num_outputs
-    module = config.model_for(info).build(outputs).to(device)
+    module = config.model_for(info).build(outputs)
+    transfer.prepare(config.transfer, module)
+    module.to(device)
     module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     task = config.build_task(info, threads, multiple=int(module.stride))  # type: ignore[arg-type]
     if config.train.sync_batch_norm:
@@ -83,7 +86,7 @@ def build_worker(
         config=config, info=info, task=task, module=module,
         model=DistributedDataParallel(module, device_ids=ids) if world > 1 else module,
         average=optim.Ema(module, config.optim.ema) if config.optim.ema else None,
-        optimizer=optim.build(config.optim, module),
+        optimizer=optim.build(config.optim, module, models.layers_of(module)),
         augment=Augment(config.augment, config.input, config.seed),
         eval_augment=Augment(None, config.input, config.seed),
         device=device, rank=rank, world=world,
@@ -110,6 +113,7 @@ def train_step(worker: Worker, batches: list[Batch], lr: float) -> Tensor:
     views = [worker.augment(batch.to(worker.device)) for batch in batches]
     counts = global_counts(worker.task, views, worker.world)
     worker.model.train()
+    transfer.hold(worker.config.transfer, worker.module)
     parts = []
     for i, view in enumerate(views):
         last = i == len(views) - 1
@@ -118,6 +122,7 @@ def train_step(worker: Worker, batches: list[Batch], lr: float) -> Tensor:
             loss = losses.total(worker.task.loss(worker.model(view.images), view), counts, worker.world)
             loss.backward()
         parts.append(loss.detach())
+    optim.add_penalties(worker.config.optim, worker.module)
     if worker.config.optim.clip:
         optim.clip_gradients(worker.config.optim, worker.module.parameters())
     optim.set_lr(worker.optimizer, lr)

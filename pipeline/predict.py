@@ -4,70 +4,34 @@ Each image is read and decoded once whatever the number of members: they run one
 same batch on the device, and the task keeps running sums over them.
 """
 
-import io
+import contextlib
+import hashlib
 import math
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Literal
 
-import numpy as np
 import pyarrow as pa
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from pipeline import decode
+from pipeline import decode, models
 from pipeline.augment import Augment, Batch, InputSettings
 from pipeline.bundle import Bundle, open_bundle
+from pipeline.calibration import PixelSample
 from pipeline.errors import InputError
-from pipeline.schema import PREDICTIONS
+from pipeline.meters import POOL, SAMPLE, UNCALIBRATED, Meters
+from pipeline.rows import Rows
 from pipeline.tasks import TASKS
 from pipeline.tasks.base import Task
+from pipeline.views import View, each_pass, through_windows, uses_windows
 
 PIXELS_AT_ONCE = {"cpu": 2**21, "cuda": 2**24}
 """Pixels of all images in one batch, by kind of device: 8 images of 512 x 512 on a CPU, 64 on a GPU."""
 IMAGES_AT_ONCE = 256
-_CARRIED = ("image_id", "uri", "sha256")
-
-
-@dataclass
-class Meters:
-    """Metrics of the pool, and of each member."""
-
-    pool: Any
-    members: list[Any]
-
-    def merge(self, other: "Meters") -> None:
-        """Add what ``other`` has counted."""
-        self.pool.merge(other.pool)
-        for mine, its in zip(self.members, other.members, strict=True):
-            mine.merge(its)
-
-    def compute(self) -> dict[str, Any]:
-        """Of the pool, and ``members``: a list of the same for each."""
-        return {**self.pool.compute(), "members": [metric.compute() for metric in self.members]}
-
-    def to_bytes(self) -> bytes:
-        """All counts in one numpy archive: ``pool/<name>``, ``0/<name>``, ``1/<name>``..."""
-        arrays: dict[str, np.ndarray] = {}
-        owners = [("pool", self.pool), *((str(k), metric) for k, metric in enumerate(self.members))]
-        for owner, metric in owners:
-            arrays |= {f"{owner}/{name}": value for name, value in metric.state().items()}
-        out = io.BytesIO()
-        np.savez_compressed(out, allow_pickle=False, **arrays)
-        return out.getvalue()
-
-    @classmethod
-    def from_bytes(cls, data: bytes, metric: Any) -> Self:
-        """Undo ``to_bytes``; ``metric`` is any metric of the same task."""
-        states: dict[str, dict[str, np.ndarray]] = {}
-        with np.load(io.BytesIO(data), allow_pickle=False) as archive:
-            for name in archive.files:
-                owner, key = name.split("/", 1)
-                states.setdefault(owner, {})[key] = archive[name]
-        made = {owner: metric.from_state(state) for owner, state in states.items()}
-        return cls(made["pool"], [made[str(k)] for k in range(len(made) - 1)])
+Purpose = Literal["metrics", "sample"]
+"""What is counted against labels: metrics of pool and members, or what a calibration is fitted on."""
 
 
 def pick_device(device: str) -> torch.device:
@@ -87,6 +51,7 @@ def task_of(bundle: Bundle, threads: int = 1, multiple: int = 32) -> Task:
         predict=bundle.manifest["predict"],
         threads=threads,
         multiple=multiple,
+        calibration=bundle.manifest["calibration"],
     )
 
 
@@ -106,11 +71,13 @@ class Predictor:
         self.bundle = open_bundle(bundle) if isinstance(bundle, str) else bundle
         self.device = pick_device(device)
         self.members = [self._load(k) for k in range(self.bundle.members)]
+        self.stride = int(getattr(self.members[0], "stride", 1))
         # Frames in coarser steps than the model asks for, so that images of nearly one size share a batch.
-        multiple = math.lcm(32, int(getattr(self.members[0], "stride", 1)))
-        self.task = task_of(self.bundle, threads or len(os.sched_getaffinity(0)), multiple)
-        self.input = self.task.input
-        self.schema = PREDICTIONS[self.bundle.task]
+        self.task = task_of(self.bundle, threads or len(os.sched_getaffinity(0)), math.lcm(32, self.stride))
+        self.input, self.inference = self.task.input, self.task.inference
+        self.passes = list(each_pass(self.inference))
+        if self.inference.dropout_passes:
+            self._switch_dropout_on()
         self._normalise = Augment(None, self.input, 0)
         self._worked = False
 
@@ -119,9 +86,22 @@ class Predictor:
         module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         return module.to(self.device)
 
-    def meters(self) -> Meters:
-        """Fresh metrics."""
-        return Meters(self.task.metric(), [self.task.metric() for _ in self.members])
+    def _switch_dropout_on(self) -> None:
+        for module in self.members:
+            if not models.dropout_layers(module):
+                raise InputError(
+                    f"bundle '{self.bundle.uri}': predict.dropout_passes is {self.inference.dropout_passes}, but its "
+                    f"model has no dropout to sample; train one with model.dropout, or set dropout_passes to 0"
+                )
+            models.set_sampling(module, True)
+
+    def meters(self, purpose: Purpose) -> Meters:
+        """Fresh counters."""
+        if purpose == "sample":
+            return Meters({SAMPLE: PixelSample(self.task.num_outputs)})
+        names = [POOL, *(str(k) for k in range(len(self.members)))]
+        names += [UNCALIBRATED] if self.task.calibration else []
+        return Meters({name: self.task.metric() for name in names})
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """One row of ``schema.PREDICTIONS[task]`` for each row of ``table``, in its order.
@@ -133,13 +113,13 @@ class Predictor:
         """
         return self._run(table, None)
 
-    def measure(self, table: pa.Table) -> tuple[pa.Table, Meters]:
-        """As a call, and the metrics against the label columns of ``table``."""
-        meters = self.meters()
+    def measure(self, table: pa.Table, purpose: Purpose = "metrics") -> tuple[pa.Table, Meters]:
+        """As a call, and what was counted against the label columns of ``table``."""
+        meters = self.meters(purpose)
         return self._run(table, meters), meters
 
     def _run(self, table: pa.Table, meters: Meters | None) -> pa.Table:
-        rows = _Rows(table, self)
+        rows = Rows(table, self.bundle, self.bundle.members * len(self.passes))
         failed: list[Exception] = []
         for chunk, collated in self._collated(table, self._chunks(table, rows.usable())):
             failed += self._chunk(table, chunk, collated, rows, meters)
@@ -192,7 +172,7 @@ class Predictor:
                 yield chunk, collated
 
     def _chunk(
-        self, table: pa.Table, chunk: list[int], collated: Any, rows: "_Rows", meters: Meters | None
+        self, table: pa.Table, chunk: list[int], collated: Any, rows: Rows, meters: Meters | None
     ) -> list[Exception]:
         """Fill the rows of one chunk; returns what the model raised for images that failed alone."""
         batch, failures = collated
@@ -202,7 +182,7 @@ class Predictor:
         kept = [row for at, row in enumerate(chunk) if at not in bad]
         if not kept:
             return []
-        counted = None if meters is None else self.meters()
+        counted = None if meters is None else self.meters("sample" if SAMPLE in meters.counters else "metrics")
         fault: Exception | None = None
         try:
             columns, sizes = self._infer(batch, table.take(kept) if counted else None, counted)
@@ -230,63 +210,53 @@ class Predictor:
         """(columns of ``to_columns``, [[height, width], ...]) of one batch."""
         view = self._normalise(batch.to(self.device))
         images = view.images.contiguous(memory_format=torch.channels_last)
+        counters = {} if meters is None else meters.counters
 
         def predictions() -> Iterator[Any]:
             for k, module in enumerate(self.members):
-                prediction = self.task.predict(module(images), view)
-                if meters is not None:
-                    self.task.measure(prediction, view, truth, meters.members[k])
-                yield prediction
+                own = self.task.average() if str(k) in counters else None
+                for outputs in self._answers(k, module, images, batch.image_ids):
+                    prediction = self.task.predict(outputs, view)
+                    if own is not None:
+                        own.add(prediction)
+                    yield prediction
+                if own is not None:
+                    # A member's own figures are those of the mean over its views and passes.
+                    self.task.measure(own.result(), view, truth, counters[str(k)])
 
         fused = self.task.fuse(predictions())
-        if meters is not None:
-            self.task.measure(fused, view, truth, meters.pool)
+        if POOL in counters:
+            self.task.measure(fused, view, truth, counters[POOL])
+        if UNCALIBRATED in counters:
+            self.task.measure(self.task.uncalibrated(fused), view, truth, counters[UNCALIBRATED])
+        if SAMPLE in counters:
+            self.task.sample(fused, view, truth, counters[SAMPLE])
         return self.task.to_columns(fused, view), view.sizes.tolist()
 
+    def _answers(self, k: int, module: nn.Module, images: Tensor, image_ids: list[str]) -> Iterator[Any]:
+        """The raw outputs of one member, in the frame: once, or for each view and dropout pass."""
+        for number, look in self.passes:
+            with self._seeded(f"{k} {number} {image_ids[0]}"):
+                if look == View():
+                    yield self._ask(module, images)
+                else:
+                    outputs = self._ask(module, look.look(images, self.stride))
+                    yield look.back(outputs.float(), (images.shape[-2], images.shape[-1]))
 
-class _Rows:
-    """The output rows while they are being filled, in the order of the input."""
+    def _ask(self, module: nn.Module, images: Tensor) -> Any:
+        """Outputs for (N, 3, H, W), seen whole or through windows."""
+        canvas, window = (images.shape[-2], images.shape[-1]), self.input.size
+        if self.input.fit == "crop" and uses_windows(self.inference, canvas, window):
+            return through_windows(module, images, window, self.inference.window_overlap)
+        return module(images)
 
-    def __init__(self, table: pa.Table, predictor: Predictor) -> None:
-        count, bundle = table.num_rows, predictor.bundle
-        self.schema, self.threshold, self.ok = predictor.schema, bundle.manifest["threshold"], 0
-        self.columns: dict[str, list[Any]] = {name: [None] * count for name in self.schema.names}
-        for name in (*_CARRIED, "height", "width", "status", "error"):
-            if name in table.column_names:
-                self.columns[name] = table[name].to_pylist()
-        self.columns["bundle_id"] = [bundle.id] * count
-        self.columns["members"] = [bundle.members] * count
-        self.missing = [not value.is_valid for value in table["image"]]
-        for row in self.usable():
-            self.columns["status"][row] = None
-        for row, absent in enumerate(self.missing):
-            if absent and self.columns["status"][row] in (None, "ok"):
-                self.fail(row, "missing", "no image bytes")
-
-    def usable(self) -> list[int]:
-        """Rows that have bytes and have not failed."""
-        status = self.columns["status"]
-        return [row for row, absent in enumerate(self.missing) if not absent and status[row] in (None, "ok")]
-
-    def fail(self, row: int, status: str, detail: str) -> None:
-        """Nothing is predicted for this row."""
-        self.columns["status"][row] = status
-        self.columns["error"][row] = " ".join(detail.split())[:300]
-
-    def fill(self, rows: Sequence[int], columns: dict[str, list[Any]], sizes: list[list[int]]) -> None:
-        """The predictions of ``rows``."""
-        for name, values in columns.items():
-            for row, value in zip(rows, values, strict=True):
-                self.columns[name][row] = value
-        for row, (height, width) in zip(rows, sizes, strict=True):
-            self.columns["height"][row], self.columns["width"][row] = height, width
-            self.columns["status"][row], self.columns["error"][row] = "ok", None
-            if self.threshold is not None:
-                doubtful = not self.columns["uncertainty"][row] <= self.threshold
-                self.columns["decision"][row] = "review" if doubtful else "accept"
-        self.ok += len(rows)
-
-    def table(self) -> pa.Table:
-        """The finished rows; every one has a status."""
-        assert None not in self.columns["status"]
-        return pa.Table.from_pydict(self.columns, schema=self.schema)
+    @contextlib.contextmanager
+    def _seeded(self, key: str) -> Iterator[None]:
+        """What dropout drops depends on the images asked about, not on what was asked before."""
+        if not self.inference.dropout_passes:
+            yield
+            return
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") >> 1)
+            yield

@@ -9,7 +9,8 @@ from pipeline.augment import AugmentSettings, InputSettings
 from pipeline.config import Settings
 from pipeline.datasets import DatasetInfo
 from pipeline.errors import InputError
-from pipeline.models import ModelSettings
+from pipeline.models import ModelSettings, transfer
+from pipeline.models.transfer import TransferSettings
 from pipeline.optim import OptimSettings
 from pipeline.storage import absolute
 from pipeline.stream import StreamSettings
@@ -51,6 +52,18 @@ class LoopSettings(Settings):
         return self
 
 
+class CalibrateSettings(Settings):
+    """What is made of the ``calibration`` split, where the dataset has one."""
+
+    kind: Literal["temperature", "vector", "none"] = "temperature"
+    """One temperature for all classes, or a scale and a bias for each."""
+    risk: float | None = Field(default=None, gt=0, lt=1)
+    """Promise of the review threshold: accepted images have a mean loss (1 - IoU) of at most this; null: no
+    threshold."""
+    delta: float = Field(default=0.1, gt=0, lt=1)
+    """Probability, over draws of the calibration split, that the promise is broken."""
+
+
 class TrainConfig(Settings):
     """Everything that decides a run, except the data behind ``data``."""
 
@@ -62,6 +75,8 @@ class TrainConfig(Settings):
     seed: int = 0
     model: dict[str, Any]
     """``name`` (see pipeline.models.MODELS) and that model's own settings."""
+    transfer: TransferSettings = Field(default_factory=TransferSettings)
+    """Where the first weights come from."""
     loss: dict[str, Any] = Field(default_factory=dict)
     """Segmentation: weight of each term by name. Detection: settings of its loss."""
     input: InputSettings
@@ -69,8 +84,10 @@ class TrainConfig(Settings):
     optim: OptimSettings = Field(default_factory=OptimSettings)
     train: LoopSettings
     stream: StreamSettings = Field(default_factory=StreamSettings)
+    calibrate: CalibrateSettings = Field(default_factory=CalibrateSettings)
     predict: dict[str, Any] = Field(default_factory=dict)
-    """Settings of the task's predictions (detection: score_threshold, nms_iou, max_boxes)."""
+    """Settings of the task's predictions (segmentation: tta, dropout_passes, windows, uncertainty, maps...;
+    detection: score_threshold, nms_iou, max_boxes)."""
 
     def model_settings(self, where: str = "config") -> ModelSettings:
         """The model's settings, checked against the task; ``where`` is named in the InputError."""
@@ -81,6 +98,7 @@ class TrainConfig(Settings):
                 f"{where}: model '{self.model['name']}' is for {settings.task}, but task is {self.task};"
                 f" choose one of {fitting}"
             )
+        transfer.check(self.transfer, pretrained=getattr(settings, "encoder_weights", None) is not None)
         return settings
 
     def model_for(self, info: DatasetInfo) -> ModelSettings:

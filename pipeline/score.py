@@ -23,7 +23,8 @@ from ray.data import ActorPoolStrategy
 from pipeline import pools, predictions, storage, units
 from pipeline.bundle import Bundle, open_bundle
 from pipeline.errors import InputError
-from pipeline.predict import Meters, Predictor, task_of
+from pipeline.meters import Meters
+from pipeline.predict import Predictor, Purpose, task_of
 from pipeline.predictions import Attempt, UnitFile
 from pipeline.telemetry import NoSink, Progress, Sink
 from pipeline.units import Plan, Unit
@@ -41,12 +42,13 @@ def predict(
 
 
 def score(
-    bundle: str,
+    bundle: str | Bundle,
     data: str,
     *,
     out: str | None = None,
     split: str | None = None,
-    measure: bool = False,
+    measure: Purpose | None = None,
+    scalars: bool = False,
     sink: Sink | None = None,
     actors: int | None = None,
     threads: int | None = None,
@@ -57,30 +59,33 @@ def score(
     scored.
 
     Args:
-        bundle: URI of a bundle.
+        bundle: URI of a bundle, or one that is staged.
         data: URI of a dataset or of a folder of images.
         out: Where predictions are committed; None to measure only.
         split: Split of the dataset; None for all.
-        measure: Compare with the dataset's labels.
+        measure: Compare with the dataset's labels: for ``metrics``, or to ``sample`` what a calibration is
+            fitted on.
+        scalars: Bring back each row's numbers, without its maps and boxes; wants ``out`` None.
         sink: Where progress goes.
         actors: Processes that hold the members; None = one a GPU, or what the CPUs allow.
         threads: CPU threads of each; None = its share.
 
     Returns:
         ``rows, statuses, bundle_id, members, uncertainty_mean, data, split, seconds``; with ``out`` also
-        ``out, already, attempt, adopted, scored`` (the last two in units); with ``measure`` also
-        ``metrics`` (of the pool, and ``members``: a list of the same).
+        ``out, already, attempt, adopted, scored`` (the last two in units); with ``measure`` also ``meters``
+        (the counts) and, for metrics, ``metrics`` (of the pool, and ``members``: a list of the same); with
+        ``scalars`` also ``scalars``, a table.
 
     Raises:
         InputError: Bad input, or an output that other inputs committed.
     """
     began = time.monotonic()
-    opened = open_bundle(bundle)
-    plan = units.make_plan(opened, data, split, measure=measure)
+    opened = open_bundle(bundle) if isinstance(bundle, str) else bundle
+    plan = units.make_plan(opened, data, split, measure=measure is not None)
     out = storage.absolute(out) if out is not None else None
     found = predictions.committed(out, plan.inputs) if out is not None else None
     if found is not None:
-        return _done_already(opened, plan, split, out, found, measure)
+        return _done_already(opened, plan, split, out, found, measure is not None)
     attempt = None
     if out is not None:
         attempt = predictions.start(out, inputs=plan.inputs, digest=plan.digest, expected=plan.expected)
@@ -89,11 +94,16 @@ def score(
     progress.advance(sum(item.rows for item in adopted.values()))
     todo = [unit for unit in plan.units if unit.number not in adopted]
     pool = pools.plan(len(todo), actors, threads, pools.free_cpus() if todo else 1)
-    finished = [*adopted.values(), *_run(opened, plan, todo, attempt, measure, progress, pool)]
+    wanted = _Wanted(measure, scalars and out is None)
+    finished = [*adopted.values(), *_run(opened, plan, todo, attempt, wanted, progress, pool)]
+    finished.sort(key=lambda item: item.unit)
     predictions.check(finished, plan.expected)
     summary = _summary(opened, plan, split, finished)
-    if measure:
-        summary["metrics"] = _merged(opened, finished)
+    if measure is not None:
+        meters = summary["meters"] = _merged(opened, finished)
+        summary |= {"metrics": meters.compute()} if measure == "metrics" else {}
+    if wanted.scalars:
+        summary["scalars"] = pa.concat_tables(_read_stream(pa.py_buffer(item.scalars)) for item in finished)
     if attempt is not None:
         summary = _commit(opened, plan, attempt, finished, summary)
         summary |= {"adopted": len(adopted), "scored": len(todo)}
@@ -144,7 +154,7 @@ def _run(
     plan: Plan,
     todo: Sequence[Unit],
     attempt: Attempt | None,
-    measure: bool,
+    wanted: "_Wanted",
     progress: Progress,
     pool: pools.Pool,
 ) -> Iterator[UnitFile]:
@@ -165,7 +175,7 @@ def _run(
             compute=ActorPoolStrategy(size=pool.size),
             num_cpus=pool.cpus,
             num_gpus=pool.gpus or None,
-            fn_constructor_args=(bundle.uri, bundle.id, pool.threads, measure, out),
+            fn_constructor_args=(bundle, pool.threads, wanted, out),
         )
     )
     try:
@@ -197,9 +207,7 @@ class Reader:
         spec = json.loads(batch["spec"][0].as_py())
         sink, fault = pa.BufferOutputStream(), None
         try:
-            table = units.read_unit(spec["source"], spec["rows"], self.data, self.columns)
-            with pa.ipc.new_stream(sink, table.schema) as stream:
-                stream.write_table(table)
+            _write_stream(units.read_unit(spec["source"], spec["rows"], self.data, self.columns), sink)
         except InputError as error:
             fault = str(error)
         whole = sink.getvalue()
@@ -209,25 +217,38 @@ class Reader:
         return pa.table({"unit": batch["unit"], "files": files, "images": images, "fault": faults})
 
 
+def _write_stream(table: pa.Table, sink: pa.BufferOutputStream) -> None:
+    with pa.ipc.new_stream(sink, table.schema) as stream:
+        stream.write_table(table)
+
+
+def _read_stream(data: pa.Buffer) -> pa.Table:
+    with pa.ipc.open_stream(data) as stream:
+        return stream.read_all()
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What units bring back beside their files."""
+
+    measure: Purpose | None
+    scalars: bool
+
+
 class Scorer:
     """Runs in actors: one unit's images -> predictions, written here -> one small row.
 
     Wrong input travels to the driver in the row: Ray loses the type of what an actor raises.
     """
 
-    def __init__(
-        self, bundle_uri: str, bundle_id: str, threads: int, measure: bool, out: tuple[str, str, str] | None
-    ) -> None:
+    def __init__(self, bundle: Bundle, threads: int, wanted: _Wanted, out: tuple[str, str, str] | None) -> None:
         torch.set_num_threads(threads)
-        self.measure, self.out = measure, out
+        self.wanted, self.out = wanted, out
         self.fault: str | None = None
         try:
-            self.predictor = Predictor(bundle_uri, threads=threads)
+            self.predictor = Predictor(bundle, threads=threads)
         except InputError as error:
             self.fault = str(error)
-            return
-        if self.predictor.bundle.id != bundle_id:
-            self.fault = f"bundle '{bundle_uri}' was replaced while it was in use; run again"
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """``batch`` is one row: a unit."""
@@ -236,15 +257,15 @@ class Scorer:
         if fault is not None:
             return _to_row(nothing, fault)
         try:
-            with pa.ipc.open_stream(batch["images"][0].as_buffer()) as stream:
-                return _to_row(self._score(unit, stream.read_all(), json.loads(batch["files"][0].as_py())), "")
+            table = _read_stream(batch["images"][0].as_buffer())
+            return _to_row(self._score(unit, table, json.loads(batch["files"][0].as_py())), "")
         except InputError as error:
             return _to_row(nothing, str(error))
 
     def _score(self, unit: int, table: pa.Table, sources: list[str]) -> UnitFile:
         state = b""
-        if self.measure:
-            scored, meters = self.predictor.measure(table)
+        if self.wanted.measure is not None:
+            scored, meters = self.predictor.measure(table, self.wanted.measure)
             state = meters.to_bytes()
         else:
             scored = self.predictor(table)
@@ -252,12 +273,23 @@ class Scorer:
             uri, folder, digest = self.out
             return predictions.write_unit(uri, folder, unit, scored, digest=digest, sources=sources, metrics=state)
         ids = predictions.id_hashes(scored["image_id"].to_pylist())
-        return UnitFile(unit, "", len(scored), 0, "", **predictions.summarise(scored), ids=ids, metrics=state)
+        kept = pa.BufferOutputStream()
+        if self.wanted.scalars:
+            _write_stream(scored.select([field.name for field in scored.schema if _is_scalar(field.type)]), kept)
+        return UnitFile(
+            unit, "", len(scored), 0, "", **predictions.summarise(scored), ids=ids, metrics=state,
+            scalars=kept.getvalue().to_pybytes(),
+        )  # fmt: skip
+
+
+def _is_scalar(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind)
 
 
 def _to_row(item: UnitFile, fault: str) -> pa.Table:
     values = {**item.listed(), "uncertainty_sum": item.uncertainty_sum, "fault": fault}
-    values |= {"statuses": json.dumps(item.statuses), "ids": item.ids.tobytes(), "metrics": item.metrics}
+    values |= {"statuses": json.dumps(item.statuses), "ids": item.ids.tobytes()}
+    values |= {"metrics": item.metrics, "scalars": item.scalars}
     return pa.table({key: [value] for key, value in values.items()})
 
 
@@ -268,10 +300,10 @@ def _from_row(row: dict[str, Any]) -> UnitFile:
     return UnitFile(**{**row, "statuses": json.loads(row["statuses"]), "ids": np.frombuffer(row["ids"], "<u8")})
 
 
-def _merged(bundle: Bundle, finished: Sequence[UnitFile]) -> dict[str, Any]:
-    """Metrics over all units, whatever attempt they are from, added in the order of the plan."""
+def _merged(bundle: Bundle, finished: Sequence[UnitFile]) -> Meters:
+    """What was counted over all units, whatever attempt they are from, added in the order of the plan."""
     metric = task_of(bundle).metric()
-    total, *rest = (Meters.from_bytes(item.metrics, metric) for item in sorted(finished, key=lambda item: item.unit))
+    total, *rest = (Meters.from_bytes(item.metrics, metric) for item in finished)
     for meters in rest:
         total.merge(meters)
-    return total.compute()
+    return total

@@ -12,16 +12,16 @@ LAYERS = (
     ("errors", "schema", "config"),
     ("storage", "boxes", "telemetry"),
     ("decode", "uncertainty"),
-    ("formats", "augment", "models", "losses", "calibration", "metrics", "optim"),
+    ("formats", "augment", "models", "losses", "calibration", "metrics", "optim", "views"),
     ("splits",),
     ("shards",),
     ("manifest",),
     ("datasets", "tasks", "bundle"),
-    ("stream",),
+    ("stream", "meters", "rows"),
     ("predict", "predictions", "checkpoint", "recipe", "units", "pools"),
     ("loop",),
     ("train", "score"),
-    ("evaluate",),
+    ("evaluate", "calibrate"),
     ("ensemble", "registry", "review", "report"),
 )
 """Modules and packages of ``pipeline``, lowest first: DESIGN, section 1; helpers stand below their room."""
@@ -30,7 +30,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 SIDEWAYS = {("schema", "errors"), ("config", "errors")}
 """``errors`` is what everything, its own layer too, raises."""
 
-RAY = {"telemetry", "datasets", "stream", "predictions", "pools", "train", "score", "evaluate", "ensemble"}
+RAY = {"telemetry", "datasets", "stream", "predictions", "pools", "train", "score", "evaluate", "calibrate", "ensemble"}
 KORNIA = {"augment", "losses"}
 MAX_FILE_LINES = 320
 MAX_FUNCTION_LINES = 70

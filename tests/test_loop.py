@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline import checkpoint, datasets, loop, schema, stream
+from pipeline.errors import InputError
 from pipeline.recipe import TrainConfig
 from pipeline.telemetry import NoSink, Progress
 
@@ -204,3 +205,32 @@ def test_a_restored_run_goes_on_as_if_nothing_had_happened(tmp_path, ema):
     for a, b in zip(whole.judged.state_dict().values(), second.judged.state_dict().values(), strict=True):
         assert torch.equal(a, b)
     assert stream.plan_rest(second.ledger, 16, 4).steps == 0
+
+
+@pytest.mark.parametrize("loss", ["binary_cross_entropy", "binary_focal", "lovasz_hinge", "cross_entropy", "tversky"])
+def test_a_binary_head_learns_with_either_kind_of_loss(loss: str):
+    model = {"name": "unet", "width": 4, "depth": 2, "norm": "group", "head": "binary"}
+    optim = {"name": "adamw", "lr": 0.02, "l1": 1e-6, "l2": 1e-4, "backbone_lr": 0.5, "layer_decay": 0.9}
+    config = tree("segmentation", model=model, loss={loss: 1.0}, optim=optim)
+    two = datasets.DatasetInfo("none", "t", ("a", schema.BACKGROUND), 1, ("segmentation",), {}, "f", {}, {})
+    worker = loop.build_worker(config, two, torch.device("cpu"), threads=1)
+    table = rows(4)
+    masks = [schema.pack_map((np.frombuffer(schema.unpack_map(m, SIZE, SIZE), np.uint8) > 0).astype(np.uint8).tobytes())
+             for m in table["mask"].to_pylist()]  # fmt: skip
+    table = table.set_column(table.column_names.index("mask"), "mask", pa.array(masks, pa.binary()))
+    batch, _ = worker.task.collate(table, train=True, seed=0)
+    values = [float(loop.train_step(worker, [batch], 0.02)) for _ in range(12)]
+    assert worker.module(torch.zeros(1, 3, SIZE, SIZE)).shape[1] == 1
+    assert np.isfinite(values).all()
+    assert values[-1] < values[0]
+    predicted = worker.task.predict(worker.module(torch.zeros(1, 3, SIZE, SIZE)), batch)
+    assert predicted.probabilities.shape == (1, 2, SIZE, SIZE)
+
+
+def test_wrong_settings_of_a_loss_are_refused_before_the_first_step():
+    for loss, word in (
+        ({"binary_focal": 1}, "three|two classes"),
+        ({"cross_entropy": {"weights": [1]}}, "one number for"),
+    ):
+        with pytest.raises(InputError, match=word):
+            worker_of(tree("segmentation", loss=loss))

@@ -14,7 +14,8 @@ from torch import nn
 
 from pipeline import predict
 from pipeline.errors import InputError
-from pipeline.predict import Meters, Predictor
+from pipeline.meters import Meters
+from pipeline.predict import Predictor
 from pipeline.schema import PREDICTIONS, pack_map, unpack_map
 
 MODELS = [UNET, DETECTOR]
@@ -133,10 +134,12 @@ def test_the_threshold_decides(tmp_path: Path):
     assert set(free["decision"].to_pylist()) == {None}
     scores = free["uncertainty"].to_pylist()
     middle = sorted(scores[:-1])[2]
-    bound = Predictor(make_bundle(tmp_path / "bound", UNET, threshold=middle), "cpu", threads=1)(images)
+    bound = Predictor(make_bundle(tmp_path / "bound", UNET, threshold={"value": middle}), "cpu", threads=1)(images)
     wanted = ["accept" if score <= middle else "review" for score in scores[:-1]]
     assert set(wanted) == {"accept", "review"}
     assert bound["decision"].to_pylist() == [*wanted, None]
+    nothing = Predictor(make_bundle(tmp_path / "none", UNET, threshold={"value": None}), "cpu", threads=1)(images)
+    assert nothing["decision"].to_pylist() == ["review"] * 6 + [None]
 
 
 def truth(seeds: list[int]) -> pa.Table:

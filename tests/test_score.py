@@ -173,16 +173,18 @@ def test_an_output_of_other_inputs_is_refused(tmp_path: Path, data: str, unet: s
 def test_predictions_and_metrics_in_one_pass_and_across_attempts(
     tmp_path: Path, data: str, unet: str, monkeypatch: pytest.MonkeyPatch
 ):
-    alone = evaluate(unet, data, "test", actors=1)
+    alone, _ = evaluate(unet, data, "test", actors=1)
     with monkeypatch.context() as patch:
         patch.setattr(score, "Scorer", scorer(tmp_path / "log", allowed=2))
         with pytest.raises(Exception, match="power cut"):
-            score.score(unet, data, split="test", measure=True, out=str(tmp_path / "p"), actors=1)
-    made = score.score(unet, data, split="test", measure=True, out=str(tmp_path / "p"), actors=2)
+            score.score(unet, data, split="test", measure="metrics", out=str(tmp_path / "p"), actors=1)
+    made = score.score(unet, data, split="test", measure="metrics", out=str(tmp_path / "p"), actors=2)
     assert made["adopted"] == 2
     assert made["metrics"]["miou"] == pytest.approx(alone["miou"], rel=1e-9)
     assert made["metrics"]["members"][1]["nll"] == pytest.approx(alone["members"][1]["nll"], rel=1e-6)
-    assert score.score(unet, data, split="test", measure=True, out=str(tmp_path / "p"))["metrics"] == made["metrics"]
+    assert (
+        score.score(unet, data, split="test", measure="metrics", out=str(tmp_path / "p"))["metrics"] == made["metrics"]
+    )
     # The rows are those of a run without metrics.
     assert score.predict(unet, data, str(tmp_path / "p"), split="test")["already"]
 
@@ -190,7 +192,7 @@ def test_predictions_and_metrics_in_one_pass_and_across_attempts(
 @pytest.mark.parametrize("name", ["unet", "detector"])
 def test_evaluate_says_what_the_predictor_measures(data: str, name: str, request: pytest.FixtureRequest):
     uri = request.getfixturevalue(name)
-    found = evaluate(uri, data, "test", actors=1)
+    found, _ = evaluate(uri, data, "test", actors=1)
     info = datasets.open_dataset(data)
     source = pa.concat_tables(datasets.read_row_group(group) for group in datasets.row_groups(info, "test"))
     wanted = Predictor(uri, "cpu", threads=1).measure(source)[1].compute()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from pipeline import checkpoint, datasets, ensemble, predictions, score, storage
 from pipeline.errors import DoneError, InputError
@@ -61,9 +62,19 @@ def test_s3_end_to_end_with_two_workers_and_an_ensemble(demo_on_s3, s3):
     assert metrics["augment"]["device"] == "cpu"
     assert sum(metrics["augment"]["ops"].values()) > 0, "Kornia did not run in the worker"
 
-    config = TrainConfig.parse(tree(demo_on_s3, f"{s3}/two", steps=3), "test")
+    weights = f"{s3}/one/bundle/members/0/model.safetensors"
+    more = {"transfer": {"init": "frozen", "weights": weights}, "calibrate": {"risk": 0.99, "delta": 0.5}}
+    config = TrainConfig.parse({**tree(demo_on_s3, f"{s3}/two", steps=3), **more}, "test")
     two = ensemble.run(config, 2, resume=False, sink=NoSink())
     assert two.members == 2
+    said = two.manifest["transfer"]
+    assert (said["source"], said["tensors"]) == (weights, said["total"])
+    start, after = one.load_member(0).state_dict(), two.load_member(1).state_dict()
+    moved = {name for name, value in after.items() if not torch.equal(value, start[name])}
+    assert moved
+    assert not [name for name in moved if name.startswith(("stem.", "encoder."))], "the backbone was to stay as it is"
+    splits = datasets.open_dataset(demo_on_s3).counts
+    assert two.manifest["calibration"]["n"] == splits["calibration"]["images"] == two.manifest["threshold"]["n"]
     with pytest.raises(DoneError, match="done already"):
         ensemble.run(config, 2, resume=False, sink=NoSink())
     with pytest.raises(InputError, match=r"other inputs \(members was 2, now 3\)"):
@@ -74,6 +85,7 @@ def test_s3_end_to_end_with_two_workers_and_an_ensemble(demo_on_s3, s3):
     assert table.num_rows == 60 == len(set(table["image_id"].to_pylist()))
     assert set(table["status"].to_pylist()) == {"ok"}
     assert set(table["members"].to_pylist()) == {2}
+    assert set(table["decision"].to_pylist()) <= {"accept", "review"}
 
 
 def _dubito(*args: str, cwd: Path, **kwargs) -> subprocess.Popen:

@@ -34,6 +34,8 @@ class UnitFile:
     """(rows,) uint64: the first 8 bytes of the blake2b of each image_id."""
     metrics: bytes = field(default=b"", repr=False)
     """State of the unit's metrics, where the job has truth."""
+    scalars: bytes = field(default=b"", repr=False)
+    """The rows' numbers as an Arrow stream, where they are wanted and there is no file."""
 
     def listed(self) -> dict[str, Any]:
         """As the manifest lists it."""

@@ -3,6 +3,7 @@
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline import predictions
 from pipeline.datasets import DatasetInfo, read_row_group, row_groups
@@ -28,7 +29,8 @@ def _uncertainty(table: pa.Table) -> Any:
 
 def rows_of(info: DatasetInfo, split: str, image_ids: list[str]) -> pa.Table:
     """Dataset rows with these ids, in their order."""
-    table = pa.concat_tables([read_row_group(group, COLUMNS) for group in row_groups(info, split)])
+    parts = (read_row_group(group, COLUMNS) for group in row_groups(info, split))
+    table = pa.concat_tables(part.filter(pc.field("image_id").isin(image_ids)) for part in parts)
     at = {name: row for row, name in enumerate(table["image_id"].to_pylist())}
     return table.take(pa.array([at[name] for name in image_ids]))
 

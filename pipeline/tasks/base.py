@@ -6,7 +6,7 @@ Predictions of one member and the fusion of several are opaque to everybody else
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -18,11 +18,24 @@ from pipeline.augment import Batch, InputSettings, crop_offsets, frame
 from pipeline.config import Settings
 from pipeline.decode import DecodeError, decode_many
 from pipeline.errors import InputError
+from pipeline.views import InferenceSettings
 
 Term = tuple[float, Tensor, Tensor]
 """Weight, sum, count."""
 Failure = tuple[int, str, str]
 """Row of the table, reason (a word of ``schema.STATUSES``), detail."""
+
+
+class Average(Protocol):
+    """What one member says of several views, as one prediction, taken one at a time."""
+
+    def add(self, prediction: Any, /) -> None:
+        """Take in one."""
+        ...
+
+    def result(self) -> Any:
+        """Their mean: as what ``predict`` gives."""
+        ...
 
 
 class Task(ABC):
@@ -36,6 +49,7 @@ class Task(ABC):
         predict: Settings of predictions; {} = defaults.
         threads: CPU threads that decode and resize.
         multiple: Whole-image frames (``fit: crop``) are padded to a multiple of it: the model's stride.
+        calibration: As a bundle's manifest keeps it; None = the pool as it is.
 
     Raises:
         InputError: Unknown or wrong settings.
@@ -44,6 +58,8 @@ class Task(ABC):
     name: ClassVar[str]
     label_column: ClassVar[str]
     """What it learns from."""
+    calibrates: ClassVar[bool]
+    """Whether the pool's probabilities can be calibrated, and images accepted or sent to review."""
 
     def __init__(
         self,
@@ -54,9 +70,10 @@ class Task(ABC):
         predict: dict[str, Any] | None = None,
         threads: int = 1,
         multiple: int = 32,
+        calibration: dict[str, Any] | None = None,
     ) -> None:
         self.classes, self.background, self.input = list(classes), background, input
-        self.threads, self.multiple = threads, multiple
+        self.threads, self.multiple, self.calibration = threads, multiple, calibration
         self.settings = self._parse_predict(predict or {})
         self._set_loss(loss)
 
@@ -65,6 +82,16 @@ class Task(ABC):
 
     @abstractmethod
     def _set_loss(self, values: dict[str, Any]) -> None: ...
+
+    @property
+    @abstractmethod
+    def inference(self) -> InferenceSettings:
+        """How members are asked."""
+
+    @property
+    @abstractmethod
+    def score(self) -> str:
+        """The kind of ``uncertainty``, that the review threshold acts on."""
 
     @property
     @abstractmethod
@@ -153,8 +180,20 @@ class Task(ABC):
         """The pool of members, taken one at a time: memory does not grow with their number."""
 
     @abstractmethod
+    def average(self) -> "Average":
+        """An empty mean of predictions."""
+
+    @abstractmethod
+    def uncalibrated(self, fused: Any) -> Any:
+        """The pool as it was before calibration, for ``measure``."""
+
+    @abstractmethod
     def metric(self) -> Any:
         """A fresh ``pipeline.metrics.Metric``."""
+
+    @abstractmethod
+    def sample(self, fused: Any, batch: Batch, truth: pa.Table | None, sample: Any) -> None:
+        """Take from the uncalibrated pool what a calibration is fitted on, into ``sample``."""
 
     @abstractmethod
     def measure(self, predicted: Any, batch: Batch, truth: pa.Table | None, metric: Any) -> None:

@@ -22,6 +22,7 @@ from pipeline.config import Settings
 from pipeline.errors import InputError
 from pipeline.metrics import DetectionMetric
 from pipeline.tasks.base import Task, Term, image_area
+from pipeline.views import InferenceSettings
 
 MEASURED_FROM = 0.01
 """Metrics look at boxes down to this score, whatever is written: average precision needs them."""
@@ -97,11 +98,28 @@ class Fused:
         return [_suppress(self, n) for n in range(len(self.boxes))]
 
 
+class Only:
+    """The one prediction of a member."""
+
+    def __init__(self) -> None:
+        self._found: list[Prediction] = []
+
+    def add(self, prediction: Prediction) -> None:
+        """Take it in."""
+        self._found.append(prediction)
+
+    def result(self) -> Prediction:
+        """The prediction."""
+        (prediction,) = self._found
+        return prediction
+
+
 class Detection(Task):
     """``DetectionOutput`` and boxes."""
 
     name = "detection"
     label_column = "boxes"
+    calibrates = False
     settings: DetectionPredict
 
     def _parse_predict(self, values: dict[str, Any]) -> Settings:
@@ -109,6 +127,16 @@ class Detection(Task):
 
     def _set_loss(self, values: dict[str, Any]) -> None:
         self._loss = losses.DetectionLoss.parse(values, "loss")
+
+    @property
+    def inference(self) -> InferenceSettings:
+        """Once, whole: views of boxes are not built yet."""
+        return InferenceSettings(windows="never")
+
+    @property
+    def score(self) -> str:
+        """Entropy summed over locations, before suppression."""
+        return "entropy_sum"
 
     @property
     def num_outputs(self) -> int:
@@ -168,6 +196,18 @@ class Detection(Task):
             pool.count, pool.mean, expected.mean, scores.mean, boxes.mean, boxes.std, votes, inside, area,
             self.settings,
         )  # fmt: skip
+
+    def average(self) -> Only:
+        """Of one prediction: there are no views yet."""
+        return Only()
+
+    def uncalibrated(self, fused: Fused) -> Fused:
+        """The pool itself."""
+        return fused
+
+    def sample(self, fused: Fused, batch: Batch, truth: pa.Table | None, sample: Any) -> None:
+        """Not built yet."""
+        raise InputError("calibration is for segmentation so far; leave the bundle of detectors as it is")
 
     def metric(self) -> DetectionMetric:
         """Empty."""

@@ -2,9 +2,9 @@
 
 import inspect
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -13,18 +13,29 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline import schema, uncertainty
-from pipeline.augment import Batch, unframe_maps
+from pipeline import calibration, schema, uncertainty
+from pipeline.augment import Batch
+from pipeline.calibration import PixelSample
 from pipeline.config import Settings
 from pipeline.errors import InputError, nearest
-from pipeline.losses import LOSSES
+from pipeline.losses import LOSSES, categorical
 from pipeline.metrics import SegmentationMetric
-from pipeline.tasks.base import Task, Term, image_area
+from pipeline.tasks.base import Task, Term
+from pipeline.tasks.maps import own_size, pack, unpack, valid_area
+from pipeline.views import InferenceSettings
+
+Score = Literal[
+    "entropy_mean", "entropy_p95", "expected_entropy_mean", "mutual_information_mean", "mutual_information_p95",
+    "entropy_patch_max", "entropy_inner_mean", "member_dice",
+]  # fmt: skip
 
 
-class SegmentationPredict(Settings):
-    """What is written, and how images' doubt is summed up. Pixels are those of the network's frame."""
+class SegmentationPredict(InferenceSettings):
+    """How members are asked, what is written, and how images' doubt is summed up, in pixels of the frame."""
 
+    uncertainty: Score = "entropy_mean"
+    """Which measure is an image's ``uncertainty``, that the review threshold acts on; of ``member_dice``, one
+    minus it."""
     maps: bool = True
     """Whether confidence and uncertainty maps are written."""
     map_scale: int = Field(default=4, ge=1)
@@ -42,16 +53,35 @@ class Prediction:
     probabilities: Tensor
 
 
+class Mean:
+    """Mean of one member's predictions."""
+
+    def __init__(self) -> None:
+        self._mean = uncertainty.RunningMean()
+
+    def add(self, prediction: Prediction) -> None:
+        """Take in one."""
+        self._mean.add(prediction.probabilities)
+
+    def result(self) -> Prediction:
+        """The mean."""
+        return Prediction(self._mean.mean)
+
+
 @dataclass
 class Fused:
     """The pool of M members, in the network's frame."""
 
     probabilities: Tensor
-    """(N, C, h, w) mean over members."""
+    """(N, C, h, w) mean over members, calibrated where the bundle is."""
+    uncalibrated: Tensor
+    """(N, C, h, w) mean over members as it is; the same tensor where there is no calibration."""
     expected_entropy: Tensor
     """(N, h, w) mean of the members' entropies."""
     maps: list[Tensor]
     """M maps (N, h, w) uint8, each member's own most probable class: all that is kept of one."""
+    measures: dict[str, Tensor] = field(default_factory=dict)
+    """Measures of the images, (N,) float64 each, once somebody asked for them."""
 
 
 class Segmentation(Task):
@@ -59,6 +89,7 @@ class Segmentation(Task):
 
     name = "segmentation"
     label_column = "mask"
+    calibrates = True
     settings: SegmentationPredict
 
     def _parse_predict(self, values: dict[str, Any]) -> Settings:
@@ -66,6 +97,20 @@ class Segmentation(Task):
 
     def _set_loss(self, values: dict[str, Any]) -> None:
         self._losses = {name: _loss_term(name, value) for name, value in (values or {"cross_entropy": 1.0}).items()}
+        nothing = torch.full((1, 1, 1), schema.VOID, dtype=torch.uint8)
+        for name, (_, settings) in self._losses.items():
+            # Wrong settings are refused now, not at the first step.
+            LOSSES[name](torch.zeros(1, self.num_outputs, 1, 1), nothing, **settings)
+
+    @property
+    def inference(self) -> InferenceSettings:
+        """As set under ``predict``."""
+        return self.settings
+
+    @property
+    def score(self) -> str:
+        """One of the measures."""
+        return self.settings.uncertainty
 
     @property
     def num_outputs(self) -> int:
@@ -80,7 +125,7 @@ class Segmentation(Task):
     def _labels(self, column: pa.ChunkedArray, ids: list[str], sizes: list[tuple[int, int]]) -> dict[str, Any]:
         masks = []
         for image_id, packed, size in zip(ids, column.to_pylist(), sizes, strict=True):
-            mask = None if packed is None else _unpack(packed, size, image_id)
+            mask = None if packed is None else unpack(packed, size, image_id)
             if mask is not None and ((mask >= self.num_outputs) & (mask != schema.VOID)).any():
                 value = int(mask[mask != schema.VOID].max())
                 raise InputError(
@@ -104,12 +149,21 @@ class Segmentation(Task):
         }
 
     def predict(self, outputs: Tensor, batch: Batch) -> Prediction:
-        """Softmax of (N, C, h, w) logits, in float32."""
+        """Softmax of (N, C, h, w) logits, in float32; a binary head's (N, 1, h, w) against 0."""
         del batch
-        return Prediction(outputs.float().softmax(1))
+        logits = outputs.float()
+        return Prediction((categorical(logits) if self.num_outputs > 1 else logits).softmax(1))
+
+    def average(self) -> Mean:
+        """Mean of probabilities."""
+        return Mean()
+
+    def uncalibrated(self, fused: Fused) -> Prediction:
+        """The pool's mean over members."""
+        return Prediction(fused.uncalibrated)
 
     def fuse(self, members: Iterable[Prediction]) -> Fused:
-        """Pool probabilities, not logits (reference: Lakshminarayanan et al. 2017)."""
+        """Pool probabilities, not logits (Lakshminarayanan et al. 2017), then calibrate (Rahaman & Thiery 2021)."""
         pool, expected = uncertainty.RunningMean(), uncertainty.RunningMean()
         maps: list[Tensor] = []
         for member in members:
@@ -118,32 +172,60 @@ class Segmentation(Task):
             # max is measured ten times as fast as argmax over an axis that is not the last.
             maps.append(member.probabilities.max(1).indices.to(torch.uint8))
             del member
-        return Fused(pool.mean, expected.mean, maps)
+        return Fused(calibration.apply(self.calibration, pool.mean), pool.mean, expected.mean, maps)
 
     def metric(self) -> SegmentationMetric:
         """Empty."""
-        return SegmentationMetric(self.num_outputs)
+        return SegmentationMetric(self.num_outputs, self.background)
 
     def measure(
         self, predicted: Prediction | Fused, batch: Batch, truth: pa.Table | None, metric: SegmentationMetric
     ) -> None:
         """Probabilities, interpolated to each image's own size, against its mask."""
+        if isinstance(predicted, Fused):
+            scores = self._uncertainty(predicted, batch)
+        else:
+            total = uncertainty.entropy(predicted.probabilities, 1)
+            scores = uncertainty.masked_mean(total, valid_area(batch, total)).tolist()
+        for n, probabilities, mask in self._labelled(predicted.probabilities, batch, truth):
+            metric.update(probabilities, mask, batch.image_ids[n], scores[n])
+
+    def sample(self, fused: Fused, batch: Batch, truth: pa.Table | None, sample: PixelSample) -> None:
+        """Pixels of the uncalibrated pool, at each image's own size, with their labels."""
+        for n, probabilities, mask in self._labelled(fused.uncalibrated, batch, truth):
+            sample.update(probabilities, mask, batch.image_ids[n])
+
+    def _labelled(
+        self, probabilities: Tensor, batch: Batch, truth: pa.Table | None
+    ) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """(row, probabilities (C, H, W), mask (H, W)) of images that have one, at their own sizes."""
         matrices, sizes = batch.matrices.cpu(), batch.sizes.cpu()
         for n, packed in enumerate(self._truth(truth).to_pylist()):
-            if packed is None:
-                continue
-            size = (int(sizes[n, 0]), int(sizes[n, 1]))
-            mask = torch.from_numpy(_unpack(packed, size, batch.image_ids[n]))
-            metric.update(_own_size(predicted.probabilities, matrices, sizes, n), mask)
+            if packed is not None:
+                size = (int(sizes[n, 0]), int(sizes[n, 1]))
+                mask = torch.from_numpy(unpack(packed, size, batch.image_ids[n]))
+                yield n, own_size(probabilities, matrices, sizes, n), mask
 
-    def to_columns(self, fused: Fused, batch: Batch) -> dict[str, list[Any]]:
-        """Masks and maps at each image's own size; all measures over its area in the network's frame."""
+    def _uncertainty(self, fused: Fused, batch: Batch) -> list[float]:
+        """The score of each image, as it is written: float32."""
+        name = self.settings.uncertainty
+        values = self._measures(fused, batch)[name]
+        return (1 - values if name == "member_dice" else values).float().tolist()
+
+    def _measures(self, fused: Fused, batch: Batch) -> dict[str, Tensor]:
+        """All measures of the images over their area in the frame, (N,) float64 each; computed once.
+
+        Mutual information compares members and pool as they are: calibration is of the pool alone, so only
+        without one is it the difference of ``entropy_mean`` and ``expected_entropy_mean``.
+        """
+        if fused.measures:
+            return fused.measures
         total = uncertainty.entropy(fused.probabilities, 1)
-        mutual = uncertainty.mutual_information(total, fused.expected_entropy)
-        valid = _valid(batch, total)
-        confidence, labels = fused.probabilities.max(1)
+        mutual = _mutual(fused)
+        valid = valid_area(batch, total)
+        labels = fused.probabilities.max(1).indices
         settings = self.settings
-        measures = {
+        found = {
             "entropy_mean": uncertainty.masked_mean(total, valid),
             "entropy_p95": uncertainty.masked_quantile(total, valid, 0.95),
             "expected_entropy_mean": uncertainty.masked_mean(fused.expected_entropy, valid),
@@ -153,10 +235,17 @@ class Segmentation(Task):
             "entropy_inner_mean": uncertainty.inner_mean(total, labels, valid, settings.boundary),
             "member_dice": uncertainty.pairwise_dice(fused.maps, valid, self.num_outputs, self.background),
         }
-        values = torch.stack([measure.double() for measure in measures.values()]).tolist()
-        columns: dict[str, list[Any]] = dict(zip(measures, values, strict=True))
-        columns["uncertainty"] = list(columns["entropy_mean"])
-        columns["classes"] = self._classes(labels, valid, confidence, total, mutual)
+        fused.measures = {name: value.double() for name, value in found.items()}
+        return fused.measures
+
+    def to_columns(self, fused: Fused, batch: Batch) -> dict[str, list[Any]]:
+        """Masks and maps at each image's own size; all measures over its area in the network's frame."""
+        total = uncertainty.entropy(fused.probabilities, 1)
+        confidence, labels = fused.probabilities.max(1)
+        measures = self._measures(fused, batch)
+        columns: dict[str, list[Any]] = dict(zip(measures, torch.stack(list(measures.values())).tolist(), strict=True))
+        columns["uncertainty"] = self._uncertainty(fused, batch)
+        columns["classes"] = self._classes(labels, valid_area(batch, total), confidence, total, _mutual(fused))
         return columns | self._pictures(fused.probabilities, total, batch)
 
     def _classes(
@@ -186,18 +275,23 @@ class Segmentation(Task):
         scale = self.settings.map_scale
         relative = (total / math.log(max(2, self.num_outputs)))[:, None]
         for n, (height, width) in enumerate(sizes.tolist()):
-            confidence, labels = _own_size(probabilities, matrices, sizes, n).max(0)
-            out["mask"][n] = _pack(labels)
+            confidence, labels = own_size(probabilities, matrices, sizes, n).max(0)
+            out["mask"][n] = pack(labels)
             if not self.settings.maps:
                 continue
-            doubt = _own_size(relative, matrices, sizes, n)
+            doubt = own_size(relative, matrices, sizes, n)
             small = (-(-height // scale), -(-width // scale))
             maps = F.adaptive_avg_pool2d(torch.stack([confidence, doubt[0]])[None], small)[0]
             # Both lie in 0..1 but for rounding.
             maps = (maps.clamp(0, 1) * 255).round()
-            out["confidence_map"][n], out["uncertainty_map"][n] = _pack(maps[0]), _pack(maps[1])
+            out["confidence_map"][n], out["uncertainty_map"][n] = pack(maps[0]), pack(maps[1])
             out["map_height"][n], out["map_width"][n] = small
         return out
+
+
+def _mutual(fused: Fused) -> Tensor:
+    """(N, h, w) what members disagree about, before calibration."""
+    return uncertainty.mutual_information(uncertainty.entropy(fused.uncalibrated, 1), fused.expected_entropy)
 
 
 def _loss_term(name: str, value: Any) -> tuple[float, dict[str, Any]]:
@@ -215,33 +309,3 @@ def _loss_term(name: str, value: Any) -> tuple[float, dict[str, Any]]:
             raise InputError(f"loss.{name}: unknown key '{key}'.{nearest(key, ['weight', *known])}")
     values = {key: tuple(item) if isinstance(item, list) else item for key, item in settings.items()}
     return float(weight), values
-
-
-def _unpack(packed: bytes, size: tuple[int, int], image_id: str) -> np.ndarray:
-    try:
-        values = schema.unpack_map(packed, *size)
-        return np.frombuffer(values, np.uint8).reshape(size).copy()  # writable, as torch wants it
-    except (pa.ArrowInvalid, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(
-            f"mask of image '{image_id}' is not {size[0]}x{size[1]} packed pixels ({reason}); ingest it again"
-        ) from None
-
-
-def _pack(values: Tensor) -> bytes:
-    return schema.pack_map(values.to("cpu", torch.uint8).contiguous().numpy().tobytes())
-
-
-def _own_size(maps: Tensor, matrices: Tensor, sizes: Tensor, n: int) -> Tensor:
-    """Image n's maps (C, H, W) at its own size, from (N, C, h, w) in the frame."""
-    return unframe_maps(maps[n : n + 1], matrices[n : n + 1], sizes[n : n + 1])[0]
-
-
-def _valid(batch: Batch, like: Tensor) -> Tensor:
-    """(N, h, w) bool: pixels of the frame whose centre lies in the image."""
-    area = image_area(batch).to(like.device)[:, :, None]
-    rows = torch.arange(like.shape[1], device=like.device) + 0.5
-    columns = torch.arange(like.shape[2], device=like.device) + 0.5
-    inside_rows = (rows > area[:, 1]) & (rows < area[:, 3])
-    inside_columns = (columns > area[:, 0]) & (columns < area[:, 2])
-    return inside_rows[:, :, None] & inside_columns[:, None, :]

@@ -1,0 +1,33 @@
+"""``dubito calibrate``: what a bundle's doubt is worth, from the calibration split; a new bundle, the same weights."""
+
+from jobs.session import ray_session, run_job
+from pipeline.telemetry import Terminal
+
+
+def run(bundle: str, data: str, out: str, kind: str, risk: float | None, delta: float, sets: list[str]) -> int:
+    """Run the job; returns the exit code."""
+
+    def story(terminal: Terminal) -> None:
+        from pipeline import bundle as bundles
+        from pipeline.config import merge, parse_sets
+        from pipeline.recipe import CalibrateSettings
+        from pipeline.storage import absolute
+
+        settings = CalibrateSettings.parse({"kind": kind, "risk": risk, "delta": delta}, "dubito calibrate")
+        source = bundles.open_bundle(bundle)
+        changed = bundles.derive(source, predict=merge(source.manifest["predict"], parse_sets(sets)))
+        with ray_session():
+            from pipeline import calibrate
+
+            made = calibrate.calibrate(changed, absolute(data), settings, sink=terminal)
+        written = bundles.write(out, made.manifest, bundles.member_uris(source))
+        terminal.close()
+        terminal.say(f"bundle {written.uri} (id {written.id}): {calibrate.sentence(written)}")
+
+    return run_job("calibrate", story)
+
+
+if __name__ == "__main__":
+    from jobs.cli import main
+
+    main("calibrate")
