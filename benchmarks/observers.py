@@ -21,14 +21,14 @@ from pipeline import datasets, ensemble, predictions, schema, score
 from pipeline.errors import DoneError
 from pipeline.metrics.ranking import auroc
 from pipeline.recipe import TrainConfig
-from pipeline.telemetry import Terminal
+from pipeline.telemetry import Terminal, diverted
 
 CLASSES = ["background", "vessel"]
 CONFIG: dict[str, Any] = {
     "task": "segmentation",
     "model": {"name": "unet", "width": 12, "depth": 4},
     "loss": {"cross_entropy": 1, "dice": 1},
-    "input": {"size": [192, 192], "fit": "crop", "mean": [0.5, 0.3, 0.1], "std": [0.25, 0.2, 0.1]},
+    "input": {"size": [128, 128], "fit": "crop", "mean": [0.5, 0.3, 0.1], "std": [0.25, 0.2, 0.1]},
     "augment": {
         "hflip": 0.5, "vflip": 0.5, "quarter_turns": 0.5, "rotate": 20, "scale": [0.8, 1.25],
         "brightness": 0.2, "contrast": 0.2,
@@ -106,8 +106,8 @@ def main() -> None:
     parser.add_argument("--members", type=int, default=3)
     parser.add_argument("--steps", type=int, default=300)
     args = parser.parse_args()
-    folder, out, terminal = args.data.resolve(), args.out.resolve(), Terminal()
-    with ray_session():
+    folder, out = args.data.resolve(), args.out.resolve()
+    with diverted(out / "log.txt") as terminal, ray_session():
         data = ingest(folder, out, terminal)
         length = {"batch_size": 8, "steps": args.steps, "validate_every": max(1, args.steps // 4)}
         config = TrainConfig.parse({**CONFIG, "data": data, "out": str(out / "model"), "train": length}, "observers")
@@ -116,7 +116,7 @@ def main() -> None:
         except DoneError:
             bundle = str(out / "model" / "bundle")
         made = score.predict(bundle, data, str(out / "predictions" / bundles.open_bundle(bundle).id), "test", terminal)
-    terminal.close()
+        terminal.close()
     figures = compare(folder, predictions.read(made["out"]))
     (out / "figures.json").write_text(json.dumps(figures, indent=1))
     for name, value in figures.items():

@@ -14,14 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from benchmarks.promise import repeated_splits
 from jobs.session import ray_session
 from pipeline import datasets, ensemble, score
 from pipeline.config import load, merge
 from pipeline.errors import DoneError
+from pipeline.metrics.ranking import spearman
 from pipeline.recipe import TrainConfig
-from pipeline.telemetry import Terminal
+from pipeline.telemetry import Terminal, diverted
 
 
 def fold_data(folder: Path, out: Path, fold: int, folds: int, seed: int, terminal: Terminal) -> str:
@@ -40,8 +43,8 @@ def fold_data(folder: Path, out: Path, fold: int, folds: int, seed: int, termina
     return made["uri"]
 
 
-def predict_fold(args: Any, fold: int, terminal: Terminal) -> dict[str, np.ndarray]:
-    """Rows (ids, score, loss...) of the fold, predicted by an ensemble of the other folds."""
+def predict_fold(args: Any, fold: int, terminal: Terminal) -> pa.Table:
+    """The numbers of the fold's images, and their ``loss``, predicted by an ensemble of the other folds."""
     out = args.out / f"fold{fold}"
     data = fold_data(args.data.resolve(), out, fold, args.folds, args.seed, terminal)
     length = {"steps": args.steps, "epochs": None, "validate_every": args.steps, "patience": None}
@@ -51,7 +54,18 @@ def predict_fold(args: Any, fold: int, terminal: Terminal) -> dict[str, np.ndarr
         bundle = ensemble.run(config, args.members, resume=True, sink=terminal).uri
     except DoneError:
         bundle = str(out / "model" / "bundle")
-    return score.score(bundle, data, split="test", measure="metrics", sink=terminal)["meters"].pool.images_table()
+    found = score.score(bundle, data, split="test", measure="metrics", scalars=True, sink=terminal)
+    rows = found["meters"].pool.images_table()
+    losses = dict(zip(rows["ids"].tolist(), rows["loss"].tolist(), strict=True))
+    names = found["scalars"]["image_id"].to_pylist()
+    return found["scalars"].append_column("loss", pa.array([losses[name] for name in names], pa.float64()))
+
+
+def doubts(table: pa.Table) -> dict[str, np.ndarray]:
+    """Every measure of an image, as doubt."""
+    names = [field.name for field in table.schema if pa.types.is_floating(field.type)]
+    columns = {name: table[name].to_numpy() for name in names if name not in ("loss", "uncertainty")}
+    return {name: 1 - values if name == "member_dice" else values for name, values in columns.items()}
 
 
 def main() -> None:
@@ -65,26 +79,25 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--repeats", type=int, default=500)
+    parser.add_argument("--scores", default="entropy_mean,member_dice", help="measures that thresholds act on")
     parser.add_argument("--delta", type=float, default=0.1)
     args = parser.parse_args()
-    args.out, terminal = args.out.resolve(), Terminal()
-    with ray_session():
+    args.out = args.out.resolve()
+    with diverted(args.out / "log.txt") as terminal, ray_session():
         folds = [predict_fold(args, fold, terminal) for fold in range(args.folds)]
-    terminal.close()
-    ids, scores, losses = (np.concatenate([fold[key] for fold in folds]) for key in ("ids", "score", "loss"))
-    np.savez(args.out / "rows.npz", ids=ids, scores=scores, losses=losses)
+        terminal.close()
+    table = pa.concat_tables(folds)
+    pq.write_table(table, args.out / "rows.parquet")
+    losses, scores = table["loss"].to_numpy(), doubts(table)
     mean = float(losses.mean())
-    print(f"{len(ids)} images, mean loss {mean:.4f}, Spearman of score and loss {_spearman(scores, losses):.3f}")
-    for factor in (0.5, 0.75, 1.0, 1.5):
-        for n in (100, 200):
-            found = repeated_splits(scores, losses, factor * mean, args.delta, n, args.repeats, args.seed)
-            print(f"risk {factor} x mean = {factor * mean:.4f}, n {n}: {json.dumps(found)}")
-
-
-def _spearman(a: np.ndarray, b: np.ndarray) -> float:
-    from scipy.stats import spearmanr
-
-    return float(spearmanr(a, b).statistic)
+    print(f"{len(losses)} images, mean loss {mean:.4f}; Spearman of each measure and the loss:")
+    for name, values in sorted(scores.items(), key=lambda item: -spearman(item[1], losses)):
+        print(f"  {name:<25} {spearman(values, losses):.3f}")
+    for name in args.scores.split(","):
+        for factor in (0.75, 1.0, 1.25, 1.5):
+            for n in (100, 200):
+                found = repeated_splits(scores[name], losses, factor * mean, args.delta, n, args.repeats, args.seed)
+                print(f"{name}, risk {factor} x mean = {factor * mean:.4f}, n {n}: {json.dumps(found)}")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from pipeline.config import merge
 from pipeline.errors import DoneError
 from pipeline.evaluate import evaluate
 from pipeline.recipe import TrainConfig
-from pipeline.telemetry import Terminal
+from pipeline.telemetry import Terminal, diverted
 
 AUGMENT = {
     "hflip": 0.5, "vflip": 0.5, "quarter_turns": 0.5, "rotate": 15, "scale": [0.75, 1.33],
@@ -127,8 +127,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="run the rows whose name contains this")
     args = parser.parse_args()
     args.out, rows = args.out.resolve(), []
-    terminal = Terminal()
-    with ray_session():
+    with diverted(args.out / "log.txt") as terminal, ray_session():
         data = ingest(args.data.resolve(), args.out, args.images, args.seed, terminal)
         for name, changes, members, tests in RUNS:
             if args.only not in name:
@@ -140,7 +139,7 @@ def main() -> None:
                 began = time.monotonic()
                 figures = judge(asked(bundle, predict, test), data, terminal)
                 rows.append({"remedy": test, **figures, "s": time.monotonic() - began})
-    terminal.close()
+        terminal.close()
     (args.out / "table.json").write_text(json.dumps(rows, indent=1))
     print("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
     for row in rows:

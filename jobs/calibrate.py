@@ -13,7 +13,7 @@ def run(bundle: str, data: str, out: str, kind: str, risk: float | None, delta: 
         from pipeline.recipe import CalibrateSettings
         from pipeline.storage import absolute
 
-        settings = CalibrateSettings.parse({"kind": kind, "risk": risk, "delta": delta}, "dubito calibrate")
+        settings = CalibrateSettings.parse({"kind": kind, "risk": risk, "delta": delta}, "options")
         source = bundles.open_bundle(bundle)
         changed = bundles.derive(source, predict=merge(source.manifest["predict"], parse_sets(sets)))
         with ray_session():

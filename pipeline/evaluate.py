@@ -5,12 +5,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.bundle import open_bundle
+from pipeline import units
+from pipeline.bundle import Bundle, open_bundle
 from pipeline.datasets import open_dataset
 from pipeline.errors import InputError
 from pipeline.meters import Meters
 from pipeline.metrics import bootstrap
-from pipeline.metrics.ranking import auroc, fpr_at_tpr
+from pipeline.metrics.ranking import auroc, fpr_at_tpr, spearman
 from pipeline.score import score
 from pipeline.telemetry import Sink
 
@@ -43,8 +44,8 @@ def evaluate(
         **resources: ``actors, threads``, as in ``score``.
 
     Returns:
-        - Segmentation: what ``SegmentationMetric.compute`` gives, and ``gain``: pool minus members, with
-          95 % intervals over images drawn again; detection: ``map, map50, map75, per_class``.
+        - Segmentation: what ``SegmentationMetric.compute`` gives; ``gain``: pool minus members, with 95 %
+          intervals over images drawn again; ``spearman_by_measure``; detection: ``map, map50, map75, per_class``.
         - Both: ``members`` (a list of the same for each), ``statuses, uncertainty_mean, split, bundle_id,
           data``, and with ``shift_data`` ``shift_auroc`` and ``shift``.
         - The rows' numbers, without maps.
@@ -52,15 +53,17 @@ def evaluate(
     Raises:
         InputError: No such split, no labels, or a bundle of another task or of other classes.
     """
-    made = score(bundle, data, split=split, measure="metrics", scalars=True, sink=sink, **resources)
-    info, opened = open_dataset(data), open_bundle(bundle)
-    shift = None
+    opened = open_bundle(bundle)
     if shift_data is not None:
-        other = score(bundle, shift_data, split=shift_split, scalars=True, sink=sink, **resources)
+        units.make_plan(opened, shift_data, shift_split, measure=False)  # refused now, not after the first pass
+    made = score(opened, data, split=split, measure="metrics", scalars=True, sink=sink, **resources)
+    info, shift = open_dataset(data), None
+    if shift_data is not None:
+        other = score(opened, shift_data, split=shift_split, scalars=True, sink=sink, **resources)
         shift = shifted(made["scalars"], other["scalars"], shift_data)
     metrics = {
         **made["metrics"],
-        **({"gain": gain(made["meters"], opened.manifest["metrics"])} if opened.task == "segmentation" else {}),
+        **(_of_images(made["meters"], made["scalars"], opened) if opened.task == "segmentation" else {}),
         "shift_auroc": None if shift is None else shift["auroc"]["uncertainty"],
         "shift": shift,
         "statuses": made["statuses"],
@@ -71,6 +74,10 @@ def evaluate(
         "data": {"uri": info.uri, "name": info.name, "fingerprint": info.fingerprint},
     }
     return metrics, made["scalars"]
+
+
+def _of_images(meters: Meters, scalars: pa.Table, bundle: Bundle) -> dict[str, Any]:
+    return {"gain": gain(meters, bundle.manifest["metrics"]), "spearman_by_measure": ranked(meters, scalars)}
 
 
 def gain(meters: Meters, validated: Any) -> dict[str, Any] | None:
@@ -93,6 +100,29 @@ def gain(meters: Meters, validated: Any) -> dict[str, Any] | None:
     return out
 
 
+def ranked(meters: Meters, scalars: pa.Table) -> dict[str, float | None]:
+    """Spearman's correlation of each number of an image with its IoU, to choose ``predict.uncertainty`` by.
+
+    The more negative the better; of ``member_dice``, which is no doubt but its opposite, one minus it is taken.
+    """
+    rows = meters.pool.images_table()
+    at = {name: row for row, name in enumerate(scalars["image_id"].to_pylist())}
+    order = pa.array([at[name] for name in rows["ids"].tolist()], pa.int64())
+    known = np.isfinite(rows["loss"])
+    out: dict[str, float | None] = {}
+    for name, values in _measures(scalars.take(order)).items():
+        value = spearman(values[known], 1 - rows["loss"][known])
+        out[name] = value if np.isfinite(value) else None
+    return out
+
+
+def _measures(scalars: pa.Table) -> dict[str, np.ndarray]:
+    """The floating columns as doubt, float64, NaN where null."""
+    names = [field.name for field in scalars.schema if pa.types.is_floating(field.type)]
+    columns = {name: np.asarray(scalars[name].to_numpy(zero_copy_only=False), np.float64) for name in names}
+    return {name: 1 - values if name == "member_dice" else values for name, values in columns.items()}
+
+
 def shifted(here: pa.Table, there: pa.Table, where: str) -> dict[str, Any]:
     """How well each number of an image tells ``there`` from ``here``: AUROC, and FPR at a TPR of 95 %.
 
@@ -101,14 +131,12 @@ def shifted(here: pa.Table, there: pa.Table, where: str) -> dict[str, Any]:
     if not there["uncertainty"].drop_null():
         raise InputError(f"shift data '{where}': no image of it could be predicted; look at the folder")
     out: dict[str, Any] = {"images": len(there["uncertainty"].drop_null()), "auroc": {}, "fpr95": {}}
-    for field in here.schema:
-        if not pa.types.is_floating(field.type):
-            continue
-        sign = -1.0 if field.name == "member_dice" else 1.0
-        low, high = (sign * np.asarray(table[field.name].drop_null(), np.float64) for table in (here, there))
+    others = _measures(there)
+    for name, values in _measures(here).items():
+        low, high = (each[np.isfinite(each)] for each in (values, others[name]))
         if len(low) and len(high):
-            out["auroc"][field.name] = auroc(low, high)
-            out["fpr95"][field.name] = fpr_at_tpr(low, high)
+            out["auroc"][name] = auroc(low, high)
+            out["fpr95"][name] = fpr_at_tpr(low, high)
     return out
 
 

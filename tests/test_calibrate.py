@@ -134,6 +134,8 @@ def test_evaluate_tells_a_shifted_folder_apart(tmp_path: Path, data: str, unet: 
     assert scalars.num_rows == 8
     assert metrics["decisions"] is None
     assert json.loads(json.dumps(metrics, allow_nan=False)) == metrics
+    assert metrics["spearman_by_measure"]["uncertainty"] == pytest.approx(metrics["spearman_image"], abs=1e-9)
+    assert set(metrics["spearman_by_measure"]) == set(metrics["shift"]["auroc"])
     assert set(metrics["gain"]["over_mean_member"]) == {"iou", "nll", "brier"}
     assert metrics["gain"]["over_mean_member"]["nll"]["difference"] <= 0, "Jensen"
 

@@ -113,6 +113,20 @@ def test_images_without_a_labelled_pixel_add_nothing():
         calibration.fit(sample.rows())
 
 
+def test_pixels_that_are_no_number_are_left_out():
+    _, probabilities, target = overconfident(1)[0]
+    broken = probabilities.clone()
+    broken[:, :5] = torch.nan
+    blank = target.clone()
+    blank[:5] = VOID
+    found, wanted = PixelSample(3, 300), PixelSample(3, 300)
+    found.update(broken, target, "a")
+    wanted.update(probabilities, blank, "a")
+    assert found.pixels == wanted.pixels
+    for mine, other in zip(found.rows(), wanted.rows(), strict=True):
+        np.testing.assert_array_equal(mine, other)
+
+
 @pytest.mark.parametrize("classes", [2, 3, 5])
 @pytest.mark.parametrize("factor", [0.5, 1.0, 2.0])
 def test_the_temperature_is_found(classes: int, factor: float):

@@ -44,13 +44,14 @@ class PixelSample:
 
         Args:
             probabilities: (C, H, W) of the uncalibrated pool.
-            target: (H, W) uint8 class ids; VOID is left out.
+            target: (H, W) uint8 class ids; VOID is left out, and pixels whose probabilities are not finite.
             image_id: Unique name.
         """
         flat = probabilities.float().flatten(1)
         target = target.to(flat.device).flatten()
         log = flat.clamp(min=FLOOR).log()
-        void = target == VOID
+        # What is no number says nothing, and would sort above everything.
+        void = (target == VOID) | ~flat.isfinite().all(0)
         truth = log.gather(0, target.masked_fill(void, 0).long()[None])[0]
         measure = (-(flat * log).sum(0) - truth).double() / math.log(max(2, self.num_classes)) + _SMALLEST
         priority = torch.where(void, -1.0, measure / _uniform(len(target), image_id, flat.device))
