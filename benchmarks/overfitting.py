@@ -135,15 +135,21 @@ def main() -> None:
             began = time.monotonic()
             bundle = fit(name, changes, members, data, args, terminal)
             rows.append({"remedy": name, **judge(bundle, data, terminal), "s": time.monotonic() - began})
+            terminal.say(_line(rows[-1]))
             for test, predict in tests.items():
                 began = time.monotonic()
                 figures = judge(asked(bundle, predict, test), data, terminal)
                 rows.append({"remedy": test, **figures, "s": time.monotonic() - began})
+                terminal.say(_line(rows[-1]))
         terminal.close()
     (args.out / "table.json").write_text(json.dumps(rows, indent=1))
     print("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
     for row in rows:
-        print("| " + " | ".join(value if isinstance(value, str) else f"{value:.4g}" for value in row.values()) + " |")
+        print(_line(row))
+
+
+def _line(row: dict[str, Any]) -> str:
+    return "| " + " | ".join(value if isinstance(value, str) else f"{value:.4g}" for value in row.values()) + " |"
 
 
 if __name__ == "__main__":
