@@ -72,7 +72,9 @@ def test_s3_end_to_end_with_two_workers_and_an_ensemble(demo_on_s3, s3):
     start, after = one.load_member(0).state_dict(), two.load_member(1).state_dict()
     moved = {name for name, value in after.items() if not torch.equal(value, start[name])}
     assert moved
-    assert not [name for name in moved if name.startswith(("stem.", "encoder."))], "the backbone was to stay as it is"
+    # Batch norm's step counters are not taken over, and nothing depends on them.
+    strayed = [name for name in moved if name.startswith(("stem.", "encoder.")) and "num_batches" not in name]
+    assert not strayed, "the backbone was to stay as it is"
     splits = datasets.open_dataset(demo_on_s3).counts
     assert two.manifest["calibration"]["n"] == splits["calibration"]["images"] == two.manifest["threshold"]["n"]
     with pytest.raises(DoneError, match="done already"):
