@@ -23,10 +23,8 @@ from pipeline.evaluate import evaluate
 from pipeline.recipe import TrainConfig
 from pipeline.telemetry import Terminal, diverted
 
-AUGMENT = {
-    "hflip": 0.5, "vflip": 0.5, "quarter_turns": 0.5, "rotate": 15, "scale": [0.75, 1.33],
-    "brightness": 0.2, "contrast": 0.2,
-}  # fmt: skip
+GEOMETRY = {"hflip": 0.5, "vflip": 0.5, "quarter_turns": 0.5, "rotate": 15, "scale": [0.75, 1.33]}
+LIGHT = {"brightness": 0.2, "contrast": 0.2}
 BASE: dict[str, Any] = {
     "task": "segmentation",
     "model": {"name": "unet", "width": 16, "depth": 4, "stem": True, "heads": True},
@@ -54,12 +52,13 @@ RUNS: list[tuple[str, dict[str, Any], int, dict[str, dict[str, Any]]]] = [
     ("dropout in training", {"model": {"dropout": 0.2}}, 1, {"dropout in testing: 8 passes": PASSES}),
     ("early stop", {"train": {"patience": 2}}, 1, {}),
     ("EMA of weights", {"optim": {"ema": 0.98}}, 1, {}),
-    ("augmentation in training", {"augment": AUGMENT}, 1, {}),
+    ("augmentation in training: geometry", {"augment": GEOMETRY}, 1, {}),
+    ("augmentation in training: geometry and light", {"augment": GEOMETRY | LIGHT}, 1, {}),
     ("ensemble of 3", {}, 3, {}),
     ("transfer: pretrained backbone", LITE0, 1, {}),
     (
         "all of it",
-        merge(LITE0, {"augment": AUGMENT, "optim": {"ema": 0.98, "weight_decay": 0.05}}),
+        merge(LITE0, {"augment": GEOMETRY, "optim": {"ema": 0.98, "weight_decay": 0.05}}),
         3,
         {"all of it, 8 views": TTA},
     ),
