@@ -72,7 +72,9 @@ def _check(config: TrainConfig, info: DatasetInfo) -> transfer.Loaded | None:
         )
     for split in ("train", "val"):
         row_groups(info, split)
-    return transfer.prepare(config.transfer, models.skeleton(settings, task.num_outputs))
+    module = models.skeleton(settings, task.num_outputs)
+    models.require_dropout(module, task.inference.dropout_passes, "config")
+    return transfer.prepare(config.transfer, module)
 
 
 def _claim(out: str, inputs: dict[str, Any], resume: bool) -> None:

@@ -88,11 +88,7 @@ class Predictor:
 
     def _switch_dropout_on(self) -> None:
         for module in self.members:
-            if not models.dropout_layers(module):
-                raise InputError(
-                    f"bundle '{self.bundle.uri}': predict.dropout_passes is {self.inference.dropout_passes}, but its "
-                    f"model has no dropout to sample; train one with model.dropout, or set dropout_passes to 0"
-                )
+            models.require_dropout(module, self.inference.dropout_passes, f"bundle '{self.bundle.uri}'")
             models.set_sampling(module, True)
 
     def meters(self, purpose: Purpose) -> Meters:

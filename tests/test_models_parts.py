@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from pipeline import models
+from pipeline.errors import InputError
 from pipeline.models import dropout_layers, layers_of, set_sampling
 from pipeline.models.anchor_free import AnchorFree
 from pipeline.models.parts import _by_stage
@@ -133,3 +135,13 @@ def test_only_dropout_that_drops_is_sampled():
 
 def test_dropout_of_a_classifier_that_is_gone_is_not_counted():
     assert dropout_layers(Smp(encoder="efficientnet-b0").build(2)) == []
+
+
+def test_dropout_passes_want_dropout():
+    plain, dropping = (
+        models.parse({"name": "unet", "width": 4, "depth": 2, "dropout": p}, "x").build(2) for p in (0, 0.1)
+    )
+    models.require_dropout(plain, 0, "config")
+    models.require_dropout(dropping, 8, "config")
+    with pytest.raises(InputError, match="config: predict.dropout_passes is 8, but its model has no dropout"):
+        models.require_dropout(plain, 8, "config")

@@ -12,7 +12,7 @@ from torch import nn
 
 from pipeline.errors import InputError, nearest
 from pipeline.models.anchor_free import AnchorFree, DetectionOutput
-from pipeline.models.parts import dropout_layers, layers_of, set_sampling
+from pipeline.models.parts import dropout_layers, layers_of, require_dropout, set_sampling
 from pipeline.models.smp import Smp
 from pipeline.models.unet import UNet
 
@@ -28,6 +28,7 @@ __all__ = [
     "dropout_layers",
     "layers_of",
     "parse",
+    "require_dropout",
     "set_sampling",
     "skeleton",
 ]

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from pipeline.errors import InputError
+
 DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
@@ -92,3 +94,12 @@ def _by_stage(keys: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
     if len(stages) < 2 or len({frozenset(found) for found in stages.values()}) > 1:
         return keys
     return sorted(keys, key=lambda key: int(re.sub(r"\D", "", key[0])))
+
+
+def require_dropout(module: nn.Module, passes: int, where: str) -> None:
+    """Refuse Monte-Carlo dropout of a network that drops nothing; ``where`` (bundle, config) begins the InputError."""
+    if passes and not dropout_layers(module):
+        raise InputError(
+            f"{where}: predict.dropout_passes is {passes}, but its model has no dropout to sample; train one with "
+            f"model.dropout, or set dropout_passes to 0"
+        )
