@@ -1,4 +1,4 @@
-"""The losses of segmentation by name, the detection loss, and the arithmetic that joins terms.
+"""The losses of segmentation and of detection by name, and the arithmetic that joins terms.
 
 Every loss gives a sum and a count; the count comes from targets alone. Counts are summed over ranks and
 accumulation steps before the first backward, and ``total`` divides by them, so the gradient does not
@@ -13,10 +13,23 @@ import torch
 from torch import Tensor
 
 from pipeline.losses import pixel, region
+from pipeline.losses.base import BoxLoss, Term
 from pipeline.losses.dense import categorical, labelled_images, margin, valid_pixels
-from pipeline.losses.detection import DetectionLoss, Term, counts, detection
+from pipeline.losses.detection import DetectionLoss, counts, detection
 
-__all__ = ["LOSSES", "DetectionLoss", "Loss", "Term", "categorical", "counts", "detection", "margin", "total"]
+__all__ = [
+    "DETECTION_LOSSES",
+    "LOSSES",
+    "BoxLoss",
+    "DetectionLoss",
+    "Loss",
+    "Term",
+    "categorical",
+    "counts",
+    "detection",
+    "margin",
+    "total",
+]
 
 
 @dataclass(frozen=True)
@@ -42,6 +55,9 @@ LOSSES: dict[str, Loss] = {
     "lovasz": Loss(region.lovasz, labelled_images),
     "lovasz_hinge": Loss(region.lovasz_hinge, labelled_images),
 }
+
+DETECTION_LOSSES: dict[str, type[BoxLoss]] = {"aligned": DetectionLoss}
+"""What detectors are trained by; a model names those that fit it in ``losses``, its own first."""
 
 
 def total(terms: Mapping[str, Term], counts: Mapping[str, Tensor], world_size: int = 1) -> Tensor:

@@ -1,17 +1,14 @@
 """The loss of one-stage detectors: quality focal loss, GIoU and predicted IoU, as sums over objects."""
 
-from typing import Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.config import Settings
 from pipeline.losses.assign import Assignment, assign
-
-Term = tuple[float, Tensor, Tensor]
-"""Weight, sum, count: the loss is Σ weight * sum / count, the count taken over ranks and accumulation."""
+from pipeline.losses.base import BoxLoss, Term, objects
 
 
 class Locations(Protocol):
@@ -43,8 +40,10 @@ class Locations(Protocol):
         ...
 
 
-class DetectionLoss(Settings):
-    """Settings of the detection loss."""
+class DetectionLoss(BoxLoss):
+    """Task-aligned one-stage loss; see ``detection``."""
+
+    terms: ClassVar[tuple[str, ...]] = ("box", "cls", "quality")
 
     cls_weight: float = Field(default=1.0, ge=0)
     box_weight: float = Field(default=2.0, ge=0)
@@ -63,11 +62,13 @@ class DetectionLoss(Settings):
     beta: float = Field(default=4.0, ge=0)
     """Exponent of the IoU in the alignment."""
 
+    def counts(self, labels: Tensor, crowd: Tensor | None) -> dict[str, Tensor]:
+        """Objects."""
+        return counts(labels, crowd)
 
-def objects(labels: Tensor, crowd: Tensor | None) -> Tensor:
-    """(N, B) bool: boxes that are objects, neither padding (label -1) nor crowd regions."""
-    real = labels >= 0
-    return real if crowd is None else real & ~crowd
+    def __call__(self, output: Any, boxes: Tensor, labels: Tensor, crowd: Tensor | None) -> dict[str, Term]:
+        """See ``detection``."""
+        return detection(output, boxes, labels, crowd, self)
 
 
 def counts(labels: Tensor, crowd: Tensor | None = None) -> dict[str, Tensor]:

@@ -11,7 +11,8 @@ from typing import Any
 from torch import nn
 
 from pipeline.errors import InputError, nearest
-from pipeline.models.anchor_free import AnchorFree, DetectionOutput
+from pipeline.models.anchor_free import AnchorFree
+from pipeline.models.outputs import DetectionOutput, Detections, SoftmaxOutput
 from pipeline.models.parts import dropout_layers, layers_of, require_dropout, set_sampling
 from pipeline.models.smp import Smp
 from pipeline.models.unet import UNet
@@ -23,7 +24,9 @@ MODELS: dict[str, type[ModelSettings]] = {"unet": UNet, "smp": Smp, "anchor_free
 __all__ = [
     "MODELS",
     "DetectionOutput",
+    "Detections",
     "ModelSettings",
+    "SoftmaxOutput",
     "describe",
     "dropout_layers",
     "layers_of",

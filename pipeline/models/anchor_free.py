@@ -6,7 +6,7 @@ them. Raw outputs per location; thresholds and non-maximum suppression belong to
 """
 
 import math
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, field_validator
@@ -15,27 +15,13 @@ from torch.nn import functional as F
 
 from pipeline.config import Settings
 from pipeline.models.layers import Norm, Residual, check_input, conv_block, init_weights, norm_layer
+from pipeline.models.outputs import DetectionOutput
 
 PRIOR = 0.01
 """Class probability of a fresh network: focal loss needs a small one (Lin et al. 2017, 1708.02002, 4.1)."""
 FIRST_DISTANCE = 2.0
 """Distance from location to box edge of a fresh network, in strides."""
 _MAX_LOG_DISTANCE = 8.0
-
-
-class DetectionOutput(NamedTuple):
-    """What a detector says before any threshold or suppression; L locations over all levels, K classes."""
-
-    logits: Tensor
-    """(N, L, K) class logits (sigmoid)."""
-    boxes: Tensor
-    """(N, L, 4) float32 x1, y1, x2, y2 in input pixels, not clipped; differentiable."""
-    quality: Tensor
-    """(N, L) logits of the IoU between the location's box and the object."""
-    centres: Tensor
-    """(L, 2) float32 x, y of the locations in input pixels."""
-    strides: Tensor
-    """(L,) float32 pixels between neighbours at the location's level."""
 
 
 class AnchorFree(Settings):
@@ -207,7 +193,7 @@ def _join(levels: list[DetectionOutput]) -> DetectionOutput:
     return DetectionOutput(
         logits=torch.cat([level.logits for level in levels], dim=1),
         boxes=torch.cat([level.boxes for level in levels], dim=1),
-        quality=torch.cat([level.quality for level in levels], dim=1),
+        quality=torch.cat([level.quality for level in levels], dim=1),  # pyright: ignore[reportArgumentType]
         centres=torch.cat([level.centres for level in levels], dim=0),
         strides=torch.cat([level.strides for level in levels], dim=0),
     )

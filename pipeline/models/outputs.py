@@ -1,0 +1,87 @@
+"""What detectors say before any threshold or suppression, whatever their kind."""
+
+from typing import ClassVar, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from pipeline.uncertainty import with_rest
+
+
+class Detections(Protocol):
+    """N images, L locations (cells, anchors, proposals), K classes."""
+
+    fixed: ClassVar[bool]
+    """Whether location l of every image and every member is the same place, so that members can be pooled there."""
+
+    @property
+    def boxes(self) -> Tensor:
+        """(N, L, 4) float32 x1, y1, x2, y2 in input pixels, not clipped."""
+        ...
+
+    @property
+    def centres(self) -> Tensor:
+        """(L, 2), or (N, L, 2) where not ``fixed``: float32 x, y of the locations in input pixels."""
+        ...
+
+    @property
+    def strides(self) -> Tensor:
+        """(L,) float32 pixels between neighbours at the location's level; 0 where not ``fixed``."""
+        ...
+
+    def probabilities(self) -> Tensor:
+        """(N, L, K + 1) float32 class vectors that sum to 1, the last "none of these"."""
+        ...
+
+    def scores(self) -> Tensor:
+        """(N, L, K) float32 in 0..1: what boxes are ranked by."""
+        ...
+
+
+class DetectionOutput(NamedTuple):
+    """Of a one-stage detector with sigmoid class scores and, perhaps, a quality."""
+
+    logits: Tensor
+    """(N, L, K) class logits (sigmoid)."""
+    boxes: Tensor
+    """(N, L, 4) float32 x1, y1, x2, y2 in input pixels, not clipped; differentiable."""
+    quality: Tensor | None
+    """(N, L) logits of the IoU between the location's box and the object; None: the head says none."""
+    centres: Tensor
+    """(L, 2) float32 x, y of the locations in input pixels."""
+    strides: Tensor
+    """(L,) float32 pixels between neighbours at the location's level."""
+
+    fixed = True  # pyright: ignore[reportGeneralTypeIssues]
+
+    def probabilities(self) -> Tensor:
+        """Existence is the best class's score, shared out among the classes; see ``with_rest``."""
+        return with_rest(self.logits.float().sigmoid())
+
+    def scores(self) -> Tensor:
+        """Class probability, times quality where there is one."""
+        classes = self.logits.float().sigmoid()
+        return classes if self.quality is None else classes * self.quality.float().sigmoid()[..., None]
+
+
+class SoftmaxOutput(NamedTuple):
+    """Of a one-stage detector whose classes exclude each other and share their mass with a background."""
+
+    logits: Tensor
+    """(N, L, K + 1) logits (softmax), the last "none of these"."""
+    boxes: Tensor
+    """As above."""
+    centres: Tensor
+    """As above."""
+    strides: Tensor
+    """As above."""
+
+    fixed = True  # pyright: ignore[reportGeneralTypeIssues]
+
+    def probabilities(self) -> Tensor:
+        """Softmax."""
+        return self.logits.float().softmax(-1)
+
+    def scores(self) -> Tensor:
+        """Softmax, without the background."""
+        return torch.softmax(self.logits.float(), -1)[..., :-1]
