@@ -93,9 +93,9 @@ def calibrate(
     bundle: Uri,
     data: Annotated[str, typer.Option(metavar="URI", help="A dataset with a calibration split.")],
     out: Annotated[str, typer.Option(metavar="URI", help="Where the calibrated bundle goes.")],
-    kind: Annotated[str, typer.Option(help="temperature, vector or none.")] = "temperature",
+    kind: Annotated[str, typer.Option(help="auto, temperature, vector, isotonic or none.")] = "auto",
     risk: Annotated[
-        float | None, typer.Option(help="Accepted images have at most this mean loss (1 - IoU); none: no threshold.")
+        float | None, typer.Option(help="Accepted images have at most this mean loss (1 - IoU, or 1 - F1 of boxes).")
     ] = None,
     delta: Annotated[float, typer.Option(help="Probability that the promise is broken.")] = 0.1,
     sets: Annotated[
@@ -105,6 +105,24 @@ def calibrate(
 ) -> None:
     """Fit calibration and review threshold on the calibration split; write a new bundle of the same weights."""
     _run("calibrate", bundle=bundle, data=data, out=out, kind=kind, risk=risk, delta=delta, sets=sets)
+
+
+@app.command()
+def join(
+    bundles: Annotated[list[str], typer.Option("--bundle", metavar="URI", help="A bundle; give it twice or more.")],
+    out: Annotated[str, typer.Option(metavar="URI", help="Where the joined bundle goes.")],
+    data: Annotated[str, typer.Option(metavar="URI", help="Calibrate on this dataset's calibration split.")] = "",
+    risk: Annotated[
+        float | None, typer.Option(help="With --data: accepted images have at most this mean loss.")
+    ] = None,
+    delta: Annotated[float, typer.Option(help="Probability that the promise is broken.")] = 0.1,
+    sets: Annotated[
+        list[str],
+        typer.Option("--set", metavar="a.b=c", help="How members are asked and joined, as in fuse=wbf; repeatable."),
+    ] = [],  # noqa: B006
+) -> None:
+    """Make one ensemble of the members of several bundles, of unlike models too."""
+    _run("join", bundles=bundles, out=out, data=data, risk=risk, delta=delta, sets=sets)
 
 
 @app.command()

@@ -72,9 +72,14 @@ class Bundle:
         return len(self.manifest["files"])
 
     @property
-    def model_settings(self) -> models.ModelSettings:
-        """Of every member."""
-        return models.parse(self.manifest["model"], f"bundle '{self.uri}'")
+    def alike(self) -> bool:
+        """Whether all members are of one model."""
+        return isinstance(self.manifest["model"], dict)
+
+    def model_settings(self, k: int) -> models.ModelSettings:
+        """Of member ``k``: ``model`` is the model of all members, or a list with one for each."""
+        model = self.manifest["model"]
+        return models.parse(model if isinstance(model, dict) else model[k], f"bundle '{self.uri}'")
 
     @property
     def num_outputs(self) -> int:
@@ -90,7 +95,7 @@ class Bundle:
         """
         path = member_path(k)
         state = _tensors(_verified(self.uri, path, self.manifest["files"][path]), f"'{self.uri}/{path}'")
-        module = models.skeleton(self.model_settings, self.num_outputs)
+        module = models.skeleton(self.model_settings(k), self.num_outputs)
         try:
             module.load_state_dict(state)
         except RuntimeError as error:
@@ -109,7 +114,8 @@ def stage(uri: str, manifest: Mapping[str, Any], members: Sequence[Path | str]) 
 
     Args:
         uri: The bundle's folder. Writing the same content again is no error.
-        manifest: ``task, model {name, settings...}, classes, background, input`` and what else is known
+        manifest: ``task, model {name, settings...}`` (or a list with one for each member), ``classes, background,
+            input`` and what else is known
             (seeds, data, metrics, calibration, threshold, score_threshold, predict); sizes, digests and
             versions are added here.
         members: A path or URI of each member's ``model.safetensors``.
@@ -134,6 +140,37 @@ def stage(uri: str, manifest: Mapping[str, Any], members: Sequence[Path | str]) 
         for k, source in enumerate(members):
             storage.write_bytes(storage.join(uri, member_path(k)), storage.read_bytes(str(source)))
     return _made(uri, whole)
+
+
+_SHARED = ("task", "classes", "background", "input")
+
+
+def join(bundles: Sequence[Bundle]) -> tuple[dict[str, Any], list[str]]:
+    """Manifest and members' weights of one ensemble of all members, for ``stage``: not calibrated.
+
+    Raises:
+        InputError: Fewer than two, or they differ in task, classes or input.
+    """
+    if len(bundles) < 2:
+        raise InputError(f"wanted two bundles or more to join, found {len(bundles)}; give --bundle again")
+    first = bundles[0]
+    for other in bundles[1:]:
+        for key in _SHARED:
+            if other.manifest[key] != first.manifest[key]:
+                raise InputError(
+                    f"bundles differ in {key}: '{first.uri}' has {first.manifest[key]}, '{other.uri}' "
+                    f"{other.manifest[key]}; join bundles that were trained for the same"
+                )
+    each = [models.describe(bundle.model_settings(k)) for bundle in bundles for k in range(bundle.members)]
+    manifest = {key: first.manifest[key] for key in (*_SHARED, "predict")}
+    manifest["model"] = each[0] if all(model == each[0] for model in each) else each
+    for key in ("seeds", "metrics"):
+        lists = [bundle.manifest[key] for bundle in bundles]
+        manifest[key] = [item for items in lists for item in items] if all(isinstance(i, list) for i in lists) else []
+    manifest["data"] = (
+        first.manifest["data"] if all(b.manifest["data"] == first.manifest["data"] for b in bundles) else {}
+    )
+    return manifest, [uri for bundle in bundles for uri in member_uris(bundle)]
 
 
 def derive(bundle: Bundle, **changes: Any) -> Bundle:
@@ -204,10 +241,11 @@ def _check(where: str, manifest: Any) -> None:
         )
     if manifest["task"] not in PREDICTIONS:
         raise InputError(f"'{where}': unknown task '{manifest['task']}'.{nearest(manifest['task'], PREDICTIONS)}")
-    settings = models.parse(manifest["model"] if isinstance(manifest["model"], dict) else {}, f"'{where}'")
-    if settings.task != manifest["task"]:
-        name = manifest["model"]["name"]
-        raise InputError(f"'{where}': model '{name}' is for {settings.task}, not for {manifest['task']}")
+    each = manifest["model"] if isinstance(manifest["model"], list) else [manifest["model"]]
+    for model in each:
+        settings = models.parse(model if isinstance(model, dict) else {}, f"'{where}'")
+        if settings.task != manifest["task"]:
+            raise InputError(f"'{where}': model '{model['name']}' is for {settings.task}, not for {manifest['task']}")
     classes = manifest["classes"]
     if not isinstance(classes, list) or not classes or not all(isinstance(name, str) for name in classes):
         raise InputError(f"'{where}': 'classes' must list the names of the classes; write the bundle again")
@@ -218,6 +256,8 @@ def _check(where: str, manifest: Any) -> None:
     wanted = {member_path(k) for k in range(len(files))} if isinstance(files, dict) else set()
     if not wanted or set(files) != wanted:
         raise InputError(f"'{where}': 'files' must name {member_path(0)} and so on; write the bundle again")
+    if isinstance(manifest["model"], list) and len(each) != len(files):
+        raise InputError(f"'{where}': {len(each)} models for {len(files)} members; write the bundle again")
 
 
 def _verified(uri: str, path: str, wanted: Mapping[str, Any]) -> bytes:

@@ -67,7 +67,7 @@ def _check(config: TrainConfig, info: DatasetInfo) -> transfer.Loaded | None:
     task = config.build_task(info, 1)
     if config.calibrate.risk is not None and not calibrate.possible(config.task, info):
         raise InputError(
-            f"calibrate.risk = {config.calibrate.risk} wants segmentation and a split 'calibration', which "
+            f"calibrate.risk = {config.calibrate.risk} wants a split 'calibration', which "
             f"'{info.uri}' has not; ingest with --set hold_out.calibration=0.1, or set calibrate.risk to null"
         )
     for split in ("train", "val"):

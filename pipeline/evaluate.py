@@ -10,7 +10,7 @@ from pipeline.bundle import Bundle, open_bundle
 from pipeline.datasets import open_dataset
 from pipeline.errors import InputError
 from pipeline.meters import Meters
-from pipeline.metrics import bootstrap
+from pipeline.metrics import bootstrap, detection_bootstrap
 from pipeline.metrics.ranking import auroc, fpr_at_tpr, spearman
 from pipeline.score import score
 from pipeline.telemetry import Sink
@@ -44,9 +44,9 @@ def evaluate(
         **resources: ``actors, threads``, as in ``score``.
 
     Returns:
-        - Segmentation: what ``SegmentationMetric.compute`` gives; ``gain``: pool minus members, with 95 %
-          intervals over images drawn again; ``spearman_by_measure``; detection: ``map, map50, map75, per_class``.
-        - Both: ``members`` (a list of the same for each), ``statuses, uncertainty_mean, split, bundle_id,
+        - What ``SegmentationMetric.compute`` or ``DetectionMetric.compute`` gives; ``gain``: pool minus members, with
+          95 % intervals over images drawn again; ``spearman_by_measure``.
+        - ``members`` (a list of the metrics for each), ``statuses, uncertainty_mean, split, bundle_id,
           data``, and with ``shift_data`` ``shift_auroc`` and ``shift``.
         - The rows' numbers, without maps.
 
@@ -63,7 +63,7 @@ def evaluate(
         shift = shifted(made["scalars"], other["scalars"], shift_data)
     metrics = {
         **made["metrics"],
-        **(_of_images(made["meters"], made["scalars"], opened) if opened.task == "segmentation" else {}),
+        **_of_images(made["meters"], made["scalars"], opened),
         "shift_auroc": None if shift is None else shift["auroc"]["uncertainty"],
         "shift": shift,
         "statuses": made["statuses"],
@@ -77,7 +77,10 @@ def evaluate(
 
 
 def _of_images(meters: Meters, scalars: pa.Table, bundle: Bundle) -> dict[str, Any]:
-    return {"gain": gain(meters, bundle.manifest["metrics"]), "spearman_by_measure": ranked(meters, scalars)}
+    added = gain if bundle.task == "segmentation" else gain_of_boxes
+    # Losses of unlike models cannot be compared.
+    validated = bundle.manifest["metrics"] if bundle.alike else None
+    return {"gain": added(meters, validated), "spearman_by_measure": ranked(meters, scalars)}
 
 
 def gain(meters: Meters, validated: Any) -> dict[str, Any] | None:
@@ -90,14 +93,27 @@ def gain(meters: Meters, validated: Any) -> dict[str, Any] | None:
     if len(members) < 2 or not len(members[0]["ids"]):
         return None
     pool, background = meters.pool.images_table(), meters.pool.background
-    known = [each.get("val_loss") for each in validated] if isinstance(validated, list) else []
-    chosen = int(np.argmin(known)) if len(known) == len(members) and None not in known else None
+    chosen = _chosen(validated, len(members))
     out: dict[str, Any] = {"over_mean_member": {}, "over_chosen_member": {}, "chosen_member": chosen}
     for figure in GAINS:
         out["over_mean_member"][figure] = bootstrap.paired_mean(pool, members, figure, background=background)
         if chosen is not None:
             out["over_chosen_member"][figure] = bootstrap.paired(pool, members[chosen], figure, background=background)
     return out
+
+
+def gain_of_boxes(meters: Meters, validated: Any) -> dict[str, Any] | None:
+    """The same in mAP, mAP@.5 and LaECE of the pool, calibrated where the bundle is."""
+    if len(meters.members) < 2 or not len(meters.pool.images_table()["ids"]):
+        return None
+    chosen = _chosen(validated, len(meters.members))
+    return {**detection_bootstrap.paired(meters.pool, meters.members, chosen), "chosen_member": chosen}
+
+
+def _chosen(validated: Any, members: int) -> int | None:
+    """The member with the lowest validation loss, where every one has one and they can be compared."""
+    known = [each.get("val_loss") for each in validated] if isinstance(validated, list) else []
+    return int(np.argmin(known)) if len(known) == members and None not in known else None
 
 
 def ranked(meters: Meters, scalars: pa.Table) -> dict[str, float | None]:

@@ -87,7 +87,7 @@ def build_worker(
         model=DistributedDataParallel(module, device_ids=ids) if world > 1 else module,
         average=optim.Ema(module, config.optim.ema) if config.optim.ema else None,
         optimizer=optim.build(config.optim, module, models.layers_of(module)),
-        augment=Augment(config.augment, config.input, config.seed),
+        augment=Augment(config.augment, config.input, config.seed, config.passes(info)),
         eval_augment=Augment(None, config.input, config.seed),
         device=device, rank=rank, world=world,
     )  # fmt: skip
@@ -119,7 +119,7 @@ def train_step(worker: Worker, batches: list[Batch], lr: float) -> Tensor:
         last = i == len(views) - 1
         wait = contextlib.nullcontext() if last or worker.world == 1 else worker.model.no_sync()  # type: ignore[operator]
         with wait:
-            loss = losses.total(worker.task.loss(worker.model(view.images), view), counts, worker.world)
+            loss = losses.total(worker.task.loss(worker.task.ask(worker.model, view), view), counts, worker.world)
             loss.backward()
         parts.append(loss.detach())
     optim.add_penalties(worker.config.optim, worker.module)
@@ -187,7 +187,7 @@ def validate(worker: Worker, tables: Iterable[pa.Table]) -> dict[str, float]:
         batch, failures = worker.task.collate(table, train=False, seed=worker.config.seed)
         _refuse(failures, table)
         view = worker.eval_augment(batch.to(worker.device))
-        terms = worker.task.loss(module(view.images), view)
+        terms = worker.task.loss(worker.task.ask(module, view), view)
         names = sorted(terms)
         rows = torch.stack(
             [torch.stack([torch.as_tensor(terms[n][0], device=worker.device).double(), terms[n][1].double(),

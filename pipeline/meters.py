@@ -5,17 +5,20 @@ from typing import Any, Self
 
 import numpy as np
 
-from pipeline.calibration import PixelSample
-
 POOL, UNCALIBRATED, SAMPLE = "pool", "uncalibrated", "sample"
-_OF_CALIBRATION = ("nll", "brier", "ece", "ece_classwise")
+_OF_CALIBRATION = ("nll", "brier", "ece", "ece_classwise", "laece", "d_ece", "nll_box", "pdq")
+
+
+def member_sample(k: int) -> str:
+    """The name of member ``k``'s own sample, where members are unlike."""
+    return f"{SAMPLE}{k}"
 
 
 class Meters:
     """Counters by name.
 
     ``pool``; ``0``, ``1``... for the members; ``uncalibrated`` for the pool as it was before calibration; and
-    ``sample``, from which a calibration is fitted. Any of them may be absent.
+    ``sample``, from which a calibration is fitted, with ``sample0``... of unlike members. Any may be absent.
     """
 
     def __init__(self, counters: dict[str, Any]) -> None:
@@ -32,9 +35,15 @@ class Meters:
         return [self.counters[str(k)] for k in range(sum(name.isdigit() for name in self.counters))]
 
     @property
-    def sample(self) -> PixelSample:
-        """What a calibration is fitted on."""
+    def sample(self) -> Any:
+        """What the pool's calibration is fitted on."""
         return self.counters[SAMPLE]
+
+    @property
+    def member_samples(self) -> list[Any]:
+        """What calibrations of unlike members are fitted on, in order."""
+        count = sum(name.startswith(SAMPLE) for name in self.counters) - 1
+        return [self.counters[member_sample(k)] for k in range(count)]
 
     def merge(self, other: "Meters") -> None:
         """Add what ``other`` has counted."""
@@ -46,7 +55,7 @@ class Meters:
         out = {**self.pool.compute(), "members": [metric.compute() for metric in self.members]}
         if UNCALIBRATED in self.counters:
             before = self.counters[UNCALIBRATED].compute()
-            out["uncalibrated"] = {key: before[key] for key in _OF_CALIBRATION}
+            out["uncalibrated"] = {key: before[key] for key in _OF_CALIBRATION if key in before}
         return out
 
     def to_bytes(self) -> bytes:
@@ -61,12 +70,12 @@ class Meters:
         return out.getvalue()
 
     @classmethod
-    def from_bytes(cls, data: bytes, metric: Any) -> Self:
-        """Undo ``to_bytes``; ``metric`` is any metric of the same task."""
+    def from_bytes(cls, data: bytes, metric: Any, sample: Any) -> Self:
+        """Undo ``to_bytes``; ``metric`` and ``sample`` are any of the same task."""
         states: dict[str, dict[str, np.ndarray]] = {}
         with np.load(io.BytesIO(data), allow_pickle=False) as archive:
             for name in archive.files:
                 owner, key = name.split("/", 1)
                 states.setdefault(owner, {})[key] = archive[name]
-        kinds = {owner: PixelSample if owner == SAMPLE else metric for owner in states}
+        kinds = {owner: sample if owner.startswith(SAMPLE) else metric for owner in states}
         return cls({owner: kinds[owner].from_state(state) for owner, state in states.items()})

@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from pipeline import decode, models
 from pipeline.augment import Augment, Batch, InputSettings
 from pipeline.bundle import Bundle, open_bundle
-from pipeline.calibration import PixelSample
 from pipeline.errors import InputError
-from pipeline.meters import POOL, SAMPLE, UNCALIBRATED, Meters
+from pipeline.meters import POOL, SAMPLE, UNCALIBRATED, Meters, member_sample
 from pipeline.rows import Rows
 from pipeline.tasks import TASKS
 from pipeline.tasks.base import Task
@@ -52,6 +51,8 @@ def task_of(bundle: Bundle, threads: int = 1, multiple: int = 32) -> Task:
         threads=threads,
         multiple=multiple,
         calibration=bundle.manifest["calibration"],
+        score_threshold=bundle.manifest["score_threshold"],
+        alike=bundle.alike,
     )
 
 
@@ -71,7 +72,7 @@ class Predictor:
         self.bundle = open_bundle(bundle) if isinstance(bundle, str) else bundle
         self.device = pick_device(device)
         self.members = [self._load(k) for k in range(self.bundle.members)]
-        self.stride = int(getattr(self.members[0], "stride", 1))
+        self.stride = math.lcm(*(int(getattr(module, "stride", 1)) for module in self.members))
         # Frames in coarser steps than the model asks for, so that images of nearly one size share a batch.
         self.task = task_of(self.bundle, threads or len(os.sched_getaffinity(0)), math.lcm(32, self.stride))
         self.input, self.inference = self.task.input, self.task.inference
@@ -94,10 +95,12 @@ class Predictor:
     def meters(self, purpose: Purpose) -> Meters:
         """Fresh counters."""
         if purpose == "sample":
-            return Meters({SAMPLE: PixelSample(self.task.num_outputs)})
+            each = self.task.calibrates_members and not self.bundle.alike
+            own = [member_sample(k) for k in range(len(self.members))] if each else []
+            return Meters({name: self.task.new_sample() for name in (SAMPLE, *own)})
         names = [POOL, *(str(k) for k in range(len(self.members)))]
         names += [UNCALIBRATED] if self.task.calibration else []
-        return Meters({name: self.task.metric() for name in names})
+        return Meters({name: self.task.metric(name == POOL) for name in names})
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """One row of ``schema.PREDICTIONS[task]`` for each row of ``table``, in its order.
@@ -210,15 +213,21 @@ class Predictor:
 
         def predictions() -> Iterator[Any]:
             for k, module in enumerate(self.members):
-                own = self.task.average() if str(k) in counters else None
-                for outputs in self._answers(k, module, images, batch.image_ids):
-                    prediction = self.task.predict(outputs, view)
+                counted = {str(k), member_sample(k)} & counters.keys()
+                own = self.task.average() if counted else None
+                for outputs, look, seen in self._answers(k, module, images, batch.image_ids):
+                    prediction = self.task.predict(outputs, view, look, seen)
+                    del outputs
                     if own is not None:
                         own.add(prediction)
                     yield prediction
-                if own is not None:
-                    # A member's own figures are those of the mean over its views and passes.
+                if own is None:
+                    continue
+                # A member's own figures are those of the mean over its views and passes.
+                if str(k) in counters:
                     self.task.measure(own.result(), view, truth, counters[str(k)])
+                else:
+                    self.task.sample(own.result(), view, truth, counters[member_sample(k)])
 
         fused = self.task.fuse(predictions())
         if POOL in counters:
@@ -229,15 +238,14 @@ class Predictor:
             self.task.sample(fused, view, truth, counters[SAMPLE])
         return self.task.to_columns(fused, view), view.sizes.tolist()
 
-    def _answers(self, k: int, module: nn.Module, images: Tensor, image_ids: list[str]) -> Iterator[Any]:
-        """The raw outputs of one member, in the frame: once, or for each view and dropout pass."""
+    def _answers(
+        self, k: int, module: nn.Module, images: Tensor, image_ids: list[str]
+    ) -> Iterator[tuple[Any, View, tuple[int, int]]]:
+        """(raw outputs, view, its height and width) of one member: once, or for each view and dropout pass."""
         for number, look in self.passes:
             with self._seeded(f"{k} {number} {image_ids[0]}"):
-                if look == View():
-                    yield self._ask(module, images)
-                else:
-                    outputs = self._ask(module, look.look(images, self.stride))
-                    yield look.back(outputs.float(), (images.shape[-2], images.shape[-1]))
+                shown = look.look(images, self.stride)
+                yield self._ask(module, shown), look, (shown.shape[-2], shown.shape[-1])
 
     def _ask(self, module: nn.Module, images: Tensor) -> Any:
         """Outputs for (N, 3, H, W), seen whole or through windows."""

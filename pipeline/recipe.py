@@ -55,11 +55,12 @@ class LoopSettings(Settings):
 class CalibrateSettings(Settings):
     """What is made of the ``calibration`` split, where the dataset has one."""
 
-    kind: Literal["temperature", "vector", "none"] = "temperature"
-    """One temperature for all classes, or a scale and a bias for each."""
+    kind: Literal["auto", "temperature", "vector", "isotonic", "none"] = "auto"
+    """Segmentation: one temperature for all classes (``auto``), or a scale and a bias for each. Detection: score to
+    precision by isotonic regression (``auto``), and the spread of boxes to the size of their errors."""
     risk: float | None = Field(default=None, gt=0, lt=1)
-    """Promise of the review threshold: accepted images have a mean loss (1 - IoU) of at most this; null: no
-    threshold."""
+    """Promise of the review threshold: accepted images have a mean loss (1 - IoU, or 1 - F1 of boxes at IoU 0.5) of
+    at most this; null: no threshold."""
     delta: float = Field(default=0.1, gt=0, lt=1)
     """Probability, over draws of the calibration split, that the promise is broken."""
 
@@ -78,7 +79,8 @@ class TrainConfig(Settings):
     transfer: TransferSettings = Field(default_factory=TransferSettings)
     """Where the first weights come from."""
     loss: dict[str, Any] = Field(default_factory=dict)
-    """Segmentation: weight of each term by name. Detection: settings of its loss."""
+    """Segmentation: weight of each term by name. Detection: settings of its loss, and its ``name`` where the model
+    can be trained by several."""
     input: InputSettings
     augment: AugmentSettings = Field(default_factory=AugmentSettings)
     optim: OptimSettings = Field(default_factory=OptimSettings)
@@ -86,8 +88,14 @@ class TrainConfig(Settings):
     stream: StreamSettings = Field(default_factory=StreamSettings)
     calibrate: CalibrateSettings = Field(default_factory=CalibrateSettings)
     predict: dict[str, Any] = Field(default_factory=dict)
-    """Settings of the task's predictions (segmentation: tta, dropout_passes, windows, uncertainty, maps...;
-    detection: score_threshold, nms_iou, max_boxes)."""
+    """Settings of the task's predictions (both: tta, dropout_passes, uncertainty; segmentation: windows, maps...;
+    detection: fuse, score_threshold, nms_iou, max_boxes)."""
+
+    @model_validator(mode="after")
+    def _blended_labels(self) -> Self:
+        if self.task == "segmentation" and self.augment.mixup:
+            raise ValueError("augment.mixup blends two images, and masks cannot be blended; set it to 0")
+        return self
 
     def model_settings(self, where: str = "config") -> ModelSettings:
         """The model's settings, checked against the task; ``where`` is named in the InputError."""
@@ -109,6 +117,19 @@ class TrainConfig(Settings):
             return settings
         return settings.model_copy(update={"prior": tuple(float(max(count, 1)) for count in pixels.values())})
 
+    def loss_settings(self) -> dict[str, Any]:
+        """``loss``; of a detector with the name of its kind, which is the model's own where none is given."""
+        if self.task != "detection":
+            return self.loss
+        fitting: tuple[str, ...] = getattr(self.model_settings(), "losses")  # noqa: B009 - segmentation's have none
+        name = self.loss.get("name", fitting[0])
+        if name not in fitting:
+            raise InputError(
+                f"loss.name: {name!r} does not fit model '{self.model['name']}', which is trained by "
+                f"{' or '.join(fitting)}; leave loss.name out"
+            )
+        return {**self.loss, "name": name}
+
     def build_task(self, info: DatasetInfo, threads: int, multiple: int = 32) -> Task:
         """The task over this dataset's classes; whole images are framed to a ``multiple`` of the model's stride.
 
@@ -123,7 +144,7 @@ class TrainConfig(Settings):
             classes=list(info.classes),
             background=info.background,
             input=self.input,
-            loss=self.loss,
+            loss=self.loss_settings(),
             predict=self.predict,
             threads=threads,
             multiple=multiple,
@@ -137,6 +158,7 @@ class TrainConfig(Settings):
         """The tree with every default filled in, the model's too."""
         tree = self.to_dict()
         tree["model"] = models.describe(self.model_settings())
+        tree["loss"] = self.loss_settings()
         return tree
 
     def length(self, rows: int) -> tuple[int, int]:
@@ -145,6 +167,11 @@ class TrainConfig(Settings):
         if self.train.steps is not None:
             return self.train.steps * global_batch, global_batch
         return max(1, round(rows * float(self.train.epochs or 0))), global_batch
+
+    def passes(self, info: DatasetInfo) -> float:
+        """Length of the whole run in passes over the train split."""
+        rows = info.counts.get("train", {}).get("images", 0)
+        return self.length(rows)[0] / max(1, rows)
 
     def validate_every(self, rows: int, global_batch: int) -> int:
         """Optimiser steps between validations, for a train split of ``rows`` images."""

@@ -143,7 +143,16 @@ SEGMENTATION_PREDICTIONS: Final = pa.schema(
 ``map_height`` x ``map_width``, scaled so that 255 is 1: the confidence max_c p_c, and the entropy / ln C."""
 
 DETECTION_PREDICTIONS: Final = pa.schema(
-    [*_PREDICTION_COMMON, ("boxes", pa.list_(PREDICTED_BOX)), ("missed_votes", pa.float32())]
+    [
+        *_PREDICTION_COMMON,
+        ("boxes", pa.list_(PREDICTED_BOX)),
+        ("entropy_sum", pa.float32()),
+        ("mutual_information_sum", pa.float32()),
+        ("box_entropy_mean", pa.float32()),
+        ("box_entropy_max", pa.float32()),
+        ("missed_votes", pa.float32()),
+        ("expected_error", pa.float32()),
+    ]
 )
 
 PREDICTIONS: Final = {

@@ -302,8 +302,9 @@ def _from_row(row: dict[str, Any]) -> UnitFile:
 
 def _merged(bundle: Bundle, finished: Sequence[UnitFile]) -> Meters:
     """What was counted over all units, whatever attempt they are from, added in the order of the plan."""
-    metric = task_of(bundle).metric()
-    total, *rest = (Meters.from_bytes(item.metrics, metric) for item in finished)
+    task = task_of(bundle)
+    metric, sample = task.metric(), task.new_sample()
+    total, *rest = (Meters.from_bytes(item.metrics, metric, sample) for item in finished)
     for meters in rest:
         total.merge(meters)
     return total

@@ -83,6 +83,18 @@ class View:
             maps = maps.rot90(-self.turns, (-2, -1))
         return maps.flip(-1) if self.flip else maps
 
+    def matrix(self, size: tuple[int, int], seen: tuple[int, int]) -> Tensor:
+        """3x3 float64: pixels of a frame of ``size`` (H, W) -> pixels of the view, ``seen`` (h, w) large."""
+        matrix = torch.eye(3, dtype=torch.float64)
+        height, width = size
+        if self.flip:
+            matrix = torch.tensor([[-1.0, 0, width], [0, 1, 0], [0, 0, 1]], dtype=torch.float64)
+        for _ in range(self.turns % 4):
+            # What was at column x is at row width - x: counter-clockwise, as rot90 turns.
+            matrix = torch.tensor([[0, 1.0, 0], [-1, 0, width], [0, 0, 1]], dtype=torch.float64) @ matrix
+            height, width = width, height
+        return torch.diag(torch.tensor([seen[1] / width, seen[0] / height, 1.0], dtype=torch.float64)) @ matrix
+
 
 def views(settings: TtaSettings) -> list[View]:
     """The views of ``settings``, the plain one first."""

@@ -44,6 +44,42 @@ def make_batch(
     return batch_of(frame(images, masks, given_boxes, labels, crowd, input, train=True, offsets=offsets)), input
 
 
+def painted_batch(
+    count: int, size: tuple[int, int], fit: str, seed: int
+) -> tuple[Batch, InputSettings, dict[int, Tensor]]:
+    """Images of different shapes, no one resized, with rectangles of one colour each at whole pixels.
+
+    The class id in the mask, the label of the box and the colour (by the returned table) tell each apart.
+    """
+    random = np.random.default_rng(seed)
+    input = InputSettings.parse({"size": size, "fit": fit}, "test")
+    images, masks, boxes, labels, colours = [], [], [], [], {}
+    for n in range(count):
+        height, width = size
+        if fit == "crop":
+            height, width = height + int(random.integers(0, 40)), width + int(random.integers(0, 40))
+        elif n % 3 == 1:
+            height = int(random.integers(height // 2, height))
+        elif n % 3 == 2:
+            width = int(random.integers(width // 2, width))
+        image, mask = np.full((height, width, 3), 100 + n, np.uint8), np.zeros((height, width), np.uint8)
+        each = []
+        for k, (row, column) in enumerate((r, c) for r in (0, 1) for c in (0, 1)):
+            half = np.array([width // 2, height // 2])
+            ends = np.sort(random.choice(min(half), (2, 2)), axis=0) + half * [column, row]
+            x1, y1, x2, y2 = *ends[0], *(ends[1] + 1)
+            label = 4 * n + k + 1
+            colours[label] = torch.tensor(random.choice([0, 60, 180, 240], 3)).float()
+            image[y1:y2, x1:x2], mask[y1:y2, x1:x2] = colours[label].numpy(), label
+            each.append([x1, y1, x2, y2])
+        images.append(image)
+        masks.append(mask)
+        boxes.append(np.array(each, np.float64))
+        labels.append(np.arange(4 * n + 1, 4 * n + 5))
+    offsets = crop_offsets(seed, np.zeros(count), np.arange(count))
+    return batch_of(frame(images, masks, boxes, labels, None, input, train=True, offsets=offsets)), input, colours
+
+
 def values_of(drawn: dict[str, np.ndarray]) -> dict[str, Tensor]:
     return {name: torch.from_numpy(np.asarray(value, np.float64)) for name, value in drawn.items()}
 

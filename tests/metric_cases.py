@@ -1,4 +1,4 @@
-"""Small images with labels for the metrics' tests."""
+"""Small images with labels, and boxes found in others, for the metrics' tests."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.metrics import SegmentationMetric
+from pipeline.metrics import DetectionMetric, SegmentationMetric
 from pipeline.schema import VOID
 
 CLASSES = 4
@@ -61,3 +61,54 @@ def check_equal(got: Any, wanted: Any, rel: float = 1e-12) -> None:
         assert got is None
     else:
         assert got == pytest.approx(wanted, rel=rel, abs=1e-15)
+
+
+def box_images(
+    seed: int, images: int, classes: int, most: int = 8, grid: float = 0.0, crowds: float = 0.15
+) -> list[dict]:
+    """What ``DetectionMetric.update`` takes: boxes near true ones, beside them, several on one; some images empty.
+
+    ``grid`` rounds all corners to its multiples, so that overlaps tie; scores always tie here and there.
+    """
+    rng = np.random.default_rng(seed)
+    out = []
+    for n in range(images):
+        true = int(rng.integers(0, most)) * int(rng.random() > 0.15)
+        corner, size = (
+            rng.uniform(0, 100, (true, 2)),
+            rng.choice([8.0, 30.0, 120.0], (true, 1)) * rng.uniform(0.7, 1.3, (true, 2)),
+        )
+        boxes = np.concatenate([corner, corner + size], 1)
+        labels = rng.integers(0, classes, true)
+        picks = rng.integers(0, true, rng.integers(0, 12)) if true else np.zeros(0, int)
+        near = (
+            boxes[picks] + rng.normal(0, 0.08, (len(picks), 4)) * (boxes[picks, 2:] - boxes[picks, :2])[:, [0, 1, 0, 1]]
+        )
+        stray = rng.uniform(0, 60, (rng.integers(0, 4), 4)) + [0, 0, 60, 60]
+        found = np.concatenate([near, stray])
+        if grid:
+            boxes, found = (np.round(each / grid) * grid for each in (boxes, found))
+        names = np.where(rng.random(len(found)) < 0.85, np.concatenate([labels[picks], np.zeros(len(stray), int)]), 0)
+        vectors = rng.dirichlet(np.ones(classes + 1), len(found)).astype(np.float32)
+        out.append(
+            {
+                "image_id": f"image-{n:03d}",
+                "boxes": found.astype(np.float32),
+                "scores": (rng.integers(1, 20, len(found)) / 20).astype(np.float32),
+                "labels": names,
+                "true_boxes": boxes.astype(np.float32),
+                "true_labels": labels,
+                "crowd": rng.random(true) < crowds,
+                "std": rng.uniform(0, 4, (len(found), 4)).astype(np.float32),
+                "probabilities": vectors,
+                "doubt": float(rng.random()) if n else float("nan"),
+            }
+        )
+    return out
+
+
+def detection(images: Iterable[dict], classes: int, operating: float = 0.3) -> DetectionMetric:
+    metric = DetectionMetric(classes, operating)
+    for image in images:
+        metric.update(**image)
+    return metric

@@ -1,7 +1,7 @@
 """Rows, tasks and stand-ins of model outputs for the tests of the tasks."""
 
 import io
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pipeline import schema
 from pipeline.augment import Batch, InputSettings
+from pipeline.models import DetectionOutput as Output
 from pipeline.tasks import Detection, Segmentation
 
 CLASSES = ["cell", "vessel", "background"]
@@ -57,16 +58,6 @@ def segmentation(
 
 def detection(size=(32, 32), predict=None, background: int | None = 2) -> Detection:
     return Detection(CLASSES, background, InputSettings(size=size), {}, predict, threads=1)
-
-
-class Output(NamedTuple):
-    """Stands in for a model's DetectionOutput."""
-
-    logits: Tensor
-    boxes: Tensor
-    quality: Tensor
-    centres: Tensor
-    strides: Tensor
 
 
 def _grid(height: int, width: int, stride: int = 8) -> Tensor:

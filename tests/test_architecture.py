@@ -12,6 +12,7 @@ LAYERS = (
     ("errors", "schema", "config"),
     ("storage", "boxes", "telemetry"),
     ("decode", "uncertainty"),
+    ("clusters",),
     ("formats", "augment", "models", "losses", "calibration", "metrics", "optim", "views"),
     ("splits",),
     ("shards",),

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from tiny import DETECTOR, UNET, encode, make_bundle
+from tiny import DETECTOR, UNET, encode, make_bundle, make_squares
 
 from pipeline import bundle as bundles
 from pipeline import calibrate, datasets, predictions, score
@@ -20,23 +20,7 @@ SPLITS = {"train": range(4), "calibration": range(4, 16), "test": range(16, 24)}
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory, ray_local: None) -> str:
     """Squares on noise, masks of them, and a split for calibration."""
-    root = tmp_path_factory.mktemp("data")
-    rng = np.random.default_rng(0)
-    for n in range(24):
-        ids = np.zeros((32, 32), np.uint8)
-        ids[4 + n % 5 : 20, 6 : 14 + n % 7] = 1
-        noise = rng.integers(0, 90, (32, 32, 3)) + 120 * (ids[..., None] > 0)
-        for folder, pixels in (("images", noise), ("labels", ids)):
-            path = root / folder / f"image{n:02d}.png"
-            path.parent.mkdir(exist_ok=True)
-            path.write_bytes(encode(pixels.astype(np.uint8)))
-    named = {split: [f"image{n:02d}" for n in numbers] for split, numbers in SPLITS.items()}
-    (root / "splits.json").write_text(json.dumps(named))
-    datasets.ingest(
-        "instances", str(root / "images"), str(root / "labels"), str(root / "dataset"),
-        classes=["cell"], splits=str(root / "splits.json"),
-    )  # fmt: skip
-    return str(root / "dataset")
+    return make_squares(tmp_path_factory.mktemp("data"), SPLITS)
 
 
 @pytest.fixture(scope="module")
@@ -104,8 +88,9 @@ def test_the_score_that_the_threshold_acts_on_can_be_chosen(tmp_path: Path, data
 
 def test_what_cannot_be_calibrated_is_refused(tmp_path: Path, data: str, unet: str, ray_local: None):
     detector = bundles.open_bundle(make_bundle(tmp_path, DETECTOR))
-    with pytest.raises(InputError, match="is for detection: only segmentation"):
-        calibrate.calibrate(detector, data, settings())
+    for bundle, kind in ((detector, "vector"), (bundles.open_bundle(unet), "isotonic")):
+        with pytest.raises(InputError, match=f"'{kind}' is not for {bundle.task}; choose auto"):
+            calibrate.calibrate(bundle, data, settings(kind=kind))
     root = Path(data).parent
     names = {"train": ["image00"], "test": ["image01"]}
     (tmp_path / "splits.json").write_text(json.dumps(names))

@@ -132,8 +132,9 @@ def test_perfect_boxes_have_precision_one_and_none_found_zero():
 def test_without_a_true_box_there_is_no_precision():
     rows = [row | {"true_boxes": [], "true_labels": [], "crowd": []} for row in _random_boxes(6, 4, 2)]
     wanted = {"map": None, "map50": None, "map75": None, "per_class": [None, None], "images": 4, "boxes": 0}
-    assert _detection(rows, 2).compute() == wanted
-    assert DetectionMetric(2).compute() == wanted | {"images": 0}
+    for metric, known in ((_detection(rows, 2), wanted), (DetectionMetric(2), wanted | {"images": 0})):
+        got = metric.compute()
+        assert {key: got[key] for key in known} == known
 
 
 @pytest.mark.parametrize("task", ["segmentation", "detection"])

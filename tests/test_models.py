@@ -231,4 +231,5 @@ def test_a_binary_prior_wants_two_frequencies():
 
 
 def test_every_model_says_how_many_outputs_it_has():
-    assert {name: cls().outputs(4) for name, cls in MODELS.items()} == {"unet": 4, "smp": 4, "anchor_free": 4}
+    assert {name: cls().outputs(4) for name, cls in MODELS.items()} == dict.fromkeys(MODELS, 4)
+    assert set(MODELS) >= {"unet", "smp", "anchor_free", "yolo_v1"}

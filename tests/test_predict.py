@@ -159,7 +159,7 @@ def test_metrics_add_up_over_tables_and_cross_process_borders(tmp_path: Path, mo
     whole, meters = predictor.measure(truth([0, 1, 2, 3]))
     assert whole.to_pylist() == predictor(truth([0, 1, 2, 3])).to_pylist()
     parts = [predictor.measure(truth(seeds))[1] for seeds in ([0, 1, 2], [3])]
-    total, rest = (Meters.from_bytes(part.to_bytes(), part.pool) for part in parts)
+    total, rest = (Meters.from_bytes(part.to_bytes(), part.pool, predictor.task.new_sample()) for part in parts)
     total.merge(rest)
     found, wanted = total.compute(), meters.compute()
     assert wanted["images"] == 4

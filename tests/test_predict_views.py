@@ -110,9 +110,9 @@ def test_memory_of_the_pool_does_not_grow_with_its_members(tmp_path: Path):
     most = 0
     original = made.task.predict
 
-    def watched(outputs: Any, batch: Any) -> Prediction:
+    def watched(*arguments: Any) -> Prediction:
         nonlocal most
-        prediction = original(outputs, batch)
+        prediction = original(*arguments)
         alive.append(weakref.ref(prediction))
         gc.collect()
         most = max(most, sum(one() is not None for one in alive))

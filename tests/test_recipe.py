@@ -65,3 +65,8 @@ def test_the_example_configs_are_valid(name):
 
     path = Path(jobs.__file__).parent / "configs" / f"{name}.yaml"
     TrainConfig.parse(load(str(path), []), str(path)).model_settings(str(path))
+
+
+def test_mixup_is_for_boxes():
+    with pytest.raises(InputError, match=r"augment\.mixup blends two images, and masks cannot"):
+        with_sets("augment.mixup=0.5")

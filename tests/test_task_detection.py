@@ -17,7 +17,8 @@ def test_detection_columns_are_those_of_the_schema():
     task = detection()
     batch = framed(task, [(32, 32)])
     columns = task.to_columns(task.fuse([task.predict(output_of(1, (32, 32), 0), batch)]), batch)
-    assert set(columns) == {"uncertainty", "boxes", "missed_votes"}
+    common = {"image_id", "uri", "sha256", "height", "width", "status", "error", "bundle_id", "members", "decision"}
+    assert set(columns) | common == set(schema.DETECTION_PREDICTIONS.names)
     fields = {field.name for field in schema.PREDICTED_BOX}
     assert columns["boxes"][0]
     assert all(row.keys() == fields for row in columns["boxes"][0])

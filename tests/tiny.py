@@ -1,6 +1,7 @@
 """Tiny bundles with random weights, and tiny images, for the tests of what scores them."""
 
 import io
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from pipeline import bundle, models
+from pipeline import bundle, datasets, models
 
 INPUT = {"size": [32, 32], "fit": "letterbox", "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
 UNET = {"name": "unet", "width": 4, "depth": 2}
@@ -38,7 +39,7 @@ def weights(folder: Path, model: dict[str, Any], outputs: int, seed: int) -> Pat
 def make_bundle(folder: Path, model: dict[str, Any], seeds: tuple[int, ...] = (0, 1), **changes: Any) -> str:
     """A bundle with a member for each seed; its URI."""
     folder.mkdir(parents=True, exist_ok=True)
-    outputs = len(changes.get("classes", CLASSES)) - (model is DETECTOR)
+    outputs = len(changes.get("classes", CLASSES)) - (models.parse(model, "test").task == "detection")
     files = [weights(folder, model, outputs, seed) for seed in seeds]
     return bundle.write(str(folder / "bundle"), manifest(model, **changes), files).uri
 
@@ -54,6 +55,26 @@ def encode(pixels: np.ndarray) -> bytes:
     out = io.BytesIO()
     Image.fromarray(pixels).save(out, "PNG")
     return out.getvalue()
+
+
+def make_squares(root: Path, splits: dict[str, range]) -> str:
+    """A dataset of 32x32 images, a bright square on noise in each: masks and boxes; its URI. Ray must be running."""
+    rng = np.random.default_rng(0)
+    for n in (number for numbers in splits.values() for number in numbers):
+        ids = np.zeros((32, 32), np.uint8)
+        ids[4 + n % 5 : 20, 6 : 14 + n % 7] = 1
+        noise = rng.integers(0, 90, (32, 32, 3)) + 120 * (ids[..., None] > 0)
+        for folder, pixels in (("images", noise), ("labels", ids)):
+            path = root / folder / f"image{n:02d}.png"
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(encode(pixels.astype(np.uint8)))
+    named = {split: [f"image{n:02d}" for n in numbers] for split, numbers in splits.items()}
+    (root / "splits.json").write_text(json.dumps(named))
+    datasets.ingest(
+        "instances", str(root / "images"), str(root / "labels"), str(root / "dataset"),
+        classes=["cell"], splits=str(root / "splits.json"),
+    )  # fmt: skip
+    return str(root / "dataset")
 
 
 def table(images: Sequence[bytes | None], **more: list[Any]) -> pa.Table:

@@ -1,12 +1,12 @@
 """Augmentation: frame on the CPU, then one draw, one warp and one colour matrix on the batch's device.
 
-frame (CPU, uint8 canvases) -> Batch -> Augment (draw -> Kornia's matrices -> warp -> colour -> effects)
+frame (CPU, uint8 canvases) -> Batch -> Augment (draw -> Kornia's matrices -> warp, mix -> colour -> effects)
 unframe_maps, unframe_boxes: from the network's frame back to an image's own pixels
 """
 
 from pipeline.augment.apply import Augment
 from pipeline.augment.batch import Batch
-from pipeline.augment.draw import crop_offsets, draw
+from pipeline.augment.draw import crop_offsets, draw, draw_mix
 from pipeline.augment.frame import Frame, frame, unframe_boxes, unframe_maps
 from pipeline.augment.settings import PRESETS, AugmentSettings, InputSettings
 
@@ -19,6 +19,7 @@ __all__ = [
     "InputSettings",
     "crop_offsets",
     "draw",
+    "draw_mix",
     "frame",
     "unframe_boxes",
     "unframe_maps",

@@ -3,7 +3,7 @@
 A counter-based hash instead of a generator: the value of a key does not depend on which other keys are asked
 for, so parameters change neither with batch size, order, worker count nor restarts. Kornia's own parameter
 generators draw whole batches from torch's global state, so they cannot be driven this way; Kornia's classes
-are given these parameters and make the matrices.
+are given these parameters and make the matrices. Only with whom a row is mixed depends on its batch.
 """
 
 from typing import Final
@@ -21,6 +21,8 @@ _STREAMS: Final = {
             "crop_y", "crop_x", "hflip", "vflip", "turn", "turns", "rotate", "translate_x", "translate_y",
             "scale", "shear", "brightness", "contrast", "saturation", "hue", "blur", "blur_sigma", "noise",
             "noise_std", "noise_key", "erase", "erase_area", "erase_aspect", "erase_x", "erase_y",
+            "mosaic", "mosaic_partner", "mosaic_place", "mosaic_x", "mosaic_y",
+            "mixup", "mixup_partner", "mixup_ratio",
         ]
     )
 }  # fmt: skip
@@ -66,6 +68,18 @@ class _Keyed:
     def chosen(self, stream: str, probability: float) -> np.ndarray:
         """(N,) bool, true with the given probability."""
         return self.uniform(stream) < probability
+
+    def others(self, stream: str) -> np.ndarray:
+        """(N, N - 1) int64: for each row all other rows in a random order.
+
+        Sorted by a hash of both rows' keys, so that the order in the batch plays no part, and a row that
+        comes or goes leaves the order of the others alone (Thaler and Ravishankar 1998, rendezvous hashing).
+        """
+        words = _mix(self.word(stream)[:, None] ^ self._state[None, :])
+        np.fill_diagonal(words, _WORD)
+        order = np.argsort(words, axis=1, kind="stable")
+        count = len(words)
+        return order[order != np.arange(count)[:, None]].reshape(count, max(count - 1, 0))
 
 
 def crop_offsets(seed: int, epochs: ArrayLike, positions: ArrayLike) -> np.ndarray:
@@ -121,6 +135,51 @@ def draw(settings: AugmentSettings, seed: int, epochs: ArrayLike, positions: Arr
         "noise": np.where(keyed.chosen("noise", settings.noise), keyed.uniform("noise_std", 0, settings.noise_std), 0),
         "noise_key": (keyed.word("noise_key") >> np.uint64(32)).astype(np.int64),
         "erase": _erased(settings, keyed),
+    }
+
+
+def draw_mix(
+    settings: AugmentSettings, seed: int, epochs: ArrayLike, positions: ArrayLike, last: float = np.inf
+) -> dict[str, np.ndarray]:
+    """Which of N rows are mixed, how, and with which other rows of these N.
+
+    Whether and how is a pure function of the row's own key; with whom, of the keys of all N rows.
+
+    Args:
+        settings: How often, and how.
+        seed: Of the run or member.
+        epochs: (N,) epoch of each row.
+        positions: (N,) place of each row within its epoch.
+        last: Rows of this epoch and later are not mixed.
+
+    Returns:
+        Arrays of N rows: ``mosaic`` (bool), ``sources`` (N, 4: the rows seen top left, top right, bottom left,
+        bottom right), ``place`` (which of the four is the row itself), ``centre`` (N, 2: where they meet, as
+        fractions of width and height); ``mixup`` (bool), ``partner`` (row), ``ratio`` (share of the row itself).
+    """
+    from scipy.special import betaincinv  # here, since scipy is slow to import
+
+    keyed = _Keyed(seed, epochs, positions)
+    count = len(np.atleast_1d(epochs))
+    open_ = (np.atleast_1d(epochs) < last) & (count > 1)
+    own = np.arange(count)
+    sources, partner = np.repeat(own[:, None], 4, 1), own
+    place = np.floor(keyed.uniform("mosaic_place", 0, 4)).astype(np.int64)
+    if count > 1:
+        others = keyed.others("mosaic_partner")
+        # A batch of fewer than four shows an image twice.
+        taken = np.concatenate([own[:, None], others[:, np.arange(3) % (count - 1)]], 1)
+        sources = np.take_along_axis(taken, (np.arange(4) - place[:, None]) % 4, 1)
+        partner = keyed.others("mixup_partner")[:, 0]
+    centre = [keyed.uniform(stream, *settings.mosaic_centre) for stream in ("mosaic_x", "mosaic_y")]
+    return {
+        "mosaic": keyed.chosen("mosaic", settings.mosaic) & open_,
+        "sources": sources,
+        "place": place,
+        "centre": np.stack(centre, -1),
+        "mixup": keyed.chosen("mixup", settings.mixup) & open_,
+        "partner": partner,
+        "ratio": betaincinv(settings.mixup_alpha, settings.mixup_alpha, keyed.uniform("mixup_ratio")),
     }
 
 

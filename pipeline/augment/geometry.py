@@ -153,10 +153,22 @@ def visible_boxes(
     Returns:
         Boxes, labels (-1 where dropped) and crowd; dropped boxes are all 0.
     """
-    on_canvas = box_ops.clip(boxes, canvas)
-    hull = box_ops.transform_boxes(on_canvas, matrices)
+    return cut_boxes(boxes, box_ops.clip(boxes, canvas), labels, crowd, matrices, size, min_visible)
+
+
+def cut_boxes(
+    boxes: Tensor,
+    seen: Tensor,
+    labels: Tensor,
+    crowd: Tensor,
+    matrices: Tensor,
+    size: tuple[int, int],
+    min_visible: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``visible_boxes`` where it is known already what is ``seen`` of the whole ``boxes``: (..., B, 4) both."""
+    hull = box_ops.transform_boxes(seen, matrices)
     clipped = box_ops.clip(hull, size)
-    kept = _share(on_canvas, boxes) * _share(clipped, hull)
+    kept = _share(seen, boxes) * _share(clipped, hull)
     keep = (labels >= 0) & (box_ops.area(clipped) > 0) & ((kept >= min_visible) | crowd)
     return clipped * keep[..., None], labels.where(keep, -1), crowd & keep
 

@@ -39,8 +39,12 @@ class AugmentSettings(Settings):
     """What training images may go through; everything is off by default.
 
     Only ops that move image, mask and boxes by one and the same affine matrix, or that move nothing, are
-    here. Others (elastic, thin plate, fisheye, mosaic, mixup) would leave boxes or masks behind, so their
-    names are unknown keys.
+    here, and mosaic and mix-up, which are made of such. Others (elastic, thin plate, fisheye) would leave
+    boxes or masks behind, so their names are unknown keys.
+
+    An image's parameters depend on the seed, its epoch and its position alone. Mosaic and mix-up are the
+    exception: they take their other images from the local batch, so what an image is mixed with changes
+    with ``train.batch_size`` and ``train.workers``.
     """
 
     hflip: Probability = 0.0
@@ -79,10 +83,32 @@ class AugmentSettings(Settings):
     """Smallest and largest share of the input's area that is erased."""
     min_visible: Annotated[float, Field(ge=0, le=1)] = 0.25
     """A box is dropped when less than this fraction of its area stays in the input."""
+    mosaic: Probability = 0.0
+    """Probability that four images of the local batch share the input (Bochkovskiy et al. 2020, 2004.10934):
+    each fills a quadrant at its own scale, from its inner corner outwards, so that seams cut no object and the
+    edge of the input does; ``scale`` below 1 shows more of all four. A batch of one is left alone."""
+    mosaic_centre: tuple[float, float] = (0.2, 0.8)
+    """Smallest and largest place of the point where the four meet, as a fraction of width and of height."""
+    mixup: Probability = 0.0
+    """Probability that an image is blended with another of the local batch and the boxes of both are kept
+    (Zhang et al. 2018, 1710.09412; Zhang et al. 2019, 1902.04103). Not for masks: labels cannot be blended."""
+    mixup_alpha: Annotated[float, Field(gt=0, le=1000)] = 8.0
+    """The image's share of a blend is drawn from Beta(alpha, alpha). 1902.04103 found 1.5 best with losses
+    weighted by the share; here boxes of both images count in full, so both should be seen: with 8, 95 % of
+    the shares lie within 0.27 and 0.73."""
+    mix_close: Annotated[float, Field(ge=0)] = 1.0
+    """Passes at the end of the run without mosaic and mix-up: epochs that begin within them have none. Seams and
+    faint objects are not what the network will meet: its last steps, and the running statistics of its layers,
+    come from whole images (as YOLOX ends, Ge et al. 2021, 2107.08430)."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        for name, low, high in [("scale", 0.05, 20), ("blur_sigma", 0.05, 20), ("erase_area", 0, 1)]:
+        for name, low, high in [
+            ("scale", 0.05, 20),
+            ("blur_sigma", 0.05, 20),
+            ("erase_area", 0, 1),
+            ("mosaic_centre", 0, 1),
+        ]:
             first, last = getattr(self, name)
             if not low <= first <= last <= high:
                 raise ValueError(f"{name} wants two rising numbers within {low}..{high}, found {first}, {last}")
@@ -107,6 +133,11 @@ class AugmentSettings(Settings):
     def colours(self) -> bool:
         """Whether any linear colour op is on."""
         return bool(self.brightness or self.contrast or self.saturation or self.hue)
+
+    @property
+    def mixes(self) -> bool:
+        """Whether mosaic or mix-up is on."""
+        return bool(self.mosaic or self.mixup)
 
 
 PRESETS: Final[dict[str, AugmentSettings]] = {

@@ -16,6 +16,8 @@ class BoxLoss(Settings):
 
     terms: ClassVar[tuple[str, ...]]
     """Names of its terms."""
+    takes_targets: ClassVar[bool] = False
+    """Whether the model is asked with its targets, ``model(images, boxes, labels)``, since it samples by them."""
 
     @abstractmethod
     def counts(self, labels: Tensor, crowd: Tensor | None) -> dict[str, Tensor]:

@@ -25,8 +25,8 @@ class Locations(Protocol):
         ...
 
     @property
-    def quality(self) -> Tensor:
-        """(N, L) logits of the IoU."""
+    def quality(self) -> Tensor | None:
+        """(N, L) logits of the IoU; None: the head says none."""
         ...
 
     @property
@@ -94,7 +94,8 @@ def detection(
       box are ignored for its class, unless they answer for an object.
     - box: Σ over objects of the mean of ``1 - GIoU`` (Rezatofighi et al. 2019, 1902.09630) over its
       locations.
-    - quality: Σ over objects of the mean BCE of the quality logit against the IoU (detached).
+    - quality: Σ over objects of the mean BCE of the quality logit against the IoU (detached); 0 where the
+      output has no quality.
 
     A batch without objects gives finite sums with gradient (cls still pushes every location down) and
     count 0; ``losses.total`` then counts the term as zero.
@@ -131,13 +132,16 @@ def detection(
     predicted = output.boxes.float()
     iou, giou = _giou(predicted, torch.where(assigned.positive[..., None], matched, predicted.detach()))
     box = ((1 - giou) * assigned.share).sum()
-    wanted = iou.detach().clamp(0, 1)
-    quality = F.binary_cross_entropy_with_logits(output.quality.float(), wanted, reduction="none")
+    quality = torch.zeros_like(box)
+    if output.quality is not None:
+        wanted = iou.detach().clamp(0, 1)
+        each = F.binary_cross_entropy_with_logits(output.quality.float(), wanted, reduction="none")
+        quality = (each * assigned.share).sum()
     cls = _classes(output, boxes, labels, crowd, assigned, settings)
     return {
         "cls": (settings.cls_weight, cls, number["cls"]),
         "box": (settings.box_weight, box, number["box"]),
-        "quality": (settings.quality_weight, (quality * assigned.share).sum(), number["quality"]),
+        "quality": (settings.quality_weight, quality, number["quality"]),
     }
 
 

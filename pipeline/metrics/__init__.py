@@ -5,9 +5,10 @@ from typing import Any, Protocol, Self
 import numpy as np
 
 from pipeline.metrics.detection import DetectionMetric
+from pipeline.metrics.matching import Match, match
 from pipeline.metrics.segmentation import SegmentationMetric
 
-__all__ = ["METRICS", "DetectionMetric", "Metric", "SegmentationMetric"]
+__all__ = ["METRICS", "DetectionMetric", "Match", "Metric", "SegmentationMetric", "match"]
 
 
 class Metric(Protocol):

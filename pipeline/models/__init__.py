@@ -16,10 +16,11 @@ from pipeline.models.outputs import DetectionOutput, Detections, SoftmaxOutput
 from pipeline.models.parts import dropout_layers, layers_of, require_dropout, set_sampling
 from pipeline.models.smp import Smp
 from pipeline.models.unet import UNet
+from pipeline.models.yolo_v1 import YoloV1
 
-ModelSettings = UNet | Smp | AnchorFree
+ModelSettings = UNet | Smp | AnchorFree | YoloV1
 
-MODELS: dict[str, type[ModelSettings]] = {"unet": UNet, "smp": Smp, "anchor_free": AnchorFree}
+MODELS: dict[str, type[ModelSettings]] = {"unet": UNet, "smp": Smp, "anchor_free": AnchorFree, "yolo_v1": YoloV1}
 
 __all__ = [
     "MODELS",

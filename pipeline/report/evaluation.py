@@ -8,7 +8,7 @@ from pipeline import storage
 from pipeline.bundle import Bundle
 from pipeline.datasets import DatasetInfo
 from pipeline.predict import Predictor
-from pipeline.report import diagrams
+from pipeline.report import detection, diagrams
 from pipeline.report.gallery import gallery, most_doubtful
 from pipeline.report.summary import rows_of
 
@@ -25,10 +25,16 @@ def write(
     """
     stem = out.removesuffix(".json")
     made: dict[str, bytes] = {}
+    title = f"{info.name}, {split}"
     if bundle.task == "segmentation" and metrics["pixels"]:
-        made["reliability"] = diagrams.reliability(metrics, f"{info.name}, {split}")
+        made["reliability"] = diagrams.reliability(metrics, title)
         made["risk-coverage"] = diagrams.risk_coverage(metrics)
         made["confusion"] = diagrams.confusion(metrics, bundle.classes)
+    if bundle.task == "detection" and metrics["boxes"]:
+        made["precision-recall"] = detection.pr_curves(metrics, bundle.classes, title)
+        made["reliability"] = detection.reliability(metrics, title)
+        made["risk-coverage"] = detection.risk_coverage(metrics)
+        made["confusion"] = detection.confusion(metrics, bundle.classes)
     names = most_doubtful(scalars, SHOWN)
     if names:
         rows = rows_of(info, split, names)
@@ -41,8 +47,9 @@ def write(
 
 
 _SHOWN = {
-    "miou": "mIoU", "boundary_iou": "boundary IoU", "map50": "mAP@.5", "map": "mAP", "nll": "NLL", "brier": "Brier",
-    "ece": "ECE", "auroc_error": "AUROC of error", "spearman_image": "Spearman of doubt and IoU",
+    "miou": "mIoU", "boundary_iou": "boundary IoU", "map50": "mAP@.5", "map75": "mAP@.75",
+    "map": "mAP", "pdq": "PDQ", "laece": "LaECE", "lrp": "LRP", "auroc_tp": "AUROC of true boxes", "nll": "NLL",
+    "brier": "Brier", "ece": "ECE", "auroc_error": "AUROC of error", "spearman_image": "Spearman of doubt and accuracy",
     "shift_auroc": "AUROC of shift",
 }  # fmt: skip
 

@@ -18,7 +18,7 @@ from pipeline.augment import Batch, InputSettings, crop_offsets, frame
 from pipeline.config import Settings
 from pipeline.decode import DecodeError, decode_many
 from pipeline.errors import InputError
-from pipeline.views import InferenceSettings
+from pipeline.views import InferenceSettings, View
 
 Term = tuple[float, Tensor, Tensor]
 """Weight, sum, count."""
@@ -50,6 +50,8 @@ class Task(ABC):
         threads: CPU threads that decode and resize.
         multiple: Whole-image frames (``fit: crop``) are padded to a multiple of it: the model's stride.
         calibration: As a bundle's manifest keeps it; None = the pool as it is.
+        score_threshold: Of detections: score from which a box counts as said; None = not chosen yet.
+        alike: Whether all members are of one model.
 
     Raises:
         InputError: Unknown or wrong settings.
@@ -59,7 +61,9 @@ class Task(ABC):
     label_column: ClassVar[str]
     """What it learns from."""
     calibrates: ClassVar[bool]
-    """Whether the pool's probabilities can be calibrated, and images accepted or sent to review."""
+    """Whether the pool can be calibrated, and images accepted or sent to review."""
+    calibrates_members: ClassVar[bool] = False
+    """Whether unlike members are calibrated each, before they are joined."""
 
     def __init__(
         self,
@@ -71,9 +75,12 @@ class Task(ABC):
         threads: int = 1,
         multiple: int = 32,
         calibration: dict[str, Any] | None = None,
+        score_threshold: float | None = None,
+        alike: bool = True,
     ) -> None:
         self.classes, self.background, self.input = list(classes), background, input
         self.threads, self.multiple, self.calibration = threads, multiple, calibration
+        self.score_threshold, self.alike = score_threshold, alike
         self.settings = self._parse_predict(predict or {})
         self._set_loss(loss)
 
@@ -167,13 +174,24 @@ class Task(ABC):
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """What each loss term is divided by: term -> scalar; of targets alone."""
 
+    def ask(self, model: Any, batch: Batch) -> Any:
+        """A model's raw outputs for a batch that has labels: what ``loss`` wants."""
+        return model(batch.images)
+
     @abstractmethod
     def loss(self, outputs: Any, batch: Batch) -> dict[str, Term]:
         """Term -> (weight, sum, count) of a model's raw outputs."""
 
     @abstractmethod
-    def predict(self, outputs: Any, batch: Batch) -> Any:
-        """One member's probabilities, on its device, in the batch's frame."""
+    def predict(self, outputs: Any, batch: Batch, look: View | None = None, seen: tuple[int, int] | None = None) -> Any:
+        """One member's probabilities, on its device, in the batch's frame.
+
+        Args:
+            outputs: What the model said.
+            batch: What it was asked about.
+            look: The view it was shown; None = the frame as it is.
+            seen: Height and width of that view.
+        """
 
     @abstractmethod
     def fuse(self, members: Iterable[Any]) -> Any:
@@ -188,12 +206,16 @@ class Task(ABC):
         """The pool as it was before calibration, for ``measure``."""
 
     @abstractmethod
-    def metric(self) -> Any:
-        """A fresh ``pipeline.metrics.Metric``."""
+    def metric(self, calibrated: bool = True) -> Any:
+        """A fresh ``pipeline.metrics.Metric``, of the calibrated pool or of members and pool as they are."""
+
+    @abstractmethod
+    def new_sample(self) -> Any:
+        """An empty sample: what a calibration is fitted on."""
 
     @abstractmethod
     def sample(self, fused: Any, batch: Batch, truth: pa.Table | None, sample: Any) -> None:
-        """Take from the uncalibrated pool what a calibration is fitted on, into ``sample``."""
+        """Take from the uncalibrated pool, or from a member, what a calibration is fitted on, into ``sample``."""
 
     @abstractmethod
     def measure(self, predicted: Any, batch: Batch, truth: pa.Table | None, metric: Any) -> None:

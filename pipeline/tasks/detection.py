@@ -1,13 +1,8 @@
-"""Object detection: members of one architecture are pooled location by location, then suppressed once.
+"""Object detection: members pooled by location or by clustering, with the doubt of boxes and images."""
 
-Route 2 of ensembling detectors: equal members predict at the same locations, so class vectors and boxes are
-averaged there, no clustering is needed, and the spread of a box is that of the members at its location.
-"""
-
-from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -15,128 +10,99 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pipeline import boxes as box_ops
-from pipeline import losses, uncertainty
-from pipeline.augment import Batch, unframe_boxes
+from pipeline import calibration, losses
+from pipeline.augment import Batch
+from pipeline.calibration import BoxSample
+from pipeline.clusters import DEFAULT_IOU
 from pipeline.config import Settings
-from pipeline.errors import InputError
-from pipeline.metrics import DetectionMetric
+from pipeline.errors import InputError, nearest
+from pipeline.metrics import DetectionMetric, match
 from pipeline.tasks.base import Task, Term, image_area
-from pipeline.views import InferenceSettings
+from pipeline.tasks.boxes import ByCluster, ByLocation, Prediction, Rule, poolable, restore
+from pipeline.tasks.found import Fused, Own, expected_error, sides, unpack_boxes
+from pipeline.views import InferenceSettings, View, each_pass, views
 
-MEASURED_FROM = 0.01
-"""Metrics look at boxes down to this score, whatever is written: average precision needs them."""
-_CANDIDATES = 1000
-"""Best-scoring locations of an image that enter suppression."""
-_MIN_WEIGHT = 1e-6
+OPERATING = 0.3
+"""Score from which a box counts as said, until a validation split chose another."""
+_STD = ("std_x1", "std_y1", "std_x2", "std_y2")
+
+Score = Literal[
+    "entropy_sum", "mutual_information_sum", "box_entropy_mean", "box_entropy_max", "missed_votes", "expected_error"
+]
 
 
-class DetectionPredict(Settings):
-    """Which boxes are kept. A score is class probability times quality."""
+class DetectionPredict(InferenceSettings):
+    """How members are asked and joined, and which boxes are kept. A score is class probability times quality."""
 
     score_threshold: float = Field(default=0.05, ge=0, le=1)
+    """Boxes from this score on are written; a member votes for a location from its own score on."""
     nms_iou: float = Field(default=0.6, gt=0, le=1)
     """Of two boxes of one class that overlap more than this, the one with the lower score goes."""
     max_boxes: int = Field(default=100, ge=1)
     """Of one image; metrics count at most COCO's 100."""
+    fuse: Literal["auto", "locations", "wbf", "bsas"] = "auto"
+    """How members and views are joined: averaged at each location before one suppression, or their boxes
+    clustered (weighted boxes fusion, or basic sequential clustering). ``auto``: by location where all members
+    predict at the same places, else bsas."""
+    cluster_iou: float | None = Field(default=None, gt=0, le=1)
+    """Overlap from which boxes of different members are one object; null: 0.55 for wbf, 0.7 for bsas."""
+    uncertainty: Score = "entropy_sum"
+    """Which measure is an image's ``uncertainty``, that the review threshold acts on."""
 
 
-@dataclass
-class Prediction:
-    """One member, at L locations of N images, in the network's frame."""
+class Views:
+    """All that one member said of a batch, fused when it is asked for."""
 
-    probabilities: Tensor
-    """(N, L, K + 1), the last "none of these"."""
-    scores: Tensor
-    """(N, L, K) class probability times quality."""
-    boxes: Tensor
-    """(N, L, 4)."""
-    inside: Tensor
-    """(N, L) bool: the location lies in the image, not in the padding around it."""
-    area: Tensor
-    """(N, 1, 4) where in the frame the image lies."""
-
-
-@dataclass
-class Kept:
-    """What is left of one image after suppression, best score first."""
-
-    locations: Tensor
-    """(B,) indices."""
-    labels: Tensor
-    """(B,)."""
-    scores: Tensor
-    """(B,)."""
-
-
-@dataclass
-class Fused:
-    """The pool of M members, at all locations."""
-
-    members: int
-    probabilities: Tensor
-    """(N, L, K + 1) mean over members."""
-    expected_entropy: Tensor
-    """(N, L) mean of the members' entropies."""
-    scores: Tensor
-    """(N, L, K) mean over members."""
-    boxes: Tensor
-    """(N, L, 4) mean over members, weighted by their best score there: one who sees nothing says no box."""
-    std: Tensor
-    """(N, L, 4) standard deviation under the same weights."""
-    votes: Tensor
-    """(N, L) members whose own best score there passes the threshold."""
-    inside: Tensor
-    """As in Prediction."""
-    area: Tensor
-    """As in Prediction."""
-    settings: DetectionPredict
-
-    @cached_property
-    def kept(self) -> list[Kept]:
-        """Suppressed once, from the metrics' threshold down; stored boxes are the first of them by score."""
-        return [_suppress(self, n) for n in range(len(self.boxes))]
-
-
-class Only:
-    """The one prediction of a member."""
-
-    def __init__(self) -> None:
-        self._found: list[Prediction] = []
+    def __init__(self, task: "Detection") -> None:
+        self._task = task
+        self._said: list[Prediction] = []
 
     def add(self, prediction: Prediction) -> None:
-        """Take it in."""
-        self._found.append(prediction)
+        """Take in one."""
+        self._said.append(prediction)
 
-    def result(self) -> Prediction:
-        """The prediction."""
-        (prediction,) = self._found
-        return prediction
+    def result(self) -> Prediction | Fused:
+        """The prediction, or the pool of several."""
+        return self._said[0] if len(self._said) == 1 else self._task.fuse(self._said)
 
 
 class Detection(Task):
-    """``DetectionOutput`` and boxes."""
+    """``pipeline.models.Detections`` and boxes."""
 
     name = "detection"
     label_column = "boxes"
-    calibrates = False
+    calibrates = True
+    calibrates_members = True
     settings: DetectionPredict
 
     def _parse_predict(self, values: dict[str, Any]) -> Settings:
-        return DetectionPredict.parse(values, "predict")
+        settings = DetectionPredict.parse(values, "predict")
+        if settings.windows == "always":
+            raise InputError("predict.windows: always is for segmentation; detectors see images whole: leave it out")
+        return settings
 
     def _set_loss(self, values: dict[str, Any]) -> None:
-        self._loss = losses.DetectionLoss.parse(values, "loss")
+        name = values.get("name", "aligned")
+        if name not in losses.DETECTION_LOSSES:
+            hint = nearest(str(name), losses.DETECTION_LOSSES)
+            raise InputError(f"loss.name: {name!r} is no loss of detectors.{hint}")
+        rest = {key: value for key, value in values.items() if key != "name"}
+        self._loss = losses.DETECTION_LOSSES[name].parse(rest, "loss")
 
     @property
     def inference(self) -> InferenceSettings:
-        """Once, whole: views of boxes are not built yet."""
-        return InferenceSettings(windows="never")
+        """As set under ``predict``, always whole."""
+        return self.settings.model_copy(update={"windows": "never"})
 
     @property
     def score(self) -> str:
-        """Entropy summed over locations, before suppression."""
-        return "entropy_sum"
+        """One of the measures."""
+        return self.settings.uncertainty
+
+    @property
+    def operating(self) -> float:
+        """Score from which a box counts as said."""
+        return OPERATING if self.score_threshold is None else self.score_threshold
 
     @property
     def num_outputs(self) -> int:
@@ -145,12 +111,12 @@ class Detection(Task):
 
     @property
     def terms(self) -> list[str]:
-        """Of the detection loss."""
-        return ["box", "cls", "quality"]
+        """Of the loss."""
+        return sorted(self._loss.terms)
 
     def _labels(self, column: pa.ChunkedArray, ids: list[str], sizes: list[tuple[int, int]]) -> dict[str, Any]:
         del sizes
-        boxes, labels, crowd = _unpack(column)
+        boxes, labels, crowd = unpack_boxes(column)
         for image_id, each in zip(ids, labels, strict=True):
             if len(each) and not 0 <= each.min() <= each.max() < self.num_outputs:
                 raise InputError(
@@ -159,148 +125,182 @@ class Detection(Task):
                 )
         return {"boxes": boxes, "labels": labels, "crowd": crowd}
 
-    def counts(self, batch: Batch) -> dict[str, Tensor]:
-        """Objects, by term."""
+    def ask(self, model: Any, batch: Batch) -> Any:
+        """A two-stage detector samples proposals by the targets; outside training always the same ones."""
+        if not self._loss.takes_targets:
+            return model(batch.images)
         assert batch.labels is not None, "a batch without boxes has no loss"
-        return losses.counts(batch.labels, batch.crowd)
+        assert batch.crowd is not None, "boxes come with their crowd flags"
+        labels = batch.labels.masked_fill(batch.crowd, -1)
+        if model.training:
+            return model(batch.images, batch.boxes, labels)
+        with torch.random.fork_rng([batch.images.device] if batch.images.is_cuda else []):
+            torch.manual_seed(0)
+            return model(batch.images, batch.boxes, labels)
+
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        """Objects or images, by term."""
+        assert batch.labels is not None, "a batch without boxes has no loss"
+        return self._loss.counts(batch.labels, batch.crowd)
 
     def loss(self, outputs: Any, batch: Batch) -> dict[str, Term]:
-        """See ``pipeline.losses.detection``."""
+        """See ``pipeline.losses.DETECTION_LOSSES``."""
         assert batch.boxes is not None, "a batch without boxes has no loss"
         assert batch.labels is not None, "a batch without boxes has no loss"
-        return losses.detection(outputs, batch.boxes, batch.labels, batch.crowd, self._loss)
+        return self._loss(outputs, batch.boxes, batch.labels, batch.crowd)
 
-    def predict(self, outputs: Any, batch: Batch) -> Prediction:
-        """Probabilities of raw outputs, in float32."""
-        classes = outputs.logits.float().sigmoid()
-        scores = classes * outputs.quality.float().sigmoid()[..., None]
-        area = image_area(batch).to(classes.device)[:, None]
-        x, y = outputs.centres.to(classes.device).unbind(1)
+    def predict(
+        self, outputs: Any, batch: Batch, look: View | None = None, seen: tuple[int, int] | None = None
+    ) -> Prediction:
+        """Class vectors and boxes of raw outputs, in float32; those of a view in the pixels of the frame."""
+        size = (batch.images.shape[-2], batch.images.shape[-1])
+        boxes, centres = outputs.boxes.float(), outputs.centres.to(outputs.boxes.device)
+        if look is not None and look != View():
+            boxes, centres = restore(boxes, centres, look, size, seen or size)
+        area = image_area(batch).to(boxes.device)[:, None]
+        x, y = centres.unbind(-1)
         inside = (x > area[..., 0]) & (x < area[..., 2]) & (y > area[..., 1]) & (y < area[..., 3])
-        return Prediction(uncertainty.with_rest(classes), scores, outputs.boxes.float(), inside, area)
+        return Prediction(
+            outputs.probabilities(),
+            outputs.scores(),
+            boxes,
+            inside,
+            area,
+            centres,
+            outputs.strides,
+            outputs.fixed,
+            size,
+        )
 
     def fuse(self, members: Iterable[Prediction]) -> Fused:
-        """Means over members at each location; see ``Fused``."""
-        pool, expected, scores = (uncertainty.RunningMean() for _ in range(3))
-        boxes = uncertainty.RunningSpread()
-        votes = inside = area = torch.zeros(())
-        for member in members:
-            pool.add(member.probabilities)
-            expected.add(uncertainty.entropy(member.probabilities, -1))
-            scores.add(member.scores)
-            best = member.scores.amax(-1)
-            boxes.add(member.boxes, best.clamp(min=_MIN_WEIGHT))
-            votes = votes + (best >= self.settings.score_threshold).int()
-            inside, area = member.inside, member.area
-        return Fused(
-            pool.count, pool.mean, expected.mean, scores.mean, boxes.mean, boxes.std, votes, inside, area,
-            self.settings,
-        )  # fmt: skip
+        """By location or by clustering, then calibrated; see ``pipeline.tasks.boxes``."""
+        parameters = None if self.calibration is None else self.calibration["parameters"]
+        return self._fuse(members, parameters)
 
-    def average(self) -> Only:
-        """Of one prediction: there are no views yet."""
-        return Only()
+    def _fuse(self, members: Iterable[Prediction], parameters: dict[str, Any] | None) -> Fused:
+        joined: ByLocation | ByCluster | None = None
+        for member in members:
+            joined = joined or self._join(member, (parameters or {}).get("members"))
+            joined.add(member)
+        assert joined is not None, "the pool of no members; add at least one"
+        return Fused(**vars(joined.result()), parameters=parameters)
+
+    def _join(self, first: Prediction, own: list[dict[str, Any]] | None) -> ByLocation | ByCluster:
+        """How these members can be joined; ``own``: the calibrations of unlike members' scores."""
+        settings, kind = self.settings, self.settings.fuse
+        rule = Rule(settings.score_threshold, settings.nms_iou, settings.max_boxes)
+        if kind in ("auto", "locations"):
+            if self.alike and poolable(first, views(settings.tta)):
+                return ByLocation(rule)
+            if kind == "locations":
+                raise InputError(
+                    "predict.fuse: locations wants members and views that predict at the same places, and these do "
+                    "not; set predict.fuse to auto, bsas or wbf"
+                )
+            kind = "bsas"
+        passes = len(list(each_pass(self.inference)))
+
+        def calibrated(number: int, scores: Tensor) -> Tensor:
+            return calibration.apply_isotonic(own[number // passes] if own else None, scores)
+
+        return ByCluster(rule, kind, settings.cluster_iou or DEFAULT_IOU[kind], calibrated)
+
+    def average(self) -> Views:
+        """The pool of a member's own views and dropout passes."""
+        return Views(self)
 
     def uncalibrated(self, fused: Fused) -> Fused:
-        """The pool itself."""
-        return fused
+        """The same boxes, with scores and spread as they came out."""
+        return fused.plain()
 
-    def sample(self, fused: Fused, batch: Batch, truth: pa.Table | None, sample: Any) -> None:
-        """Not built yet."""
-        raise InputError("calibration is for segmentation so far; leave the bundle of detectors as it is")
+    def metric(self, calibrated: bool = True) -> DetectionMetric:
+        """Empty. Scores that are not calibrated are judged from the one that becomes the operating score."""
+        curve = None if calibrated or self.calibration is None else self.calibration["parameters"].get("pool")
+        operating = self.operating if curve is None else float(np.interp(self.operating, curve["y"], curve["x"]))
+        return DetectionMetric(self.num_outputs, operating)
 
-    def metric(self) -> DetectionMetric:
+    def new_sample(self) -> BoxSample:
         """Empty."""
-        return DetectionMetric(self.num_outputs)
+        return BoxSample()
 
     def measure(
         self, predicted: Prediction | Fused, batch: Batch, truth: pa.Table | None, metric: DetectionMetric
     ) -> None:
-        """Boxes in each image's own pixels, from a low score on, against the true ones."""
+        """Boxes in each image's own pixels, from a low score on, against the true ones; members uncalibrated."""
+        for n, own, boxes, labels, crowd in self._labelled(predicted, batch, truth):
+            numbers = (own.boxes, own.scores, own.found.labels, own.std, own.found.probabilities)
+            found, scores, names, std, probabilities = (each.cpu().numpy() for each in numbers)
+            metric.update(
+                batch.image_ids[n], found, scores, names, boxes, labels, crowd, std=std, probabilities=probabilities,
+                doubt=self._measures(own)[self.settings.uncertainty], size=tuple(batch.sizes[n].tolist()),
+            )  # fmt: skip
+
+    def sample(self, fused: Prediction | Fused, batch: Batch, truth: pa.Table | None, sample: BoxSample) -> None:
+        """Scores of boxes before calibration, whether they are right, and how far their edges are off."""
+        plain = fused.plain() if isinstance(fused, Fused) else fused
+        for n, own, boxes, labels, crowd in self._labelled(plain, batch, truth):
+            numbers = (own.boxes, own.scores, own.found.labels, own.std)
+            found, scores, names, std = (each.cpu().numpy() for each in numbers)
+            made = match(found, scores, names, boxes, labels, crowd)
+            error = np.zeros_like(found)
+            hit = made.index >= 0
+            error[hit] = found[hit] - boxes[made.index[hit]]
+            size = sides(torch.from_numpy(found)).numpy()
+            keep = ~made.ignored
+            sample.update(
+                batch.image_ids[n],
+                *(each[keep] for each in (scores, hit.astype(np.float64), made.iou * hit, std, error, size)),
+            )
+
+    def _labelled(
+        self, predicted: Prediction | Fused, batch: Batch, truth: pa.Table | None
+    ) -> Iterator[tuple[int, Own, np.ndarray, np.ndarray, np.ndarray]]:
+        """(row, what was found, true boxes (T, 4), labels (T,), crowd (T,)) of images that are labelled."""
         column = self._truth(truth)
         known = column.is_valid().to_pylist()
-        boxes, labels, crowd = _unpack(column)
-        fused = predicted if isinstance(predicted, Fused) else self.fuse([predicted])
-        for n, (found, kept) in enumerate(zip(_own_boxes(fused, batch), fused.kept, strict=True)):
+        boxes, labels, crowd = unpack_boxes(column)
+        fused = predicted if isinstance(predicted, Fused) else self._fuse([predicted], None)
+        for n, own in enumerate(fused.own(batch)):
             if known[n]:
-                found, scores, names = (each.cpu().numpy() for each in (found, kept.scores, kept.labels))
-                metric.update(batch.image_ids[n], found, scores, names, boxes[n], labels[n], crowd[n])
+                yield n, own, boxes[n], labels[n], crowd[n]
 
     def to_columns(self, fused: Fused, batch: Batch) -> dict[str, list[Any]]:
-        """Boxes in each image's own pixels; the image's doubt rests on all locations, not on kept boxes."""
-        total = uncertainty.entropy(fused.probabilities, -1)
-        mutual = uncertainty.mutual_information(total, fused.expected_entropy)
-        summed = torch.where(fused.inside, total, 0).sum(1, dtype=torch.float64)
-        rows = [
-            self._box_rows(fused, n, found, batch, total[n], mutual[n])
-            for n, found in enumerate(_own_boxes(fused, batch))
-        ]
-        missed = [sum((1 - row["votes"] / fused.members) * row["score"] for row in each) for each in rows]
-        return {"uncertainty": summed.tolist(), "boxes": rows, "missed_votes": missed}
+        """Boxes in each image's own pixels; the image's doubt by all measures."""
+        every = fused.own(batch)
+        measures = [self._measures(own) for own in every]
+        columns: dict[str, list[Any]] = {name: [each[name] for each in measures] for name in measures[0]}
+        columns["uncertainty"] = columns[self.settings.uncertainty]
+        columns["boxes"] = [self._rows(own) for own in every]
+        return columns
 
-    def _box_rows(
-        self, fused: Fused, n: int, boxes: Tensor, batch: Batch, total: Tensor, mutual: Tensor
-    ) -> list[dict[str, Any]]:
-        """Image n's rows of ``schema.PREDICTED_BOX``."""
-        kept = fused.kept[n]
-        stays = kept.scores >= self.settings.score_threshold
-        at = kept.locations[stays]
-        # The edges' own scales: frame pixels per image pixel, along x and y.
-        scale = batch.matrices[n].to(boxes.device).diagonal()[[0, 1, 0, 1]].abs()
-        count = len(at)
+    def _measures(self, own: Own) -> dict[str, float]:
+        """The image's doubt; see ``DetectionPredict.uncertainty``."""
+        found, written = own.found, own.scores >= self.settings.score_threshold
+        entropy, scores = found.entropy[written].double(), own.scores[written].double()
+        absent = 1 - found.votes[written].double() / own.members
+        columns = {
+            "entropy_sum": own.entropy_sum,
+            "mutual_information_sum": own.mutual_information_sum,
+            "box_entropy_mean": entropy.sum() / written.sum().clamp(min=1),
+            "box_entropy_max": entropy.max() if len(entropy) else entropy.sum(),
+            "missed_votes": (absent * scores).sum(),
+            "expected_error": expected_error(found.scores, own.scores >= self.operating),
+        }
+        return dict(zip(columns, torch.stack([each.double() for each in columns.values()]).tolist(), strict=True))
+
+    def _rows(self, own: Own) -> list[dict[str, Any]]:
+        """Rows of ``schema.PREDICTED_BOX``."""
+        at, found = own.scores >= self.settings.score_threshold, own.found
         numbers = [
-            boxes[stays], kept.labels[stays][:, None], kept.scores[stays][:, None],
-            total[at][:, None], mutual[at][:, None], fused.votes[n, at][:, None],
-            fused.std[n, at] / scale, fused.probabilities[n, at],
+            own.boxes[at], found.labels[at][:, None], own.scores[at][:, None], found.entropy[at][:, None],
+            found.mutual_information[at][:, None], found.votes[at][:, None], own.std[at], found.probabilities[at],
         ]  # fmt: skip
-        table = torch.cat([number.double() for number in numbers], 1).tolist() if count else []
+        table = torch.cat([number.double() for number in numbers], 1).tolist()
         return [
             {
                 "x1": row[0], "y1": row[1], "x2": row[2], "y2": row[3],
                 "label": int(row[4]), "score": row[5], "probabilities": row[13:],
                 "entropy": row[6], "mutual_information": row[7], "votes": int(row[8]),
-                "std_x1": row[9], "std_y1": row[10], "std_x2": row[11], "std_y2": row[12],
-            }
+            } | {name: None if math.isnan(value) else value for name, value in zip(_STD, row[9:13], strict=True)}
             for row in table
         ]  # fmt: skip
-
-
-def _suppress(fused: Fused, n: int) -> Kept:
-    """One image at a time: offsets between images cost precision, so the answer would depend on the batch."""
-    settings = fused.settings
-    scores, labels = fused.scores[n].max(-1)
-    low = torch.maximum(fused.boxes[n, :, :2], fused.area[n, :, :2])
-    high = torch.minimum(fused.boxes[n, :, 2:], fused.area[n, :, 2:])
-    seen = fused.inside[n] & (high > low).all(1)
-    at = (seen & (scores >= min(settings.score_threshold, MEASURED_FROM))).nonzero()[:, 0]
-    best = scores[at].sort(descending=True, stable=True).indices[:_CANDIDATES]
-    at = at[best]
-    chosen = box_ops.batched_nms(fused.boxes[n, at], scores[at], labels[at], settings.nms_iou)
-    at = at[chosen[: settings.max_boxes]]
-    return Kept(at, labels[at], scores[at])
-
-
-def _own_boxes(fused: Fused, batch: Batch) -> list[Tensor]:
-    """Kept boxes (B, 4) of each image in its own pixels, clipped to it."""
-    out: list[Tensor] = []
-    for n, kept in enumerate(fused.kept):
-        boxes, one = fused.boxes[n, kept.locations], slice(n, n + 1)
-        out.append(unframe_boxes(boxes[None], batch.matrices[one], batch.sizes[one])[0])
-    return out
-
-
-def _unpack(column: pa.ChunkedArray) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]:
-    """Boxes (B, 4) float32, labels (B,) int64, crowd (B,) bool of each row; a null row has none."""
-    lists = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
-    lengths = lists.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
-    flat = lists.flatten()  # of this slice, without what lies behind nulls
-
-    def field(name: str, kind: type) -> np.ndarray:
-        return flat.field(name).to_numpy(zero_copy_only=False).astype(kind)
-
-    boxes = np.stack([field(name, np.float32) for name in ("x1", "y1", "x2", "y2")], 1)
-    crowd = flat.field("crowd").fill_null(False).to_numpy(zero_copy_only=False)
-    ends, rows = np.cumsum(lengths)[:-1], len(lengths)
-    columns = (boxes, field("label", np.int64), crowd)
-    split = [np.split(column, ends)[:rows] for column in columns]
-    return split[0], split[1], split[2]

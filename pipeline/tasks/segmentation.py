@@ -22,7 +22,7 @@ from pipeline.losses import LOSSES, categorical
 from pipeline.metrics import SegmentationMetric
 from pipeline.tasks.base import Task, Term
 from pipeline.tasks.maps import own_size, pack, unpack, valid_area
-from pipeline.views import InferenceSettings
+from pipeline.views import InferenceSettings, View
 
 Score = Literal[
     "entropy_mean", "entropy_p95", "expected_entropy_mean", "mutual_information_mean", "mutual_information_p95",
@@ -148,10 +148,14 @@ class Segmentation(Task):
             for name, (weight, settings) in self._losses.items()
         }
 
-    def predict(self, outputs: Tensor, batch: Batch) -> Prediction:
+    def predict(
+        self, outputs: Tensor, batch: Batch, look: View | None = None, seen: tuple[int, int] | None = None
+    ) -> Prediction:
         """Softmax of (N, C, h, w) logits, in float32; a binary head's (N, 1, h, w) against 0."""
-        del batch
+        del seen
         logits = outputs.float()
+        if look is not None and look != View():
+            logits = look.back(logits, (batch.images.shape[-2], batch.images.shape[-1]))
         return Prediction((categorical(logits) if self.num_outputs > 1 else logits).softmax(1))
 
     def average(self) -> Mean:
@@ -174,8 +178,9 @@ class Segmentation(Task):
             del member
         return Fused(calibration.apply(self.calibration, pool.mean), pool.mean, expected.mean, maps)
 
-    def metric(self) -> SegmentationMetric:
+    def metric(self, calibrated: bool = True) -> SegmentationMetric:
         """Empty."""
+        del calibrated
         return SegmentationMetric(self.num_outputs, self.background)
 
     def measure(
@@ -189,6 +194,10 @@ class Segmentation(Task):
             scores = uncertainty.masked_mean(total, valid_area(batch, total)).tolist()
         for n, probabilities, mask in self._labelled(predicted.probabilities, batch, truth):
             metric.update(probabilities, mask, batch.image_ids[n], scores[n])
+
+    def new_sample(self) -> PixelSample:
+        """Empty."""
+        return PixelSample(self.num_outputs)
 
     def sample(self, fused: Fused, batch: Batch, truth: pa.Table | None, sample: PixelSample) -> None:
         """Pixels of the uncalibrated pool, at each image's own size, with their labels."""

@@ -1,0 +1,41 @@
+"""``dubito join``: one ensemble of the members of several bundles."""
+
+from jobs.session import ray_session, run_job
+from pipeline.telemetry import Terminal
+
+
+def run(bundles: list[str], out: str, data: str, risk: float | None, delta: float, sets: list[str]) -> int:
+    """Run the job; returns the exit code."""
+
+    def story(terminal: Terminal) -> None:
+        from pipeline import bundle
+        from pipeline.config import merge, parse_sets
+        from pipeline.errors import InputError
+        from pipeline.recipe import CalibrateSettings
+        from pipeline.storage import absolute
+
+        if risk is not None and not data:
+            raise InputError("--risk wants a dataset with a calibration split: add --data URI")
+        manifest, weights = bundle.join([bundle.open_bundle(uri) for uri in bundles])
+        manifest["predict"] = merge(manifest["predict"], parse_sets(sets))
+        made = bundle.stage(out, manifest, weights)
+        if data:
+            with ray_session():
+                from pipeline import calibrate
+
+                settings = CalibrateSettings.parse({"risk": risk, "delta": delta}, "options")
+                made = calibrate.calibrate(made, absolute(data), settings, sink=terminal)
+                said = f": {calibrate.sentence(made)}"
+        else:
+            said = ""
+        written = bundle.commit(made)
+        terminal.close()
+        terminal.say(f"bundle {written.uri} (id {written.id}, {written.members} members){said}")
+
+    return run_job("join", story)
+
+
+if __name__ == "__main__":
+    from jobs.cli import main
+
+    main("join")

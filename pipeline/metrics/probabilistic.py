@@ -1,0 +1,247 @@
+"""Boxes as distributions: each edge a Gaussian of its own. PDQ, likelihood, and CRPS.
+
+PDQ is probability-based detection quality (Hall et al. 2020, 1811.10800). The heat map of a box is the probability
+that a pixel belongs to it; with independent edges it is an outer product of two profiles, each a product of two
+Gaussian distribution functions. With continuous edges (x1, x2) and standard deviations (s1, s2), pixel i, which
+reaches from i to i + 1, gets ``Φ((i + 1 - x1) / s1) Φ((x2 - i) / s2)``: the authors' program, whose boxes are inclusive
+pixel indices [a, b], has the same with x1 = a, x2 = b + 1. An edge without spread gives each pixel the share that it
+covers. The masks of true objects are their boxes, rounded to pixels.
+
+Nothing of an image's size is held: a profile is kept as runs of pixels of one value, a pixel each where it changes,
+so that a large, sure box is a small table; sums over rectangles are read from its cumulative sums.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import min_weight_full_bipartite_matching
+from scipy.special import ndtr
+
+from pipeline.metrics.detection_rows import Image, Judged
+from pipeline.metrics.matching import match
+from pipeline.metrics.overlap import iou
+
+STD_FLOOR = 1.0
+"""Least standard deviation in pixels that a likelihood is computed with; labels are hardly better."""
+_FAINT = 0.0027
+"""Probabilities below count as 0, as in the authors' program: three standard deviations."""
+_TINY = 1e-14
+"""Least probability that a logarithm is taken of, there too."""
+_POOR = 1e-8
+"""Spatial qualities below count as 0, there too."""
+_LOW, _HIGH = 2.8, 7.7
+"""Standard deviations outside and inside of an edge between which its factor is neither 0 nor 1 to ``_TINY``."""
+_STEPS = 16
+"""Runs per standard deviation of an edge that is less sure than so many pixels."""
+_FAR = 2**24
+"""Beyond any image: where one ends whose size is not known."""
+
+
+class Quality(NamedTuple):
+    """Sums over images, from which PDQ follows."""
+
+    total: float
+    """Of pPDQ over the assigned pairs."""
+    spatial: float
+    """Of their spatial quality."""
+    label: float
+    """Of their label quality."""
+    right: int
+    """Assigned pairs: true positives."""
+    found: int
+    """Boxes that were said."""
+    true: int
+    """True boxes."""
+
+
+def pdq(images: Sequence[Image], operating: float) -> dict[str, float]:
+    """PDQ of the boxes from the score ``operating`` on; crowds, and boxes absorbed by one, do not count.
+
+    ``pdq``: Σ pPDQ / (TP + FP + FN) over the pairs of the best assignment, ``pPDQ = √(Q_S Q_L)``, Q_L the probability
+    of the true class; ``pdq_spatial, pdq_label``: means of Q_S and Q_L over these pairs. NaN where a box has no
+    probabilities or no standard deviations, or where there is no box at all.
+    """
+    if any(not image.known.all() and len(image.std) for image in images):
+        return dict.fromkeys(("pdq", "pdq_spatial", "pdq_label"), float("nan"))
+    parts = [_quality(image, operating) for image in images]
+    total, spatial, label, right, found, true = np.sum([Quality(0, 0, 0, 0, 0, 0), *parts], 0)
+    return {
+        "pdq": float(iou(total, found + true - right)),
+        "pdq_spatial": float(iou(spatial, right)),
+        "pdq_label": float(iou(label, right)),
+    }
+
+
+def _quality(image: Image, operating: float) -> Quality:
+    loud = image.scores >= operating
+    found = image.boxes[loud], image.scores[loud], image.labels[loud]
+    kept = ~match(*found, image.true_boxes, image.true_labels, image.crowd).ignored
+    truth, true_labels = image.true_boxes[~image.crowd], image.true_labels[~image.crowd]
+    height, width = np.where(image.size > 0, image.size, _FAR).tolist()
+    rows, columns, spatial = spatial_quality(found[0][kept], image.std[kept], truth, (height, width))
+    label = image.probabilities[kept].astype(np.float64)[rows, true_labels[columns]]
+    both = np.sqrt(spatial * label)
+    pairs = assign(rows, columns, both, (int(kept.sum()), len(truth)))
+    total, of_place, of_class = (float(each[pairs].sum()) for each in (both, spatial, label))
+    return Quality(total, of_place, of_class, len(pairs), int(kept.sum()), len(truth))
+
+
+def assign(rows: np.ndarray, columns: np.ndarray, quality: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """The pairs, as indices, of the assignment with the largest sum: what the Hungarian method finds, sparsely.
+
+    Args:
+        rows: (P,) box of each pair.
+        columns: (P,) true box of each pair.
+        quality: (P,) in 0..1; pairs of 0 are never assigned.
+        shape: Boxes, true boxes.
+    """
+    good = np.flatnonzero(quality > 0)
+    some, at = np.unique(rows[good], return_inverse=True)
+    if not len(good):
+        return good
+    # Every box may be left over to a partner of its own; the sparse method takes no cost of 0.
+    alone = np.arange(len(some))
+    cost = np.concatenate([2 - quality[good], np.full(len(some), 2.0)])
+    where = np.concatenate([at, alone]), np.concatenate([columns[good], shape[1] + alone])
+    box, true = min_weight_full_bipartite_matching(coo_array((cost, where), (len(some), shape[1] + len(some))).tocsr())
+    pair = np.full((len(some),), -1)
+    pair[box] = true
+    return good[pair[at] == columns[good]]
+
+
+def spatial_quality(
+    boxes: np.ndarray, std: np.ndarray, truth: np.ndarray, size: tuple[int, int] = (_FAR, _FAR)
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Q_S of all pairs that overlap: ``exp(-(L_fg + L_bg))``.
+
+    With P the heat map, S the true mask: ``L_fg = -Σ_{i in S} ln P_i / |S|``, and over the pixels outside of it that
+    the heat map shows, ``L_bg = -Σ ln(1 - P_i) / |S|``.
+
+    Args:
+        boxes: (B, 4) pixels.
+        std: (B, 4) standard deviations of x1, y1, x2, y2, pixels; NaN counts as 0.
+        truth: (T, 4).
+        size: Height and width of the image: beyond it nothing is asked.
+
+    Returns:
+        rows (P,), columns (P,) int64 and their quality (P,), above 1e-8.
+    """
+    masks = _pixels(truth)
+    area = np.prod(masks[:, 2:] - masks[:, :2], 1).astype(np.float64)
+    found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = [(_NO_ROW, _NO_ROW, np.zeros(0))]
+    for row, (box, spread) in enumerate(
+        zip(boxes.astype(np.float64), np.nan_to_num(std.astype(np.float64)), strict=True)
+    ):
+        profiles = [_profile(box[k::2], spread[k::2], size[1 - k]) for k in (0, 1)]
+        (x, in_x), (y, in_y) = profiles
+        if len(x) < 2 or len(y) < 2:
+            continue
+        here = (masks[:, :2] < [x[-1], y[-1]]) & (masks[:, 2:] > [x[0], y[0]])
+        at = np.flatnonzero(here.all(1))
+        if not len(at):
+            continue
+        inner = np.clip(masks[at], [x[0], y[0], x[0], y[0]], [x[-1], y[-1], x[-1], y[-1]])
+        shared = np.prod(inner[:, 2:] - inner[:, :2], 1)
+        heat = in_y[:, None] * in_x
+        heat[heat < _FAINT] = 0
+        logs = np.log(np.maximum(np.stack([heat, 1 - heat]), _TINY))
+        logs[1] *= heat > 0
+        (inside, taken), (_, total) = _sums(x, y, logs, inner)
+        loss = inside + (area[at] - shared) * np.log(_TINY) + total - taken
+        quality = np.exp(np.minimum(loss / area[at], 0))
+        good = quality > _POOR
+        found.append((np.full(good.sum(), row), at[good], quality[good]))
+    rows, columns, values = (np.concatenate(column) for column in zip(*found, strict=True))
+    return rows, columns, values
+
+
+def _pixels(truth: np.ndarray) -> np.ndarray:
+    """(T, 4) int64: edges of the pixels whose centres lie in each box; at least one pixel."""
+    edges = np.ceil(truth.astype(np.float64) - 0.5).astype(np.int64)
+    centre = np.floor(truth[:, :2] / 2.0 + truth[:, 2:] / 2.0).astype(np.int64)
+    none = edges[:, 2:] <= edges[:, :2]
+    return np.concatenate([np.where(none, centre, edges[:, :2]), np.where(none, centre + 1, edges[:, 2:])], 1)
+
+
+def _profile(edges: np.ndarray, std: np.ndarray, end: int) -> tuple[np.ndarray, np.ndarray]:
+    """One axis of a heat map: ends of the runs (R + 1,) int64 inside 0..``end``, and their values (R,)."""
+    (low, high), (before, behind) = edges, std
+    first = max(0, int(np.floor(low - _LOW * before)))
+    last = min(end, int(np.ceil(high + _LOW * behind)))
+    if last <= first:
+        return _NO_ROW, np.zeros(0)
+    runs = [
+        np.arange(int(np.floor(start)) - 1, stop + 2, max(1, int(spread / _STEPS)))
+        for start, stop, spread in (
+            (low - _LOW * before, min(last, low + _HIGH * before), before),
+            (max(first, high - _HIGH * behind), high + _LOW * behind, behind),
+        )
+    ]
+    knots = np.unique(np.concatenate([[first, last], *runs]).astype(np.int64))
+    knots = knots[(knots >= first) & (knots <= last)]
+    middle = (knots[:-1] + knots[1:] - 1) / 2
+    return knots, _cdf(middle + 1 - low, before) * _cdf(high - middle, behind)
+
+
+def _cdf(inside: np.ndarray, std: float) -> np.ndarray:
+    return ndtr(inside / std) if std > 0 else np.clip(inside, 0, 1)
+
+
+def _sums(x: np.ndarray, y: np.ndarray, tables: np.ndarray, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Sums over rectangles of pixels of tables whose cells are runs.
+
+    Args:
+        x: (X + 1,) ends of the runs.
+        y: (Y + 1,).
+        tables: (P, Y, X).
+        boxes: (T, 4) rectangles inside of them.
+
+    Returns:
+        (P, T), and (P,) of the whole tables.
+    """
+    sums = np.zeros((len(tables), len(y), len(x)))
+    np.cumsum(np.cumsum(tables * (np.diff(y)[:, None] * np.diff(x)), 1), 2, out=sums[:, 1:, 1:])
+    # Inside of a run sums grow evenly, so that reading between its ends is exact.
+    (column, right), (row, down) = _between(x, boxes[:, None, 0::2]), _between(y, boxes[:, 1::2, None])
+    upper = sums[:, row, column] * (1 - right) + sums[:, row, column + 1] * right
+    lower = sums[:, row + 1, column] * (1 - right) + sums[:, row + 1, column + 1] * right
+    corners = upper * (1 - down) + lower * down
+    return corners[..., 1, 1] - corners[..., 0, 1] - corners[..., 1, 0] + corners[..., 0, 0], sums[:, -1, -1]
+
+
+def _between(knots: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(knot before each value, share of the way to the next)."""
+    at = np.minimum(np.searchsorted(knots, values, side="right") - 1, len(knots) - 2)
+    return at, (values - knots[at]) / (knots[at + 1] - knots[at])
+
+
+def edges(images: Sequence[Image], judged: Judged) -> dict[str, float]:
+    """How well Gaussian edges foretell those of the true box, of said boxes that are right at IoU 0.5.
+
+    ``nll_box``: mean of ``ln(s √(2 π)) + e² / (2 s²)`` in nats per coordinate, s at least ``STD_FLOOR``.
+    ``crps_box``: mean of the continuous ranked probability score, in pixels per coordinate (Gneiting & Raftery 2007,
+    10.1198/016214506000001437): the energy score of one coordinate, |e| for an edge without spread. Not known spreads
+    count as 0. NaN without a right box, or where an image gave no standard deviations.
+    """
+    if not len(judged.error) or any(not image.known[0] and len(image.std) for image in images):
+        return {"nll_box": float("nan"), "crps_box": float("nan")}
+    error, std = judged.error.astype(np.float64), np.nan_to_num(judged.std.astype(np.float64))
+    return {"nll_box": float(nll(error, np.maximum(std, STD_FLOOR)).mean()), "crps_box": float(crps(error, std).mean())}
+
+
+def nll(error: np.ndarray, std: np.ndarray) -> np.ndarray:
+    """Negative log-density of a Gaussian at ``error``, in nats, elementwise; ``std`` above 0."""
+    return np.log(std) + np.log(2 * np.pi) / 2 + (error / std) ** 2 / 2
+
+
+def crps(error: np.ndarray, std: np.ndarray) -> np.ndarray:
+    """``s (z (2 Φ(z) - 1) + 2 φ(z) - 1 / √π)``, z = e / s, elementwise; its limit |e| for s = 0."""
+    scale = np.where(std > 0, std, 1)
+    z = error / scale
+    density = np.exp(-(z**2) / 2) / np.sqrt(2 * np.pi)
+    return np.where(std > 0, scale * (z * (2 * ndtr(z) - 1) + 2 * density - 1 / np.sqrt(np.pi)), np.abs(error))
+
+
+_NO_ROW = np.zeros(0, np.int64)

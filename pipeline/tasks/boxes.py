@@ -1,0 +1,238 @@
+"""From what members say at their locations to the boxes of a pool: by location, or by clustering.
+
+By location: members that predict at the same places are averaged there, class vectors and boxes alike, and
+suppressed once; the spread of a box is that of the members at its location. It is exact, needs no overlap
+threshold, and its doubt covers all locations. By clustering (``pipeline.clusters``): each member is suppressed
+by itself, and boxes that overlap are one object; for members of different kinds, for two-stage detectors, and for
+views whose locations do not fall onto each other.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline import boxes as box_ops
+from pipeline import uncertainty
+from pipeline.clusters import FUSIONS, MemberBoxes
+from pipeline.tasks.found import Found, Pooled
+from pipeline.views import View
+
+MEASURED_FROM = 0.01
+"""Metrics look at boxes down to this score, whatever is written: average precision needs them."""
+_CANDIDATES = 1000
+"""Best-scoring locations of an image that enter suppression."""
+_MIN_WEIGHT = 1e-6
+_SAME_PLACE = 0.01
+"""Pixels within which two locations are one."""
+
+
+@dataclass
+class Prediction:
+    """One member's answer to one view, at L locations of N images, in the network's frame."""
+
+    probabilities: Tensor
+    """(N, L, K + 1), the last "none of these"."""
+    scores: Tensor
+    """(N, L, K) what boxes are ranked by."""
+    boxes: Tensor
+    """(N, L, 4)."""
+    inside: Tensor
+    """(N, L) bool: the location lies in the image, not in the padding around it."""
+    area: Tensor
+    """(N, 1, 4) where in the frame the image lies."""
+    centres: Tensor
+    """(L, 2), or (N, L, 2) where not ``fixed``: x, y of the locations."""
+    strides: Tensor
+    """(L,) pixels between neighbours at the location's level."""
+    fixed: bool = True
+    """Whether location l is the same place in all images and members."""
+    size: tuple[int, int] = (0, 0)
+    """Height and width of the frame."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How boxes are chosen."""
+
+    score_threshold: float
+    """A member votes for a location from this score on."""
+    nms_iou: float
+    max_boxes: int
+
+    def suppress(self, boxes: Tensor, scores: Tensor, labels: Tensor) -> Tensor:
+        """Indices that are left of one image, the best first.
+
+        One image at a time: offsets between images cost precision, so the answer would depend on the batch.
+        """
+        best = scores.sort(descending=True, stable=True).indices[:_CANDIDATES]
+        kept = box_ops.batched_nms(boxes[best], scores[best], labels[best], self.nms_iou)
+        return best[kept[: self.max_boxes]]
+
+
+def poolable(prediction: Prediction, looks: Sequence[View]) -> bool:
+    """Whether the locations of all ``looks`` at a frame fall onto those of the plain one, ``prediction``.
+
+    Mirrored locations do where they lie half-way between the edges of their cells. Several anchors at one place
+    keep their order when mirrored; a quarter turn would exchange the tall and the wide ones.
+    """
+    if not prediction.fixed:
+        return False
+    own, size = prediction.centres.double().cpu(), prediction.size
+    crowded = len(_keys(own, prediction.strides).unique(dim=0)) < len(own)
+    for look in looks:
+        if look.scale != 1.0 or (crowded and look.turns % 2):
+            return False
+        seen = (size[1], size[0]) if look.turns % 2 else size
+        moved = _move_points(own, look.matrix(size, seen))
+        if look.turns % 2 and size[0] != size[1]:
+            continue  # another grid, which is symmetric if the plain one is
+        if _order(moved, own, prediction.strides, prediction.strides) is None:
+            return False
+    return True
+
+
+class ByLocation:
+    """Running means over members at each location."""
+
+    def __init__(self, rule: Rule) -> None:
+        self.rule = rule
+        self._pool, self._expected, self._scores = (uncertainty.RunningMean() for _ in range(3))
+        self._boxes = uncertainty.RunningSpread()
+        self._votes = torch.zeros(())
+        self._first: Prediction | None = None
+
+    def add(self, member: Prediction) -> None:
+        """Take in one answer; its locations are put into the order of the first one's."""
+        if self._first is None:
+            # Where its locations are, without what it says of them.
+            none = torch.zeros(0)
+            self._first = dataclasses.replace(member, probabilities=none, scores=none, boxes=none)
+        member = _aligned(member, self._first)
+        self._pool.add(member.probabilities)
+        self._expected.add(uncertainty.entropy(member.probabilities, -1))
+        self._scores.add(member.scores)
+        best = member.scores.amax(-1)
+        # One who sees nothing says no box.
+        self._boxes.add(member.boxes, best.clamp(min=_MIN_WEIGHT))
+        self._votes = self._votes + (best >= self.rule.score_threshold).int()
+
+    def result(self) -> Pooled:
+        """Suppressed once."""
+        first = self._first
+        assert first is not None, "the pool of no members; add at least one"
+        total = uncertainty.entropy(self._pool.mean, -1)
+        mutual = uncertainty.mutual_information(total, self._expected.mean)
+        sums = [torch.where(first.inside, each, 0).sum(1, dtype=torch.float64) for each in (total, mutual)]
+        found = [self._found(n, first, total[n], mutual[n]) for n in range(len(total))]
+        return Pooled(self._pool.count, found, sums[0], sums[1])
+
+    def _found(self, n: int, first: Prediction, total: Tensor, mutual: Tensor) -> Found:
+        scores, labels = self._scores.mean[n].max(-1)
+        boxes = _clipped(self._boxes.mean[n], first.area[n])
+        seen = first.inside[n] & (boxes[:, 2:] > boxes[:, :2]).all(1)
+        at = (seen & (scores >= min(self.rule.score_threshold, MEASURED_FROM))).nonzero()[:, 0]
+        # By the boxes as they are: clipping must not change what overlaps what.
+        at = at[self.rule.suppress(self._boxes.mean[n, at], scores[at], labels[at])]
+        return Found(
+            boxes[at], labels[at], scores[at], self._pool.mean[n, at], total[at], mutual[at], self._votes[n, at],
+            self._boxes.std[n, at],
+        )  # fmt: skip
+
+
+class ByCluster:
+    """Boxes of members, each suppressed by itself, that are one object where they overlap."""
+
+    def __init__(self, rule: Rule, kind: str, iou: float, calibrate: Callable[[int, Tensor], Tensor]) -> None:
+        self.rule, self.kind, self.iou, self.calibrate = rule, kind, iou, calibrate
+        self._members: list[list[MemberBoxes]] = []
+
+    def add(self, member: Prediction) -> None:
+        """Take in one answer: only its boxes are kept."""
+        number = len(self._members)
+        self._members.append([self._own(member, n, number) for n in range(len(member.boxes))])
+
+    def _own(self, member: Prediction, n: int, number: int) -> MemberBoxes:
+        scores, labels = member.scores[n].max(-1)
+        boxes = _clipped(member.boxes[n], member.area[n])
+        seen = member.inside[n] & (boxes[:, 2:] > boxes[:, :2]).all(1)
+        at = (seen & (scores >= min(self.rule.score_threshold, MEASURED_FROM))).nonzero()[:, 0]
+        at = at[self.rule.suppress(member.boxes[n, at], scores[at], labels[at])]
+        return MemberBoxes(boxes[at], self.calibrate(number, scores[at]), labels[at], member.probabilities[n, at])
+
+    def result(self) -> Pooled:
+        """Clustered, then suppressed once more: fused boxes may overlap."""
+        found = [self._found([member[n] for member in self._members]) for n in range(len(self._members[0]))]
+        sums = [
+            torch.stack([getattr(each, name).sum(dtype=torch.float64) for each in found])
+            for name in ("entropy", "mutual_information")
+        ]
+        return Pooled(len(self._members), found, sums[0], sums[1])
+
+    def _found(self, members: list[MemberBoxes]) -> Found:
+        fused = FUSIONS[self.kind](members, self.iou)
+        at = self.rule.suppress(fused.boxes, fused.scores, fused.labels)
+        total = uncertainty.entropy(fused.probabilities[at], -1)
+        mutual = uncertainty.mutual_information(total, fused.expected_entropy[at])
+        return Found(
+            fused.boxes[at], fused.labels[at], fused.scores[at], fused.probabilities[at], total, mutual,
+            fused.votes[at], fused.std[at],
+        )  # fmt: skip
+
+
+def restore(boxes: Tensor, centres: Tensor, look: View, size: tuple[int, int], seen: tuple[int, int]) -> list[Tensor]:
+    """Boxes (N, L, 4) and centres of a view, ``seen`` (h, w) large, in the pixels of the frame of ``size``."""
+    inverse = box_ops.invert_affine(look.matrix(size, seen))
+    moved = box_ops.transform_boxes(boxes.double(), inverse.to(boxes.device)).to(boxes.dtype)
+    return [moved, _move_points(centres.double(), inverse.to(centres.device)).to(centres.dtype)]
+
+
+def _aligned(member: Prediction, first: Prediction) -> Prediction:
+    if member.centres.shape == first.centres.shape and bool(
+        ((member.centres - first.centres).abs() < _SAME_PLACE).all()
+    ):
+        return member
+    order = _order(member.centres, first.centres, member.strides, first.strides)
+    assert order is not None, "ask poolable first"
+    order = order.to(member.boxes.device)
+    moved = {name: getattr(member, name)[:, order] for name in ("probabilities", "scores", "boxes", "inside")}
+    return dataclasses.replace(member, **moved, centres=first.centres, strides=first.strides)
+
+
+def _order(centres: Tensor, wanted: Tensor, strides: Tensor, wanted_strides: Tensor) -> Tensor | None:
+    """Indices that put ``centres`` (L, 2) into the order of ``wanted``; None where they are other places."""
+    if centres.shape != wanted.shape:
+        return None
+    a, b = _keys(centres, strides), _keys(wanted, wanted_strides)
+    from_a, from_b = _lexicographic(a), _lexicographic(b)
+    if not torch.equal(a[from_a], b[from_b]):
+        return None
+    out = torch.empty_like(from_a)
+    out[from_b] = from_a
+    return out
+
+
+def _keys(centres: Tensor, strides: Tensor) -> Tensor:
+    """(L, 3) int64 stride, y, x in hundredths of a pixel."""
+    rows = torch.cat([strides.double().cpu()[:, None], centres.double().cpu().flip(-1)], 1)
+    return (rows / _SAME_PLACE).round().long()
+
+
+def _lexicographic(keys: Tensor) -> Tensor:
+    """Stable order of rows."""
+    order = torch.arange(len(keys))
+    for column in range(keys.shape[1] - 1, -1, -1):
+        order = order[keys[order, column].argsort(stable=True)]
+    return order
+
+
+def _move_points(points: Tensor, matrix: Tensor) -> Tensor:
+    """(..., 2) by an affine 3x3."""
+    return points @ matrix[:2, :2].T.to(points.device) + matrix[:2, 2].to(points.device)
+
+
+def _clipped(boxes: Tensor, area: Tensor) -> Tensor:
+    """(L, 4) boxes within ``area`` (1, 4); turned over where they lie beside it."""
+    return torch.cat([torch.maximum(boxes[:, :2], area[:, :2]), torch.minimum(boxes[:, 2:], area[:, 2:])], 1)
