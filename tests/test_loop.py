@@ -234,3 +234,38 @@ def test_wrong_settings_of_a_loss_are_refused_before_the_first_step():
     ):
         with pytest.raises(InputError, match=word):
             worker_of(tree("segmentation", loss=loss))
+
+
+@pytest.mark.parametrize(
+    ("model", "terms"),
+    [
+        ({"name": "torchvision", "arch": "fasterrcnn_mobilenet_v3_large_320_fpn", "backbone": "mobilenet_v3_small",
+          "width": 64, "norm": "group"}, {"box_reg", "cls", "objectness", "rpn_box"}),
+        ({"name": "torchvision", "arch": "ssdlite320_mobilenet_v3_large", "norm": "group"}, {"box", "cls"}),
+        ({"name": "yolo_v1", "stride": 8, "width": 4}, {"cls", "confidence", "coord", "noobj"}),
+    ],
+    ids=["fasterrcnn", "ssdlite", "yolo_v1"],
+)  # fmt: skip
+def test_every_kind_of_detector_trains_and_is_validated(model, terms):
+    worker = worker_of(tree("detection", model=model, input={"size": [64, 64]}))
+    table = rows(4)
+    batch, failures = worker.task.collate(table, train=True, seed=0)
+    assert not failures
+    before = [value.clone() for value in worker.module.parameters()]
+    first = loop.train_step(worker, [batch], 0.01)
+    assert first.isfinite()
+    assert any(not torch.equal(a, b) for a, b in zip(before, worker.module.parameters(), strict=True))
+    found = loop.validate(worker, [table])
+    assert set(found) == {"val_loss", "val_images"} | {f"val_{name}" for name in terms}
+    assert found == loop.validate(worker, [table]), "proposals are sampled anew"
+    empty = table.set_column(
+        table.column_names.index("boxes"), "boxes", pa.array([[]] * 4, table.schema.field("boxes").type)
+    )
+    assert loop.train_step(worker, [worker.task.collate(empty, train=True, seed=0)[0]], 0.01).isfinite()
+    predicted = worker.task.predict(worker.module.eval()(torch.zeros(4, 3, 64, 64)), batch)
+    assert len(worker.task.to_columns(worker.task.fuse([predicted]), batch)["boxes"]) == 4
+
+
+def test_a_loss_that_does_not_fit_the_model_is_refused():
+    with pytest.raises(InputError, match=r"loss\.name: 'aligned' does not fit model 'yolo_v1', which is trained by yolo"):
+        worker_of(tree("detection", model={"name": "yolo_v1"}, loss={"name": "aligned"}))

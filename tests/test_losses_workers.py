@@ -65,6 +65,19 @@ def _counts(task: str, target: tuple[torch.Tensor, ...]) -> dict[str, torch.Tens
     return losses.counts(target[1])
 
 
+def _without_boxes() -> list[torch.Tensor | None]:
+    """Gradients of a step in which no rank has a box."""
+    model, shards = _case("detection")
+    images, boxes, labels = shards[0]
+    counts = losses.counts(labels)
+    for count in counts.values():
+        torch.distributed.all_reduce(count)
+    terms = losses.detection(DistributedDataParallel(model)(images), boxes, labels)
+    assert all(bool(value.isfinite()) for _, value, _ in terms.values())
+    total(terms, counts, world_size=2).backward()
+    return [p.grad for p in model.parameters()]
+
+
 def _worker(rank: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     address = f"tcp://127.0.0.1:{port}"
@@ -79,6 +92,7 @@ def _worker(rank: int, port: int, folder: str) -> None:
                 torch.distributed.all_reduce(count)
             total(_terms(task, parallel(images), tuple(target)), counts, world_size=2).backward()
             torch.save([p.grad for p in model.parameters()], f"{folder}/{task}-{rank}.pt")
+        torch.save(_without_boxes(), f"{folder}/boxless-{rank}.pt")
     finally:
         torch.distributed.destroy_process_group()
 
@@ -105,6 +119,10 @@ def test_the_gradient_of_two_workers_is_that_of_one_on_both_batches(tmp_path: Pa
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     mp.spawn(_worker, args=(port, str(tmp_path)), nprocs=2)  # pyright: ignore[reportPrivateImportUsage]
+    for rank in range(2):
+        for grad in torch.load(tmp_path / f"boxless-{rank}.pt", weights_only=True):
+            assert grad is not None, "DDP would wait for ever"
+            assert grad.isfinite().all()
     for task in CASES:
         wanted = _union(task)
         for rank in range(2):

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import INPUT, UNET, encode, make_bundle, png, table
+from tiny import DETECTOR, INPUT, UNET, encode, make_bundle, png, table
 
 from pipeline.errors import InputError
 from pipeline.predict import Predictor
@@ -127,3 +127,38 @@ def test_memory_of_the_pool_does_not_grow_with_its_members(tmp_path: Path):
     made.measure(rows)
     assert len(alive) == 12
     assert most <= 2
+
+
+def _turned(box: dict[str, Any], width: int) -> list[float]:
+    """Edges of a box after a quarter turn counter-clockwise of an image ``width`` wide."""
+    return [box["y1"], width - box["x2"], box["y2"], width - box["x1"]]
+
+
+def test_boxes_turn_with_the_image_when_all_symmetries_are_pooled(tmp_path: Path):
+    predict = {"tta": {"flips": True, "turns": True}, "score_threshold": 0.0, "nms_iou": 1.0, "max_boxes": 1000}
+    made = predictor(tmp_path, DETECTOR, seeds=(5,), predict=predict)
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    plain, turned = made(table([encode(pixels), encode(np.rot90(pixels).copy())])).to_pylist()
+    assert plain["members"] == 8
+    assert len(plain["boxes"]) == len(turned["boxes"]) > 4
+    assert turned["entropy_sum"] == pytest.approx(plain["entropy_sum"], rel=1e-4)
+    wanted = sorted([*_turned(box, 32), box["score"]] for box in plain["boxes"])
+    found = sorted([box["x1"], box["y1"], box["x2"], box["y2"], box["score"]] for box in turned["boxes"])
+    assert np.abs(np.array(wanted) - np.array(found)).max() < 1e-2
+    assert max(box["std_x1"] for box in plain["boxes"]) > 0
+
+
+def test_views_of_other_sizes_are_clustered(tmp_path: Path):
+    predict = {"tta": {"scales": [1.0, 0.5]}, "score_threshold": 0.0, "nms_iou": 1.0}
+    (row,) = predictor(tmp_path, DETECTOR, seeds=(5,), predict=predict)(table([png(64, 64, 0)])).to_pylist()
+    assert row["members"] == 2
+    assert row["boxes"]
+    assert {box["votes"] for box in row["boxes"]} <= {1, 2}
+
+
+def test_dropout_passes_of_a_detector(tmp_path: Path):
+    made = predictor(tmp_path, {**DETECTOR, "dropout": 0.4}, predict={"dropout_passes": 4, "score_threshold": 0.0})
+    (row,) = made(table([png(32, 32, 0)])).to_pylist()
+    assert row["members"] == 8
+    assert row["mutual_information_sum"] > 0
+    assert (row,) == tuple(made(table([png(32, 32, 0)])).to_pylist())

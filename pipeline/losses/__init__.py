@@ -16,6 +16,8 @@ from pipeline.losses import pixel, region
 from pipeline.losses.base import BoxLoss, Term
 from pipeline.losses.dense import categorical, labelled_images, margin, valid_pixels
 from pipeline.losses.detection import DetectionLoss, counts, detection
+from pipeline.losses.softmax import SoftmaxLoss
+from pipeline.losses.two_stage import TwoStageLoss
 from pipeline.losses.yolo_v1 import YoloV1Loss
 
 __all__ = [
@@ -57,7 +59,12 @@ LOSSES: dict[str, Loss] = {
     "lovasz_hinge": Loss(region.lovasz_hinge, labelled_images),
 }
 
-DETECTION_LOSSES: dict[str, type[BoxLoss]] = {"aligned": DetectionLoss, "yolo_v1": YoloV1Loss}
+DETECTION_LOSSES: dict[str, type[BoxLoss]] = {
+    "aligned": DetectionLoss,
+    "yolo_v1": YoloV1Loss,
+    "softmax": SoftmaxLoss,
+    "two_stage": TwoStageLoss,
+}
 """What detectors are trained by; a model names those that fit it in ``losses``, its own first."""
 
 

@@ -15,12 +15,19 @@ from pipeline.models.anchor_free import AnchorFree
 from pipeline.models.outputs import DetectionOutput, Detections, SoftmaxOutput
 from pipeline.models.parts import dropout_layers, layers_of, require_dropout, set_sampling
 from pipeline.models.smp import Smp
+from pipeline.models.torchvision_detectors import Torchvision
 from pipeline.models.unet import UNet
 from pipeline.models.yolo_v1 import YoloV1
 
-ModelSettings = UNet | Smp | AnchorFree | YoloV1
+ModelSettings = UNet | Smp | AnchorFree | YoloV1 | Torchvision
 
-MODELS: dict[str, type[ModelSettings]] = {"unet": UNet, "smp": Smp, "anchor_free": AnchorFree, "yolo_v1": YoloV1}
+MODELS: dict[str, type[ModelSettings]] = {
+    "unet": UNet,
+    "smp": Smp,
+    "anchor_free": AnchorFree,
+    "yolo_v1": YoloV1,
+    "torchvision": Torchvision,
+}
 
 __all__ = [
     "MODELS",
