@@ -1,7 +1,10 @@
 """The tree of settings: what it refuses, and how long a run is."""
 
+from pathlib import Path
+
 import pytest
 
+import jobs
 from pipeline.config import load, merge, parse_sets
 from pipeline.errors import InputError
 from pipeline.recipe import TrainConfig
@@ -57,14 +60,18 @@ def test_a_missing_config_file_says_where_examples_are():
         load("nowhere.yaml", [])
 
 
-@pytest.mark.parametrize("name", ["nuclei_unet", "nuclei_smp", "bccd_anchor_free", "demo", "demo_detection"])
-def test_the_example_configs_are_valid(name):
-    from pathlib import Path
+CONFIGS = sorted((Path(jobs.__file__).parent / "configs").glob("*.yaml"))
 
-    import jobs
 
-    path = Path(jobs.__file__).parent / "configs" / f"{name}.yaml"
-    TrainConfig.parse(load(str(path), []), str(path)).model_settings(str(path))
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_example_configs_are_valid(path):
+    config = TrainConfig.parse(load(str(path), []), str(path))
+    config.model_settings(str(path))
+    config.loss_settings()
+
+
+def test_there_are_configs_of_both_tasks():
+    assert {load(str(path), [])["task"] for path in CONFIGS} == {"segmentation", "detection"}
 
 
 def test_mixup_is_for_boxes():
