@@ -267,5 +267,5 @@ def test_every_kind_of_detector_trains_and_is_validated(model, terms):
 
 
 def test_a_loss_that_does_not_fit_the_model_is_refused():
-    with pytest.raises(InputError, match=r"loss\.name: 'aligned' does not fit model 'yolo_v1', which is trained by yolo"):
+    with pytest.raises(InputError, match=r"loss\.name: 'aligned' does not fit model 'yolo_v1', which is trained"):
         worker_of(tree("detection", model={"name": "yolo_v1"}, loss={"name": "aligned"}))

@@ -39,7 +39,8 @@ def write(
     if names:
         rows = rows_of(info, split, names)
         predicted = Predictor(bundle)(rows)
-        made["doubtful"] = gallery([(split, rows, predicted)], bundle.task, bundle.classes, bundle.background)
+        said = bundle.manifest["score_threshold"]
+        made["doubtful"] = gallery([(split, rows, predicted)], bundle.task, bundle.classes, bundle.background, said)
     uris = {name: f"{stem}-{name}.png" for name in made}
     for name, data in made.items():
         storage.write_bytes(uris[name], data)

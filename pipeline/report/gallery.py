@@ -18,7 +18,7 @@ from pipeline.decode import decode
 from pipeline.schema import VOID, unpack_map
 
 MIN_SCORE = 0.3
-"""Boxes below this score are not drawn."""
+"""Boxes below this score are not drawn, where no bundle says which score counts."""
 
 
 def most_doubtful(predictions: pa.Table, count: int) -> list[str]:
@@ -28,7 +28,11 @@ def most_doubtful(predictions: pa.Table, count: int) -> list[str]:
 
 
 def gallery(
-    groups: list[tuple[str, pa.Table, pa.Table]], task: str, classes: list[str], background: int | None
+    groups: list[tuple[str, pa.Table, pa.Table]],
+    task: str,
+    classes: list[str],
+    background: int | None,
+    min_score: float | None = None,
 ) -> bytes:
     """A PNG: one row an image, in the order of each group's ``rows``.
 
@@ -37,6 +41,7 @@ def gallery(
         task: Segmentation draws input, truth, prediction, uncertainty; detection input and truth, prediction.
         classes: Names by label.
         background: Its label, drawn transparent; or None.
+        min_score: Boxes below it are not drawn; None = ``MIN_SCORE``.
     """
     columns = 4 if task == "segmentation" else 2
     total = sum(rows.num_rows for _, rows, _ in groups)
@@ -50,8 +55,12 @@ def gallery(
         for row in rows.to_pylist():
             prediction = found[row["image_id"]]
             axes[at, 0].set_ylabel(f"{title}\nuncertainty {prediction['uncertainty']:.3g}", fontsize=8)
-            draw = _draw_masks if task == "segmentation" else _draw_boxes
-            draw(axes[at], row, prediction, classes, colours)
+            if task == "segmentation":
+                _draw_masks(axes[at], row, prediction, classes, colours)
+            else:
+                limit = MIN_SCORE if min_score is None else min_score
+                said = [box for box in prediction["boxes"] if box["score"] >= limit]
+                _draw_boxes(axes[at], row, said, classes, colours)
             at += 1
     for axis in axes.flat:
         axis.set_xticks([])
@@ -89,10 +98,9 @@ def _draw_masks(
 
 
 def _draw_boxes(
-    axes: np.ndarray, row: dict[str, Any], prediction: dict[str, Any], classes: list[str], colours: np.ndarray
+    axes: np.ndarray, row: dict[str, Any], said: list[dict[str, Any]], classes: list[str], colours: np.ndarray
 ) -> None:
     image = decode(row["image"])
-    said = [box for box in prediction["boxes"] if box["score"] >= MIN_SCORE]
     for axis, name, boxes in ((axes[0], "truth", row["boxes"]), (axes[1], "prediction", said)):
         axis.imshow(image)
         axis.set_title(name, fontsize=8)
