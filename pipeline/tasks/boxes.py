@@ -85,12 +85,13 @@ def poolable(prediction: Prediction, looks: Sequence[View]) -> bool:
     for look in looks:
         if look.scale != 1.0 or (crowded and look.turns % 2):
             return False
-        seen = (size[1], size[0]) if look.turns % 2 else size
-        moved = _move_points(own, look.matrix(size, seen))
-        if look.turns % 2 and size[0] != size[1]:
-            continue  # another grid, which is symmetric if the plain one is
-        if _order(moved, own, prediction.strides, prediction.strides) is None:
-            return False
+        # A quarter turn of a frame that is not square gives another grid: that it is as symmetric as the plain one
+        # is seen by the half turn and the mirror image.
+        turned = look.turns % 2 and size[0] != size[1]
+        for each in (View(turns=2), View(flip=True)) if turned else (look,):
+            moved = _move_points(own, each.matrix(size, size))
+            if _order(moved, own, prediction.strides, prediction.strides) is None:
+                return False
     return True
 
 

@@ -159,7 +159,8 @@ class Detection(Task):
             boxes, centres = restore(boxes, centres, look, size, seen or size)
         area = image_area(batch).to(boxes.device)[:, None]
         x, y = centres.unbind(-1)
-        inside = (x > area[..., 0]) & (x < area[..., 2]) & (y > area[..., 1]) & (y < area[..., 3])
+        # Anchors may lie on the image's very edge.
+        inside = (x >= area[..., 0]) & (x < area[..., 2]) & (y >= area[..., 1]) & (y < area[..., 3])
         return Prediction(
             outputs.probabilities(),
             outputs.scores(),
