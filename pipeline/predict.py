@@ -215,7 +215,7 @@ class Predictor:
             for k, module in enumerate(self.members):
                 counted = {str(k), member_sample(k)} & counters.keys()
                 own = self.task.average() if counted else None
-                for outputs, look, seen in self._answers(k, module, images, batch.image_ids):
+                for outputs, look, seen in self._answers(k, module, self._coloured(k, images), batch.image_ids):
                     prediction = self.task.predict(outputs, view, look, seen)
                     del outputs
                     if own is not None:
@@ -237,6 +237,15 @@ class Predictor:
         if SAMPLE in counters:
             self.task.sample(fused, view, truth, counters[SAMPLE])
         return self.task.to_columns(fused, view), view.sizes.tolist()
+
+    def _coloured(self, k: int, images: Tensor) -> Tensor:
+        """Normalised images (N, 3, H, W) as member ``k`` wants them, where members differ in that."""
+        each = self.bundle.manifest["normalise"]
+        if each is None:
+            return images
+        values = [self.input.mean, self.input.std, each[k]["mean"], each[k]["std"]]
+        mean, std, own_mean, own_std = torch.tensor(values).to(images)[..., None, None]
+        return (images * std + (mean - own_mean)) / own_std
 
     def _answers(
         self, k: int, module: nn.Module, images: Tensor, image_ids: list[str]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import CLASSES, DETECTOR, UNET, make_bundle, make_squares
+from tiny import CLASSES, DETECTOR, UNET, make_bundle, make_squares, png, table
 
 from pipeline import bundle as bundles
 from pipeline import calibrate, predictions, score
@@ -97,6 +97,20 @@ def test_copies_joined_are_an_ordinary_ensemble(tmp_path: Path, detector: str):
     assert made.alike
     assert made.members == 4
     assert Predictor(made, "cpu", threads=1).task.alike
+
+
+def test_members_may_be_normalised_each_in_its_own_way(tmp_path: Path, detector: str):
+    dark = {"size": [32, 32], "fit": "letterbox", "mean": [0.2, 0.3, 0.4], "std": [0.5, 0.4, 0.3]}
+    other = make_bundle(tmp_path / "dark", DETECTOR, seeds=(8,), predict=PREDICT, input=dark)
+    manifest, weights = bundles.join([bundles.open_bundle(uri) for uri in (detector, other)])
+    made = bundles.write(str(tmp_path / "joined"), manifest, weights)
+    assert [each["mean"][0] for each in made.manifest["normalise"]] == [0.5, 0.5, 0.2]
+    joined, alone = Predictor(made, "cpu", threads=1), Predictor(other, "cpu", threads=1)
+    batch, _ = joined.task.collate(table([png(32, 32, 0)]), train=False, seed=0)
+    wanted = alone._normalise(batch).images
+    shown = joined._normalise(batch).images
+    assert (joined._coloured(2, shown) - wanted).abs().max() < 1e-5
+    assert (joined._coloured(0, shown) - shown).abs().max() < 1e-5
 
 
 def test_what_cannot_be_joined(tmp_path: Path, detector: str):
