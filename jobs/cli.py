@@ -137,6 +137,14 @@ def predict(
 
 
 @app.command()
+def verify(
+    uri: Annotated[str, typer.Argument(metavar="URI", help="A dataset, a bundle, or a folder of predictions.")],
+) -> None:
+    """Read every committed file and compare it with its digest; damage is listed, exit code 2."""
+    _run("verify", uri=uri)
+
+
+@app.command()
 def demo(
     out: Annotated[str, typer.Option(metavar="URI", help="Folder to write.")] = "runs/demo",
 ) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline import manifest, schema, shards, storage
+from pipeline import manifest, schema, seal, shards, storage
 from pipeline import splits as splitting
 from pipeline.config import first_difference
 from pipeline.errors import InputError, nearest
@@ -74,6 +74,7 @@ def open_dataset(uri: str) -> DatasetInfo:
             f"dataset '{uri}' has schema version {meta.get('schema_version')}, this program reads "
             f"{schema.SCHEMA_VERSION}; ingest it again"
         )
+    seal.check(meta, storage.join(uri, DATASET_JSON), "ingest again")
     return DatasetInfo(
         uri=uri,
         name=meta["name"],
@@ -108,15 +109,31 @@ def row_groups(info: DatasetInfo, split: str) -> list[RowGroup]:
 def read_row_group(group: RowGroup, columns: Sequence[str] | None = None) -> pa.Table:
     """The rows of one group; ``columns`` are names of ``schema.DATASET``, None reads all.
 
+    Pages are checked against their CRC, and what the footer alone says against the contract: a flipped bit is found.
+
     Raises:
         InputError: The shard is gone or damaged.
     """
+    names = list(schema.DATASET.names) if columns is None else list(columns)
+    options: dict[str, Any] = {"pre_buffer": True, "page_checksum_verification": True}
     try:
-        with storage.open_input(group.file) as file, pq.ParquetFile(file, pre_buffer=True) as parquet:
-            return parquet.read_row_group(group.index, columns=None if columns is None else list(columns))
-    except (FileNotFoundError, pa.ArrowInvalid) as error:
-        text = " ".join(str(error).split())[:200]
-        raise InputError(f"shard '{group.file}' cannot be read, the dataset is damaged; ingest again: {text}") from None
+        with storage.open_input(group.file) as file, pq.ParquetFile(file, **options) as parquet:
+            table = parquet.read_row_group(group.index, columns=names)
+    except (FileNotFoundError, ValueError, NotImplementedError) as error:
+        raise _damaged(group.file, str(error)) from None
+    except OSError as error:
+        # Arrow says OSError of bytes that are no Parquet too; then neither system nor store has a say in it.
+        if error.errno is None and storage.classify(error) == "error" and "AWS Error" not in str(error):
+            raise _damaged(group.file, str(error)) from None
+        raise
+    if table.num_rows != group.rows or table.schema.types != [schema.DATASET.field(name).type for name in names]:
+        raise _damaged(group.file, f"{table.num_rows} rows of {table.schema.names} where {group.rows} were written")
+    return table
+
+
+def _damaged(file: str, detail: str) -> InputError:
+    text = " ".join(detail.split())[:200]
+    return InputError(f"shard '{file}' cannot be read, the dataset is damaged; ingest again: {text}")
 
 
 def ingest(
@@ -176,7 +193,7 @@ def ingest(
         _refuse_other(uri, committed, source)
         return manifest.summary(uri, committed, time.monotonic() - began, already=True)
     meta = _build(uri, format, index, lists, source, settings, sink or NoSink())
-    if not storage.create_once(storage.join(uri, DATASET_JSON), _json(meta)):
+    if not storage.create_once(storage.join(uri, DATASET_JSON), _json(seal.seal(meta))):
         raise InputError(f"'{uri}' was committed by somebody else meanwhile; choose another --out")
     return manifest.summary(uri, meta, time.monotonic() - began, already=False)
 

@@ -293,4 +293,5 @@ def _options() -> dict[str, Any]:
         "compression": {path: "NONE" if path in stored else "ZSTD" for path in paths},
         "use_dictionary": ["split", "label_source"],
         "write_statistics": ["image_id", "height", "width", "split"],
+        "write_page_checksum": True,
     }

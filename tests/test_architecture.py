@@ -10,9 +10,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS = (
     ("errors", "schema", "config"),
-    ("storage", "boxes", "telemetry"),
+    ("storage", "boxes", "telemetry", "seal"),
+    ("jpeg",),
     ("decode", "uncertainty"),
-    ("clusters",),
+    ("clusters", "device"),
     ("formats", "augment", "models", "losses", "calibration", "metrics", "optim", "views"),
     ("splits",),
     ("shards",),
@@ -22,7 +23,7 @@ LAYERS = (
     ("predict", "predictions", "checkpoint", "recipe", "units", "pools"),
     ("loop",),
     ("train", "score"),
-    ("evaluate", "calibrate"),
+    ("evaluate", "calibrate", "verify"),
     ("ensemble", "registry", "review", "report"),
 )
 """Modules and packages of ``pipeline``, lowest first: DESIGN, section 1; helpers stand below their room."""
@@ -31,7 +32,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 SIDEWAYS = {("schema", "errors"), ("config", "errors")}
 """``errors`` is what everything, its own layer too, raises."""
 
-RAY = {"telemetry", "datasets", "stream", "predictions", "pools", "train", "score", "evaluate", "calibrate", "ensemble"}
+RAY = {"telemetry", "datasets", "stream", "predictions", "pools", "train", "score", "evaluate", "calibrate", "ensemble", "verify"}
 KORNIA = {"augment", "losses"}
 MAX_FILE_LINES = 320
 MAX_FUNCTION_LINES = 70

@@ -1,0 +1,34 @@
+"""A digest inside a JSON object over all the rest of it: what commits a result also says when it was damaged."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.errors import InputError
+
+DIGEST = "digest"
+
+
+def seal(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with its ``digest``: sha256 of the sorted compact JSON of everything else."""
+    plain = {key: value for key, value in content.items() if key != DIGEST}
+    text = json.dumps(plain, sort_keys=True, separators=(",", ":"))
+    # Through JSON once: what is read back (lists for tuples, strings for keys) must give the same text.
+    text = json.dumps(json.loads(text), sort_keys=True, separators=(",", ":"))
+    return {**plain, DIGEST: hashlib.sha256(text.encode()).hexdigest()}
+
+
+def check(content: Any, where: str, remedy: str) -> None:
+    """Compare an object that was read with its own digest.
+
+    Args:
+        content: The parsed JSON.
+        where: Its URI.
+        remedy: What to do, for the error: "ingest again".
+
+    Raises:
+        InputError: It differs, or has none.
+    """
+    if not isinstance(content, dict) or content.get(DIGEST) != seal(content)[DIGEST]:
+        raise InputError(f"'{where}' is not as it was committed (its digest differs): damaged or edited; {remedy}")

@@ -1,0 +1,118 @@
+"""Whether what lies on storage is what was committed: every file of a dataset, a bundle or predictions."""
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import ray.data
+
+from pipeline import bundle, datasets, predictions, storage
+from pipeline.errors import InputError
+from pipeline.predictions.attempts import MANIFEST
+from pipeline.telemetry import NoSink, Progress, Sink
+
+CHUNK = 8 * 2**20
+TRIES = 3
+TASKS = 1000
+"""At most, however many files there are."""
+
+
+def verify(uri: str, sink: Sink | None = None) -> dict[str, Any]:
+    """Read every file that is named by what committed ``uri``, and compare size and sha256; Ray must be running.
+
+    Args:
+        uri: A dataset, a bundle, or a folder of predictions.
+        sink: Where progress goes.
+
+    Returns:
+        ``uri, kind, files, bytes, seconds`` and ``damage``: a list of ``{file, problem}``, sorted by file.
+
+    Raises:
+        InputError: Nothing is committed there, or what commits it is damaged itself.
+    """
+    began, uri = time.monotonic(), storage.absolute(uri)
+    kind, files = _files(uri)
+    progress, damage = Progress(sink or NoSink(), "verify", len(files), unit="files"), []
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    items = [{"file": path, "size": entry["size"], "sha256": entry["sha256"]} for path, entry in files.items()]
+    found = ray.data.from_items(items, override_num_blocks=min(len(items), TASKS)).map(_Compare(uri)).iter_rows()
+    for row in found:
+        progress.advance(1)
+        if row["problem"]:
+            damage.append({"file": storage.join(uri, row["file"]), "problem": row["problem"]})
+    return {
+        "uri": uri,
+        "kind": kind,
+        "files": len(files),
+        "bytes": sum(entry["size"] for entry in files.values()),
+        "damage": sorted(damage, key=lambda item: item["file"]),
+        "seconds": time.monotonic() - began,
+    }
+
+
+def _files(uri: str) -> tuple[str, Mapping[str, Any]]:
+    """(kind, {path: {size, sha256}}) of what is committed at ``uri``."""
+    for kind, (name, files) in _KINDS.items():
+        if storage.exists(storage.join(uri, name)):
+            return kind, files(uri)
+    names = ", ".join(name for name, _ in _KINDS.values())
+    raise InputError(f"nothing is committed at '{uri}': wanted one of {names} in it; check the path")
+
+
+def _of_dataset(uri: str) -> dict[str, Any]:
+    return {file["path"]: file for file in datasets.open_dataset(uri).meta["files"]}
+
+
+def _of_bundle(uri: str) -> dict[str, Any]:
+    return bundle.open_bundle(uri).manifest["files"]
+
+
+def _of_predictions(uri: str) -> dict[str, Any]:
+    committed = predictions.committed(uri) or {"files": []}
+    return {file["file"]: file for file in committed["files"]}
+
+
+_KINDS: dict[str, tuple[str, Callable[[str], dict[str, Any]]]] = {
+    "dataset": (datasets.DATASET_JSON, _of_dataset),
+    "bundle": (bundle.MANIFEST, _of_bundle),
+    "predictions": (MANIFEST, _of_predictions),
+}
+
+
+class _Compare:
+    """Runs in tasks: one file -> what is wrong with it, "" for nothing."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        problem = ""
+        for left in reversed(range(TRIES)):
+            try:
+                problem = compare(storage.join(self.uri, row["file"]), row["size"], row["sha256"])
+                break
+            except OSError as error:
+                word = storage.classify(error)
+                problem = word if word == "missing" else f"could not be read ({word})"
+                if word in ("missing", "forbidden") or not left:
+                    break
+                time.sleep(1)
+        return {"file": row["file"], "problem": problem}
+
+
+def compare(uri: str, size: int, sha256: str) -> str:
+    """What is wrong with one file; "" for nothing. Reads it in chunks.
+
+    Raises:
+        OSError: It could not be read.
+    """
+    digest, count = hashlib.sha256(), 0
+    filesystem, path = storage.arrow(uri)
+    with filesystem.open_input_stream(path) as stream:
+        while chunk := stream.read(CHUNK):
+            digest.update(chunk)
+            count += len(chunk)
+    if count != size:
+        return f"{count} bytes where {size} were written"
+    return "" if digest.hexdigest() == sha256 else "sha256 differs from what was written"
