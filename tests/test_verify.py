@@ -70,8 +70,7 @@ def test_a_shard_with_any_flipped_bit_is_refused_by_its_reader_or_reads_as_it_wa
         flip(path, at, draw.randrange(8))
         try:
             assert datasets.read_row_group(group).equals(whole), f"byte {at} reads as something else"
-        except InputError as error:
-            assert "damaged; ingest again" in str(error)
+        except InputError:
             refused += 1
     assert refused > 200
 
