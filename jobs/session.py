@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from pipeline import patience
 from pipeline.errors import DoneError, root_input_error
 from pipeline.telemetry import Terminal, diverted
 
@@ -61,6 +62,7 @@ def run_job(verb: str, story: Callable[[Terminal], None]) -> int:
     0 done (or done already) · 1 the machine failed: where the log is · 2 wrong input: one sentence.
     """
     log = Path("runs") / "logs" / f"{verb}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
+    patience.expect_an_answer_soon()
     with diverted(log) as terminal:
         try:
             story(terminal)

@@ -115,6 +115,17 @@ def read_row_group(group: RowGroup, columns: Sequence[str] | None = None) -> pa.
         InputError: The shard is gone or damaged.
     """
     names = list(schema.DATASET.names) if columns is None else list(columns)
+    tries = 1 if storage.scheme_of(group.file) == "file" else 2  # it may have been damaged on the way
+    for last in (tries == 1, True):
+        try:
+            return storage.patiently(group.file, lambda: _read(group, names))
+        except InputError:
+            if last:
+                raise
+    raise AssertionError("unreachable")
+
+
+def _read(group: RowGroup, names: list[str]) -> pa.Table:
     options: dict[str, Any] = {"pre_buffer": True, "page_checksum_verification": True}
     try:
         with storage.open_input(group.file) as file, pq.ParquetFile(file, **options) as parquet:

@@ -3,7 +3,6 @@
 import hashlib
 import io
 import json
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +24,6 @@ ROW_GROUP_ROWS = 256
 ROW_GROUP_BYTES = 32 * 2**20
 THREADS = 8
 """Images of one shard read and decoded at a time: enough to hide an object store's latency."""
-READ_TRIES = 3
 
 
 @dataclass(frozen=True)
@@ -195,17 +193,12 @@ def _label_source(source: Source) -> str | None:
 
 
 def _fetch(uri: str) -> bytes:
-    """The object, tried a few times; what fails is a DecodeError with a word of ``schema.STATUSES``."""
-    for attempt in range(READ_TRIES):
-        try:
-            return storage.read_bytes(uri)
-        except OSError as error:
-            reason = storage.classify(error)
-            if attempt + 1 == READ_TRIES or reason in ("missing", "forbidden"):
-                text = " ".join(str(error).split())[:200]
-                raise DecodeError(reason, f"'{uri}' could not be read: {text}") from None
-            time.sleep(0.2 * 4**attempt)
-    raise AssertionError("unreachable")
+    """The object; what fails is a DecodeError with a word of ``schema.STATUSES``."""
+    try:
+        return storage.read_bytes(uri)
+    except OSError as error:
+        text = " ".join(str(error).split())[:200]
+        raise DecodeError(storage.classify(error), f"'{uri}' could not be read: {text}") from None
 
 
 def _label_digest(labels: Labels) -> str:

@@ -3,26 +3,29 @@
 ``s3://`` takes endpoint, region and keys from the usual environment variables (AWS_ENDPOINT_URL_S3 or
 AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN); nothing of
 them is ever printed or stored. Bulk data goes through pyarrow, single small objects through fsspec
-(pyarrow has no conditional PUT).
+(pyarrow has no conditional PUT). Calls to a remote store that fail for a while are made again (see ``patience``).
 """
 
 import contextlib
 import errno
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import fsspec
 import pyarrow as pa
 from pyarrow import fs as pafs
 
+from pipeline import patience
 from pipeline.errors import InputError, nearest
+from pipeline.patience import classify as classify
 
+T = TypeVar("T")
 SCHEMES = ("file", "s3", "gs", "memory")
 
 
@@ -73,7 +76,7 @@ def _s3_environment() -> tuple[str | None, ...]:
 def _arrow_s3(environment: tuple[str | None, ...]) -> pafs.FileSystem:
     s3_url, url, region, default_region, key, secret, token = environment
     endpoint = s3_url or url
-    options: dict[str, Any] = {"connect_timeout": 20, "request_timeout": 60}
+    options: dict[str, Any] = {"connect_timeout": 10, "request_timeout": 20}  # of silence, not of a whole transfer
     if endpoint:
         parts = urlsplit(endpoint if "://" in endpoint else f"https://{endpoint}")
         options |= {"endpoint_override": parts.netloc, "scheme": parts.scheme}
@@ -137,11 +140,12 @@ def list_files(uri: str, suffixes: tuple[str, ...] = ()) -> list[Listed]:
     """
     filesystem, root = arrow(uri)
     try:
-        if filesystem.get_file_info(root).type == pafs.FileType.NotFound:
+        kind = patiently(uri, lambda: filesystem.get_file_info(root).type)
+        if kind == pafs.FileType.NotFound:
             raise _missing(uri, "folder")
-        if filesystem.get_file_info(root).type == pafs.FileType.File:
+        if kind == pafs.FileType.File:
             raise InputError(f"'{uri}' is a file; wanted a folder")
-        found = filesystem.get_file_info(pafs.FileSelector(root, recursive=True))
+        found = patiently(uri, lambda: filesystem.get_file_info(pafs.FileSelector(root, recursive=True)))
     except OSError as error:
         raise InputError(f"folder '{uri}' could not be listed: {_reason(error)}{_hint(uri)}") from None
     base = root.rstrip("/") + "/"
@@ -158,23 +162,11 @@ def _reason(error: OSError) -> str:
     return " ".join(str(error).split())[:300]
 
 
-def classify(error: BaseException) -> str:
-    """One of the words of ``schema.STATUSES`` for an error met while reading an object."""
-    if isinstance(error, (FileNotFoundError, IsADirectoryError)):
-        return "missing"
-    if isinstance(error, PermissionError):
-        return "forbidden"
-    if isinstance(error, TimeoutError):
-        return "timeout"
-    text = str(error).lower()
-    if isinstance(error, OSError):
-        if "access_denied" in text or "forbidden" in text or "403" in text or "acl_" in text:
-            return "forbidden"
-        if "timeout" in text or "timed out" in text:
-            return "timeout"
-        if "not found" in text or "no_such_key" in text or "404" in text:
-            return "missing"
-    return "error"
+def patiently(uri: str, call: Callable[[], T]) -> T:
+    """``call()``, which touches ``uri``; made again while a remote store hiccups or does not answer at all."""
+    if scheme_of(uri) in ("file", "memory"):
+        return call()
+    return patience.patiently(call, f"'{uri}'")
 
 
 def read_bytes(uri: str) -> bytes:
@@ -184,8 +176,12 @@ def read_bytes(uri: str) -> bytes:
         FileNotFoundError, PermissionError, OSError: As the filesystem says; see ``classify``.
     """
     filesystem, path = arrow(uri)
-    with filesystem.open_input_stream(path) as stream:
-        return stream.read()
+
+    def read() -> bytes:
+        with filesystem.open_input_stream(path) as stream:
+            return stream.read()
+
+    return patiently(uri, read)
 
 
 def read_text(uri: str, what: str) -> str:
@@ -203,7 +199,7 @@ def read_text(uri: str, what: str) -> str:
 def exists(uri: str) -> bool:
     """Whether a file or folder is there."""
     filesystem, path = arrow(uri)
-    return filesystem.get_file_info(path).type != pafs.FileType.NotFound
+    return patiently(uri, lambda: filesystem.get_file_info(path).type) != pafs.FileType.NotFound
 
 
 @contextlib.contextmanager
@@ -217,8 +213,13 @@ def publish(uri: str) -> Iterator[Any]:
         # Arrow's S3 stream publishes what it has when it is garbage-collected, so nothing is opened early.
         buffer = pa.BufferOutputStream()
         yield buffer
-        with filesystem.open_output_stream(path) as stream:
-            stream.write(buffer.getvalue())
+        content = buffer.getvalue()
+
+        def upload() -> None:
+            with filesystem.open_output_stream(path) as stream:
+                stream.write(content)
+
+        patiently(uri, upload)
         return
     aside = Path(f"{path}.{secrets.token_hex(4)}.part")
     aside.parent.mkdir(parents=True, exist_ok=True)
@@ -268,13 +269,21 @@ def create_once(uri: str, data: bytes) -> bool:
     if scheme not in ("s3", "gs"):
         raise InputError(f"'{uri}': {scheme}:// cannot commit atomically; use file, s3 or gs")
     filesystem, path = generic(uri)
-    try:
-        filesystem.pipe_file(path, data, mode="create")
-        return True
-    except (OSError, FileExistsError) as error:
-        if not exists(uri):
-            raise OSError(f"'{uri}' could not be committed: {_reason(OSError(str(error)))}") from error
-        return read_bytes(uri) == data
+
+    def create() -> bool:
+        try:
+            filesystem.pipe_file(path, data, mode="create")
+            return True
+        except Exception as error:  # of the network too; what it left behind decides
+            try:
+                return read_bytes(uri) == data
+            except FileNotFoundError:
+                if not patience.transient(error):
+                    text = _reason(OSError(str(error)))
+                    raise PermissionError(f"'{uri}' could not be committed: {text}") from error
+                raise OSError(f"'{uri}' could not be committed: {_reason(OSError(str(error)))}") from error
+
+    return patiently(uri, create)
 
 
 def _create_local(path: Path, data: bytes) -> bool:

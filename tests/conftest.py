@@ -17,6 +17,7 @@ os.environ.update(
         "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "OMP_NUM_THREADS": "1",
+        "DUBITO_STORAGE_PATIENCE_S": "5",
     }
 )
 torch.set_num_threads(1)
