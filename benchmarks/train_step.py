@@ -1,9 +1,13 @@
-"""How many images a second a training step takes: anchor_free beside torchvision's one-stage detectors.
+"""How many images a second a training step takes: fed by the stream, on a batch that stays, beside torchvision's.
 
-    python -m benchmarks.train_step --size 640 --batch 16 --bf16 --compile
-    python -m benchmarks.train_step --size 128 --batch 2 --steps 3 --device cpu
+    python -m benchmarks.train_step --bf16 --compile
+    python -m benchmarks.train_step --small
 
-A step is forward, loss, backward and optimiser on made images that already lie on the device. The networks take
+First U-Net r34 and anchor_free end to end (``benchmarks.end_to_end``): the real stream, augmentation and step against
+the same step on one augmented batch that lies on the device. Then anchor_free beside torchvision's one-stage detectors
+on made images (--against without names leaves this out).
+
+There, a step is forward, loss, backward and optimiser on made images that already lie on the device. The networks take
 turns, a few steps each, so that a machine that slows down slows all of them; figures are medians over steps,
 each timed from an idle device to an idle device. torchvision's networks run as their makers train them: a list of
 images and of targets into the module in train mode, which gives the losses, and SGD. Their normalisation and
@@ -12,14 +16,19 @@ resizing are inside, set to the size that the images have. Weights are random: n
 
 import argparse
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks import end_to_end, feed, harness
+from jobs.session import ray_session
 from pipeline import losses
+from pipeline.device import pick_device
 from pipeline.models.anchor_free import AnchorFree
 
 CLASSES = 80
@@ -127,8 +136,8 @@ def measure(steps: dict[str, Step], args: argparse.Namespace, device: torch.devi
         rows.append({
             "network": name, "img/s": args.batch / middle, "ms/step": 1e3 * middle,
             "quartiles ms": f"{1e3 * quarter[0]:.1f} to {1e3 * quarter[2]:.1f}",
-            f"times {BASELINE}": base / middle if base else float("nan"),
-            "peak GiB of a step": peaks[name] / 2**30 if device.type == "cuda" else float("nan"),
+            f"times {BASELINE}": base / middle if base else None,
+            "peak GiB of a step": peaks[name] / 2**30 if device.type == "cuda" else None,
         })  # fmt: skip
     return rows
 
@@ -136,40 +145,78 @@ def measure(steps: dict[str, Step], args: argparse.Namespace, device: torch.devi
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=int, default=640, help="side of the square images in pixels, a multiple of 32")
+    parser.add_argument("--small", action="store_true", help="under two minutes on two CPU cores; sets what follows")
+    parser.add_argument("--size", type=int, default=640, help="side of the made images in pixels, a multiple of 32")
     parser.add_argument("--batch", type=int, default=16, help="images a step")
     parser.add_argument("--boxes", type=int, default=8, help="objects an image")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto: cuda where there is one")
     parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16, for all networks")
-    parser.add_argument("--compile", action="store_true", help="torch.compile for anchor_free and its loss")
-    parser.add_argument("--steps", type=int, default=20, help="timed steps of each network")
-    parser.add_argument("--turn", type=int, default=5, help="steps before the next network's turn")
-    parser.add_argument("--warmup", type=int, default=3, help="steps of each network before the first timed one")
+    parser.add_argument("--compile", action="store_true", help="torch.compile for this project's networks")
+    parser.add_argument("--steps", type=int, default=20, help="timed steps of each network beside torchvision's")
+    parser.add_argument("--turn", type=int, default=5, help="steps before the next side's turn")
+    parser.add_argument("--warmup", type=int, default=3, help="steps of each side before the first timed one")
     parser.add_argument("--sizes", nargs="*", default=["s"], choices=("n", "s", "m"), help="sizes of anchor_free")
     parser.add_argument(
         "--against", nargs="*", default=[BASELINE, "retinanet_resnet50_fpn_v2"], help="torchvision's detectors"
     )
-    return parser.parse_args(argv)
+    whole = parser.add_argument_group("end to end")
+    whole.add_argument("--models", nargs="*", default=list(end_to_end.MODELS), choices=list(end_to_end.MODELS))
+    whole.add_argument("--images", type=Path, help="folder of photographs to cut the images out of")
+    whole.add_argument("--count", type=int, default=1000, help="distinct images")
+    whole.add_argument("--picture", default="500x375", help="their width x height")
+    whole.add_argument("--input", type=int, default=512, help="side of the network's input")
+    whole.add_argument("--rounds", type=int, default=10, help="turns of each side")
+    whole.add_argument("--decode", default="auto", choices=("auto", "device", "host", "cluster"))
+    whole.add_argument("--cache", default="none", choices=("none", "decoded"))
+    whole.add_argument("--prefetch", type=int, default=2, help="batches decoded ahead")
+    args = parser.parse_args(argv)
+    if args.small:
+        vars(args).update(size=64, batch=2, steps=4, turn=2, warmup=1, against=args.against[:1])
+        vars(args).update(count=24, input=96, rounds=3)
+    return args
 
 
-def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
-    """Print the table, and return its rows."""
-    args = parse(argv)
-    cuda = torch.cuda.is_available()
-    device = torch.device(args.device if args.device != "auto" else "cuda" if cuda else "cpu")
-    torch.manual_seed(0)
+def whole(args: argparse.Namespace, device: torch.device) -> tuple[dict[str, Any], dict[str, float]]:
+    """Figures and ratios of the models end to end; prints their table."""
+    if not args.models:
+        return {}, {}
+    more = {"size": args.input, "precision": "bf16" if args.bf16 else "auto"}
+    inner = argparse.Namespace(**(vars(args) | more))
+    width, height = (int(part) for part in args.picture.split("x"))
+    with tempfile.TemporaryDirectory() as folder, ray_session():
+        uri = end_to_end.make_dataset(Path(folder), feed.photographs(args.images), (width, height), args.count)
+        rows, figures, ratios = end_to_end.measure(uri, inner, device)
+    print(f"training, {args.batch} images of {args.picture} a step, framed to {args.input}x{args.input}")
+    print(harness.table(rows))
+    return figures, ratios
+
+
+def beside_torchvision(args: argparse.Namespace, device: torch.device) -> tuple[dict[str, Any], dict[str, float]]:
+    """Figures and ratios of anchor_free beside torchvision's detectors; prints their table."""
+    if not args.against:
+        return {}, {}
     steps = {f"anchor_free {size}": ours(size, args, device) for size in args.sizes}
     steps |= {name: torchvisions(name, args, device) for name in args.against}
     rows = measure(steps, args, device)
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(
-        f"{where}, torch {torch.__version__}, {args.batch} images of {args.size}x{args.size}, {args.boxes} boxes each, "
+        f"steps on {args.batch} images of {args.size}x{args.size}, {args.boxes} boxes each, "
         f"{'bf16' if args.bf16 else 'float32'}, anchor_free {'' if args.compile else 'not '}compiled"
     )
-    print("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
-    for row in rows:
-        print("| " + " | ".join(each if isinstance(each, str) else f"{each:.4g}" for each in row.values()) + " |")
-    return rows
+    print(harness.table(rows))
+    ratio = f"times {BASELINE}"
+    ratios = {f"{row['network']}: {ratio}": row[ratio] for row in rows if row[ratio] and row["network"] != BASELINE}
+    return {row["network"]: {"img_s": row["img/s"], "ms_a_step": row["ms/step"]} for row in rows}, ratios
+
+
+def main(argv: list[str] | None = None) -> tuple[dict[str, Any], dict[str, float]]:
+    """Print the tables and the JSON line; returns its figures and ratios."""
+    args = parse(argv)
+    device = pick_device(args.device)
+    torch.manual_seed(0)
+    figures, ratios = whole(args, device)
+    more, others = beside_torchvision(args, device)
+    harness.finish("train_step", figures | more, ratios | others)
+    return figures | more, ratios | others
 
 
 if __name__ == "__main__":

@@ -1,14 +1,19 @@
 """Encoded bytes -> upright RGB uint8: one function for everybody, with limits on hostile files."""
 
 import io
+import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+
+from pipeline import jpeg
+from pipeline.buffers import Buffers
 
 IMAGE_SUFFIXES: tuple[str, ...] = (
     ".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"
@@ -43,6 +48,19 @@ class ImageInfo:
     orientation: int = 1
 
 
+Size = tuple[int, int]
+"""Height and width in pixels."""
+
+
+class Reduced(NamedTuple):
+    """An image decoded at a fraction of its size."""
+
+    pixels: np.ndarray
+    """(h, w, 3) uint8, upright."""
+    size: Size
+    """Of the whole upright image."""
+
+
 def probe(data: bytes) -> ImageInfo:
     """Size and orientation from the header alone.
 
@@ -62,6 +80,25 @@ def decode(data: bytes) -> np.ndarray:
     Raises:
         DecodeError: Corrupt, truncated, unsupported, or beyond the limits.
     """
+    found = _plain(data, None, None)
+    return _by_pillow(data) if found is None else found.pixels
+
+
+def _plain(data: bytes, wanted: Callable[[Size], Size] | None, buffers: Buffers | None) -> Reduced | None:
+    """What ``jpeg`` makes of the file; None: it is for Pillow."""
+    size = jpeg.plain_size(data) if len(data) <= MAX_BYTES else None
+    if size is None or size[0] * size[1] > MAX_PIXELS:
+        return None
+    orientation = _info(_open(data)).orientation if jpeg.may_be_turned(data) else 1
+    upright = size if orientation < 5 else (size[1], size[0])
+    factor = 1 if wanted is None else jpeg.reduction(upright, wanted(upright))
+    pixels = jpeg.decode(data, size, factor, buffers)
+    if pixels is None:
+        return None
+    return Reduced(np.ascontiguousarray(_upright(pixels, orientation)), upright)
+
+
+def _by_pillow(data: bytes) -> np.ndarray:
     image = _open(data)
     orientation = _info(image).orientation
     try:
@@ -73,12 +110,46 @@ def decode(data: bytes) -> np.ndarray:
     return np.ascontiguousarray(_upright(pixels, orientation))
 
 
-def decode_many(items: Sequence[bytes | None], threads: int) -> list[np.ndarray | DecodeError]:
-    """``decode`` of each item, in order; a failure takes the place of its image. None is "missing"."""
+def decode_many(
+    items: Sequence[bytes | None],
+    threads: int,
+    wanted: Callable[[Size], Size] | None = None,
+    buffers: Buffers | None = None,
+) -> list[np.ndarray | Reduced | DecodeError]:
+    """``decode`` of each item, in order; a failure takes the place of its image. None is "missing".
+
+    Args:
+        items: Encoded images.
+        threads: Images decoded at a time.
+        wanted: Size of an upright image -> the size to which it will be resized. A JPEG much larger than that is
+            decoded at 1/2, 1/4 or 1/8 of its size, and comes as ``Reduced``.
+        buffers: Where the memory of JPEGs comes from.
+    """
+
+    def one(data: bytes | None) -> np.ndarray | Reduced | DecodeError:
+        try:
+            if data is None:
+                return DecodeError("missing", "no image bytes")
+            found = _plain(data, wanted, buffers)
+            if found is None:
+                return _by_pillow(data)
+            return found.pixels if found.pixels.shape[:2] == found.size else found
+        except DecodeError as error:
+            return error
+
     if threads <= 1 or len(items) <= 1:
-        return [_decode_or_error(item) for item in items]
-    with ThreadPoolExecutor(min(threads, len(items)), "decode") as pool:
-        return list(pool.map(_decode_or_error, items))
+        return [one(item) for item in items]
+    return list(pool(threads).map(one, items))
+
+
+def pool(threads: int) -> ThreadPoolExecutor:
+    """Threads of this process for pixels, made once."""
+    return _pool(threads, os.getpid())
+
+
+@lru_cache(maxsize=8)
+def _pool(threads: int, process: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, "pixels")
 
 
 def decode_map(data: bytes) -> np.ndarray:
@@ -100,13 +171,6 @@ def decode_map(data: bytes) -> np.ndarray:
         return np.array(image.convert("RGB"))
     except Exception as error:  # as in decode
         raise DecodeError("corrupt", f"label image cannot be decoded: {_text(error)}") from None
-
-
-def _decode_or_error(data: bytes | None) -> np.ndarray | DecodeError:
-    try:
-        return DecodeError("missing", "no image bytes") if data is None else decode(data)
-    except DecodeError as error:
-        return error
 
 
 def _open(data: bytes) -> Image.Image:

@@ -1,14 +1,22 @@
 """What makes a network fast on the device at hand, without a change of what it says beyond rounding."""
 
 import contextlib
-from typing import Literal
+import logging
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
+log = logging.getLogger(__name__)
+
 Precision = Literal["auto", "float32", "bf16"]
 """Of convolutions and matrix products; losses, probabilities and sums stay float32. ``auto``: bf16 on a GPU that has
 it, float32 elsewhere (on CPUs without AMX bf16 is several times slower)."""
+
+Compile = Literal["auto"] | bool
+"""Whether networks are compiled. ``auto``: on a GPU, where the run is long enough to earn the minute it takes."""
+LONG_RUN_STEPS = 1000
+"""Training steps from which compiling pays: at 0.1 s a step, a quarter saved is 25 s in a thousand."""
 
 
 def pick_device(device: str) -> torch.device:
@@ -36,3 +44,52 @@ def place(module: nn.Module, device: torch.device) -> nn.Module:
     """The module on the device, its weights channels last: convolutions are faster so on CPUs and GPUs alike."""
     module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     return module.to(device)
+
+
+def wants_compile(device: torch.device, choice: Compile, steps: int) -> bool:
+    """What ``choice`` comes to for a run of so many steps."""
+    if choice == "auto":
+        return device.type == "cuda" and steps >= LONG_RUN_STEPS
+    return choice
+
+
+class Compiled:
+    """A network's call, compiled for one input shape at a time; as it is, with one warning, once that has failed.
+
+    It holds no weights: names in a state dict, and so checkpoints, are those of the module.
+    """
+
+    def __init__(self, module: nn.Module, backend: Any = "inductor") -> None:
+        self._module = module
+        self._run: Any = torch.compile(module, dynamic=False, backend=backend)
+
+    @property
+    def training(self) -> bool:
+        """The module's mode."""
+        return self._module.training
+
+    def __call__(self, *args: Any) -> Any:
+        """What the module says."""
+        if self._run is None:
+            return self._module(*args)
+        try:
+            return self._run(*args)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever the compiler throws; a fault of the module's own is raised below
+            self._run = None
+            said = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
+            log.warning("the network runs uncompiled, and slower, since torch.compile failed: %s", said)
+            return self._module(*args)
+
+
+def fuse(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """One kernel for all weights on a GPU; call after a state was loaded, which brings its own device's choice."""
+    fused = device.type == "cuda"
+    for group in optimizer.param_groups:
+        if "fused" in group:
+            group["fused"] = fused or None
+        for parameter in group["params"]:
+            steps = optimizer.state.get(parameter, {}).get("step")
+            if fused and isinstance(steps, torch.Tensor):
+                optimizer.state[parameter]["step"] = steps.to(parameter.device, torch.float32)

@@ -5,8 +5,7 @@ Knows no Ray: a list of batches drives it in a test. ``pipeline.train`` runs it 
 
 import contextlib
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,21 +15,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline import checkpoint, losses, models, optim, stream
+from pipeline import checkpoint, feed, losses, models, optim, stream
 from pipeline.augment import Augment, Batch
 from pipeline.datasets import DatasetInfo
+from pipeline.device import Compiled, autocast, fuse, place, wants_compile
+from pipeline.device_decode import DeviceDecoder
 from pipeline.errors import InputError
+from pipeline.feed import Step
+from pipeline.flags import Flags
 from pipeline.models import transfer
 from pipeline.recipe import TrainConfig
 from pipeline.tasks.base import Task
 from pipeline.telemetry import Progress
-
-FLAG_DELAY = 2
-"""A step's loss is read this many steps later, when its copy has long arrived: the step waits for nothing."""
-
-
-class NonFiniteLossError(RuntimeError):
-    """The loss became NaN or infinite; the message names the images of that step."""
 
 
 @dataclass
@@ -43,12 +39,16 @@ class Worker:
     module: nn.Module
     model: nn.Module
     """``module``, or DDP around it."""
+    forward: Any
+    """``model``, or its compiled call."""
     average: optim.Ema | None
     """Exponential moving average of the weights, if asked for."""
     optimizer: torch.optim.Optimizer
     augment: Augment
     eval_augment: Augment
     device: torch.device
+    decoder: DeviceDecoder | None = None
+    """Decodes on the device; None: the task's CPU threads do."""
     rank: int = 0
     world: int = 1
     ledger: stream.Ledger = field(default_factory=stream.Ledger)
@@ -57,6 +57,11 @@ class Worker:
     def judged(self) -> nn.Module:
         """The bare module that is validated and bundled."""
         return self.module if self.average is None else self.average.module
+
+    def ask(self, model: Any, view: Batch) -> Any:
+        """Raw outputs of a model for a batch, in the run's precision."""
+        with autocast(self.device, self.config.train.precision):
+            return self.task.ask(model, view)
 
 
 def build_worker(
@@ -69,12 +74,13 @@ def build_worker(
     threads: int = 1,
 ) -> Worker:
     """Model, optimiser, task and augmentation of one process; the same weights on every rank."""
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)  # of streams and pinned memory that name none
     checkpoint.seed_all(config.seed, 0)
     outputs = config.build_task(info, threads).num_outputs
     module = config.model_for(info).build(outputs)
     transfer.prepare(config.transfer, module)
-    module.to(device)
-    module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    module = place(module, device)
     task = config.build_task(info, threads, multiple=int(module.stride))  # type: ignore[arg-type]
     if config.train.sync_batch_norm:
         if device.type == "cpu":
@@ -82,15 +88,31 @@ def build_worker(
         module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
     checkpoint.seed_all(config.seed, rank + 1)
     ids = [device.index] if device.type == "cuda" else None
-    return Worker(
-        config=config, info=info, task=task, module=module,
-        model=DistributedDataParallel(module, device_ids=ids) if world > 1 else module,
+    model = DistributedDataParallel(module, device_ids=ids) if world > 1 else module
+    fast = wants_compile(device, config.train.compile, config.num_steps(info))
+    # A two-stage detector asks its tensors for numbers on the way: nothing to be gained by compiling it.
+    whole = fast and not getattr(module, "takes_targets", False)
+    worker = Worker(
+        config=config, info=info, task=task, module=module, model=model,
+        forward=Compiled(model) if whole else model,
         average=optim.Ema(module, config.optim.ema) if config.optim.ema else None,
         optimizer=optim.build(config.optim, module, models.layers_of(module)),
-        augment=Augment(config.augment, config.input, config.seed, config.passes(info)),
-        eval_augment=Augment(None, config.input, config.seed),
-        device=device, rank=rank, world=world,
+        augment=Augment(config.augment, config.input, config.seed, config.passes(info), compile=fast),
+        eval_augment=Augment(None, config.input, config.seed, compile=fast),
+        device=device, decoder=_decoder(config, device, threads), rank=rank, world=world,
     )  # fmt: skip
+    fuse(worker.optimizer, device)
+    return worker
+
+
+def _decoder(config: TrainConfig, device: torch.device, threads: int) -> DeviceDecoder | None:
+    """What ``stream.decode`` comes to on this device."""
+    if config.stream.decode == "device" and device.type != "cuda":
+        raise InputError(
+            f"stream.decode: device wants a GPU in every worker, and this one has {device.type}; set it to host or auto"
+        )
+    wanted = device.type == "cuda" and config.stream.decode in ("auto", "device")
+    return DeviceDecoder(device, threads) if wanted else None
 
 
 def all_sum(values: Tensor, world: int) -> Tensor:
@@ -108,9 +130,8 @@ def global_counts(task: Task, batches: list[Batch], world: int) -> dict[str, Ten
     return dict(zip(names, all_sum(total, world).unbind(), strict=True))
 
 
-def train_step(worker: Worker, batches: list[Batch], lr: float) -> Tensor:
-    """One optimiser step over the accumulated ``batches``; returns this rank's share of the loss, detached."""
-    views = [worker.augment(batch.to(worker.device)) for batch in batches]
+def train_step(worker: Worker, views: list[Batch], lr: float) -> Tensor:
+    """One optimiser step over accumulated augmented batches; returns this rank's share of the loss, detached."""
     counts = global_counts(worker.task, views, worker.world)
     worker.model.train()
     transfer.hold(worker.config.transfer, worker.module)
@@ -119,7 +140,7 @@ def train_step(worker: Worker, batches: list[Batch], lr: float) -> Tensor:
         last = i == len(views) - 1
         wait = contextlib.nullcontext() if last or worker.world == 1 else worker.model.no_sync()  # type: ignore[operator]
         with wait:
-            loss = losses.total(worker.task.loss(worker.task.ask(worker.model, view), view), counts, worker.world)
+            loss = losses.total(worker.task.loss(worker.ask(worker.forward, view), view), counts, worker.world)
             loss.backward()
         parts.append(loss.detach())
     optim.add_penalties(worker.config.optim, worker.module)
@@ -131,38 +152,6 @@ def train_step(worker: Worker, batches: list[Batch], lr: float) -> Tensor:
     if worker.average is not None:
         worker.average.update(worker.module)
     return torch.stack(parts).sum()
-
-
-class Flags:
-    """Loss values on their way to the host, read ``FLAG_DELAY`` steps later with the ids of their images."""
-
-    def __init__(self) -> None:
-        self._waiting: deque[tuple[int, Tensor, list[str]]] = deque()
-
-    def push(self, step: int, loss: Tensor, image_ids: list[str]) -> Iterator[tuple[int, float]]:
-        """Send one value off; yields (step, loss) of those that are old enough."""
-        pinned = loss.device.type == "cuda"
-        host = torch.empty_like(loss, device="cpu", pin_memory=pinned).copy_(loss, non_blocking=pinned)
-        self._waiting.append((step, host, image_ids))
-        while len(self._waiting) > FLAG_DELAY:
-            yield self._read()
-
-    def flush(self) -> Iterator[tuple[int, float]]:
-        """Wait for the device and read the rest: nothing is published past a flag not yet read."""
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        while self._waiting:
-            yield self._read()
-
-    def _read(self) -> tuple[int, float]:
-        step, host, image_ids = self._waiting.popleft()
-        value = float(host)
-        if value != value or value in (float("inf"), float("-inf")):
-            names = ", ".join(image_ids[:16])
-            raise NonFiniteLossError(
-                f"loss is {value} at step {step}; images of that step: {names}; try a lower optim.lr"
-            )
-        return step, value
 
 
 def share_buffers(worker: Worker) -> None:
@@ -181,21 +170,20 @@ def validate(worker: Worker, tables: Iterable[pa.Table]) -> dict[str, float]:
     """
     module = worker.judged.eval()
     names: list[str] = []
-    sums = torch.zeros(0, 3, dtype=torch.float64)
+    weights: list[float] = []
+    sums = torch.zeros(0, 2, dtype=torch.float64)
     images = 0
-    for table in tables:
-        batch, failures = worker.task.collate(table, train=False, seed=worker.config.seed)
-        _refuse(failures, table)
-        view = worker.eval_augment(batch.to(worker.device))
-        terms = worker.task.loss(worker.task.ask(module, view), view)
+    batches = feed.collated(worker.task, tables, train=False, seed=worker.config.seed, decoder=worker.decoder)
+    for table, view in feed.views(batches, worker.eval_augment, worker.device):
+        terms = worker.task.loss(worker.ask(module, view), view)
         names = sorted(terms)
-        rows = torch.stack(
-            [torch.stack([torch.as_tensor(terms[n][0], device=worker.device).double(), terms[n][1].double(),
-                          terms[n][2].double()]) for n in names]
-        ).cpu()  # fmt: skip
-        sums = rows if not len(sums) else torch.cat([rows[:, :1], sums[:, 1:] + rows[:, 1:]], 1)
+        weights = [float(terms[name][0]) for name in names]
+        # Summed on the device: reading each batch's loss would hold up the next.
+        rows = torch.stack([torch.stack([part.double() for part in terms[name][1:]]) for name in names])
+        sums = sums + rows if len(sums) else rows
         images += table.num_rows
-    return _merge_validation(worker, names, sums, images)
+    columns = torch.tensor(weights, dtype=torch.float64)[:, None], sums.cpu()
+    return _merge_validation(worker, names, torch.cat(columns, 1) if names else torch.zeros(0, 3), images)
 
 
 def _merge_validation(worker: Worker, names: list[str], sums: Tensor, images: int) -> dict[str, float]:
@@ -213,39 +201,16 @@ def _merge_validation(worker: Worker, names: list[str], sums: Tensor, images: in
     return {"val_loss": float((weights.cpu() * each).sum()), **out, "val_images": int(flat[-1])}
 
 
-def _refuse(failures: list[tuple[int, str, str]], table: pa.Table) -> None:
-    if failures:
-        row, reason, detail = failures[0]
-        name = table["image_id"][row].as_py()
-        raise InputError(f"image '{name}' of the dataset is {reason}: {detail}; check the shard, or ingest again")
+def steps_of(worker: Worker, tables: Iterable[pa.Table], prefetch: int = 0) -> Generator[Step, None, None]:
+    """Optimiser steps out of the stream's tables, decoded ``prefetch`` batches ahead of the model (0: in step)."""
+    settings, seed = worker.config.train, worker.config.seed
+    decoder = None if worker.config.stream.frames else worker.decoder
 
+    def collated() -> Generator[feed.Collated, None, None]:
+        return feed.collated(worker.task, tables, train=True, seed=seed, decoder=decoder)
 
-@dataclass(frozen=True)
-class Step:
-    """The collated batches of one optimiser step, and where they stand in the stream."""
-
-    batches: list[Batch]
-    positions: list[Any]
-    resumed_from: str
-
-
-def steps_of(worker: Worker, tables: Iterable[pa.Table]) -> Iterator[Step]:
-    """Group local batches into optimiser steps; a batch that is not full is a broken promise of the stream."""
-    batches: list[Batch] = []
-    positions: list[Any] = []
-    for table in tables:
-        if table.num_rows != worker.config.train.batch_size:
-            raise RuntimeError(f"the stream ended within a batch: {table.num_rows} rows; rows were lost on the way")
-        batch, failures = worker.task.collate(table, train=True, seed=worker.config.seed)
-        _refuse(failures, table)
-        arrays = stream.batch_arrays(table)
-        batches.append(batch)
-        positions.append(arrays["position"])
-        if len(batches) == worker.config.train.accumulate:
-            yield Step(batches, positions, arrays["resumed_from"])
-            batches, positions = [], []
-    if batches:
-        raise RuntimeError(f"the stream ended within a step: {len(batches)} batches; rows were lost on the way")
+    batches = feed.ahead(collated, prefetch) if prefetch else collated()
+    return feed.steps(feed.views(batches, worker.augment, worker.device), settings.batch_size, settings.accumulate)
 
 
 @dataclass

@@ -8,6 +8,7 @@ from pipeline import models
 from pipeline.augment import AugmentSettings, InputSettings
 from pipeline.config import Settings
 from pipeline.datasets import DatasetInfo
+from pipeline.device import Compile, Precision
 from pipeline.errors import InputError
 from pipeline.models import ModelSettings, transfer
 from pipeline.models.transfer import TransferSettings
@@ -42,6 +43,11 @@ class LoopSettings(Settings):
     """Optimiser steps between lines of metrics.jsonl."""
     max_failures: int = Field(default=2, ge=0)
     """Restarts of the worker group before the run is given up."""
+    precision: Precision = "auto"
+    """Of the network in training and validation; losses and weights are float32 always. ``auto``: bf16 on a GPU that
+    has it."""
+    compile: Compile = "auto"
+    """Whether network and augmentation are compiled; ``auto``: on a GPU, in runs of a thousand steps and more."""
     sync_batch_norm: bool = False
     """Batch statistics over all workers; GPUs only."""
 
@@ -95,6 +101,15 @@ class TrainConfig(Settings):
     def _blended_labels(self) -> Self:
         if self.task == "segmentation" and self.augment.mixup:
             raise ValueError("augment.mixup blends two images, and masks cannot be blended; set it to 0")
+        return self
+
+    @model_validator(mode="after")
+    def _cached_frames(self) -> Self:
+        if self.stream.cache == "decoded" and self.input.fit == "crop":
+            raise ValueError(
+                "stream.cache: decoded keeps one frame of each image, and input.fit: crop takes another window in "
+                "every epoch; set cache to none, or fit to letterbox or stretch"
+            )
         return self
 
     def model_settings(self, where: str = "config") -> ModelSettings:
@@ -167,6 +182,11 @@ class TrainConfig(Settings):
         if self.train.steps is not None:
             return self.train.steps * global_batch, global_batch
         return max(1, round(rows * float(self.train.epochs or 0))), global_batch
+
+    def num_steps(self, info: DatasetInfo) -> int:
+        """Optimiser steps of the whole run."""
+        end, global_batch = self.length(info.counts.get("train", {}).get("images", 0))
+        return -(-end // global_batch)
 
     def passes(self, info: DatasetInfo) -> float:
         """Length of the whole run in passes over the train split."""

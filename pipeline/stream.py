@@ -1,4 +1,4 @@
-"""Shards -> the run's own order -> one Ray Dataset for all the rest of the run; and the ledger of what was used.
+"""Shards -> the run's own order -> one Ray Dataset for all the rest of the run.
 
 Ray evaluates a dataset factory once at each start of the worker group and re-executes that same Dataset if
 it is iterated again, so an order that changes every epoch, or "only the rest" after a restart, cannot come
@@ -7,18 +7,20 @@ the order behind it is a pure function of (seed, epoch): row groups are permuted
 inside windows of neighbouring row groups bounded in bytes. It depends neither on workers nor on restarts.
 """
 
-import io
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import pyarrow as pa
 import ray.data
+from pydantic import Field, model_validator
 
 from pipeline.config import Settings
 from pipeline.datasets import DatasetInfo, RowGroup, read_row_group, row_groups
+from pipeline.framed import Cache, Framing
+from pipeline.ledger import Ledger
 
 LABEL_COLUMNS = {"segmentation": ["mask"], "detection": ["boxes"]}
 ROW_COLUMNS = ["image_id", "image", "height", "width"]
@@ -29,81 +31,29 @@ class StreamSettings(Settings):
 
     window_mb: int = 64
     """Rows are shuffled inside windows of this many megabytes of encoded images."""
-    prefetch: int = 2
+    prefetch: int = Field(default=2, ge=1)
     """Batches fetched, decoded and framed ahead of the model."""
+    decode: Literal["auto", "device", "host", "cluster"] = "auto"
+    """Where images become pixels: on the worker's GPU (ordinary JPEGs; the rest on its CPU threads), on its CPU
+    threads alone, or in Ray Data tasks on any node, from where frames of ``input.size`` travel instead of encoded
+    images, which are some ten times smaller. ``auto``: ``device`` with a GPU, else ``host``."""
+    cache: Literal["none", "decoded"] = "none"
+    """``decoded``: tasks frame every image once, and the frames of the whole train split stay in the object store for
+    all further epochs. Refused where they would not fit, and with ``input.fit: crop``, whose frames are random."""
 
+    @property
+    def frames(self) -> bool:
+        """Whether frames travel to the workers, not encoded images."""
+        return self.decode == "cluster" or self.cache == "decoded"
 
-class Ledger:
-    """The set of stream positions that optimiser steps have used, as sorted disjoint intervals.
-
-    A set: union in any order, adding twice changes nothing. Positions at or past the run's end are padding.
-    """
-
-    def __init__(self, intervals: np.ndarray | None = None) -> None:
-        empty = np.empty((0, 2), np.int64)
-        self.intervals = empty if intervals is None else _normalise(intervals)
-        self._fresh: list[np.ndarray] = []
-
-    def add(self, positions: np.ndarray) -> None:
-        """Mark positions (n,) int64 as used."""
-        self._fresh.append(np.asarray(positions, np.int64))
-        if len(self._fresh) >= 256:
-            self._settle()
-
-    def _settle(self) -> None:
-        if self._fresh:
-            fresh = np.concatenate(self._fresh)
-            self._fresh = []
-            self.intervals = _normalise(np.concatenate([self.intervals, np.stack([fresh, fresh + 1], 1)]))
-
-    def contains(self, positions: np.ndarray) -> np.ndarray:
-        """Boolean (n,): which positions were used."""
-        self._settle()
-        if not len(self.intervals):
-            return np.zeros(len(positions), bool)
-        at = np.searchsorted(self.intervals[:, 0], positions, side="right") - 1
-        return (at >= 0) & (positions < self.intervals[np.maximum(at, 0), 1])
-
-    def count(self, start: int, stop: int) -> int:
-        """Number of used positions in [start, stop)."""
-        self._settle()
-        clipped = np.clip(self.intervals, start, stop)
-        return int((clipped[:, 1] - clipped[:, 0]).sum())
-
-    def first_free(self) -> int:
-        """The smallest position that was not used."""
-        self._settle()
-        return int(self.intervals[0, 1]) if len(self.intervals) and self.intervals[0, 0] == 0 else 0
-
-    def union(self, other: "Ledger") -> Self:
-        """Both ledgers in one."""
-        self._settle()
-        other._settle()
-        return type(self)(np.concatenate([self.intervals, other.intervals]))
-
-    def to_bytes(self) -> bytes:
-        """As stored in a checkpoint: an int64 array (n, 2) in numpy's own format."""
-        self._settle()
-        out = io.BytesIO()
-        np.save(out, self.intervals, allow_pickle=False)
-        return out.getvalue()
-
-    @classmethod
-    def from_bytes(cls, data: bytes) -> Self:
-        """Undo ``to_bytes``."""
-        return cls(np.load(io.BytesIO(data), allow_pickle=False))
-
-
-def _normalise(intervals: np.ndarray) -> np.ndarray:
-    """Sort, and merge what touches or overlaps."""
-    kept = intervals[intervals[:, 1] > intervals[:, 0]]
-    kept = kept[np.argsort(kept[:, 0], kind="stable")]
-    if len(kept) < 2:
-        return kept
-    reach = np.maximum.accumulate(kept[:, 1])
-    opens = np.concatenate([[True], kept[1:, 0] > reach[:-1]])
-    ends = np.append(np.flatnonzero(opens)[1:] - 1, len(kept) - 1)
-    return np.stack([kept[opens, 0], reach[ends]], 1)
+    @model_validator(mode="after")
+    def _cache_needs_tasks(self) -> Self:
+        if self.cache == "decoded" and self.decode in ("device", "host"):
+            raise ValueError(
+                f"stream.cache: decoded keeps what tasks of the cluster decode, and stream.decode is {self.decode}; "
+                "set decode to auto or cluster, or cache to none"
+            )
+        return self
 
 
 @dataclass(frozen=True)
@@ -188,6 +138,10 @@ class Expand:
     ledger: bytes
     block_rows: int
     resumed_from: str
+    framing: Framing | None = None
+    """Frames rows in the task; None: encoded images travel."""
+    cache: Cache | None = None
+    """Has framed row groups; None: they are read from the shards, and framed, in every epoch."""
 
     def __call__(self, batch: dict[str, np.ndarray]) -> Iterator[pa.Table]:
         """Yield the rows of each unit in ``batch["id"]``, ``block_rows`` at a time."""
@@ -202,21 +156,45 @@ class Expand:
         keep = np.flatnonzero((positions < self.stop) & ~ledger.contains(positions))
         if not len(keep):
             return
-        table = pa.concat_tables([read_row_group(group, list(self.columns)) for group in groups])
+        columns = list(self.columns)
+        parts = self.cache.read(groups) if self.cache else [read_row_group(group, columns) for group in groups]
+        if not self.cache:
+            # One copy of the window, or every ``take`` below would join all of it anew.
+            parts = [pa.concat_tables(parts).combine_chunks()]
         chosen = self.order.row_order(epoch, window, rows)[keep]
         for at in range(0, len(keep), self.block_rows):
             part = slice(at, at + self.block_rows)
-            block = table.take(pa.array(chosen[part]))
+            block = _gather(parts, chosen[part])
             count = block.num_rows
-            yield (
+            block = (
                 block.append_column("position", pa.array(positions[keep[part]]))
                 .append_column("epoch", pa.array(np.full(count, epoch, np.int64)))
                 .append_column("resumed_from", pa.array([self.resumed_from] * count, pa.string()))
             )
+            yield self.framing(block) if self.framing and not self.cache else block
+
+
+def _gather(parts: list[pa.Table], rows: np.ndarray) -> pa.Table:
+    """Rows of the tables under one another, in the order asked for, without a copy of any other row."""
+    starts = np.cumsum([0, *(part.num_rows for part in parts[:-1])])
+    which = np.searchsorted(starts, rows, side="right") - 1
+    pieces = [parts[k].take(pa.array(rows[which == k] - starts[k])) for k in np.unique(which)]
+    if len(pieces) == 1:
+        return pieces[0]
+    back = np.empty(len(rows), np.int64)
+    back[np.argsort(which, kind="stable")] = np.arange(len(rows))
+    return pa.concat_tables(pieces).combine_chunks().take(pa.array(back))
 
 
 def dataset(
-    order: Order, rest: Rest, ledger: Ledger, columns: list[str], block_rows: int, resumed_from: str
+    order: Order,
+    rest: Rest,
+    ledger: Ledger,
+    columns: list[str],
+    block_rows: int,
+    resumed_from: str,
+    framing: Framing | None = None,
+    cached: bool = False,
 ) -> ray.data.Dataset:
     """One lazy Ray Dataset of all the rows that remain, in the run's order.
 
@@ -227,15 +205,20 @@ def dataset(
         columns: Columns to read from the shards; ``position``, ``epoch`` and ``resumed_from`` are added.
         block_rows: Rows in a block, at most one local batch, so that small datasets reach all workers.
         resumed_from: Name of the checkpoint whose ledger this is; workers check that it is theirs.
+        framing: Decodes and frames rows in the tasks; None: encoded images travel.
+        cached: Whether what ``framing`` made stays in the object store while the Dataset lives.
     """
     first_unit = (rest.first // order.rows) * order.windows
     units = max(1, -(-rest.stop // order.rows) * order.windows - first_unit)
-    expand = Expand(order, tuple(columns), first_unit, rest.stop, ledger.to_bytes(), block_rows, resumed_from)
+    cache = Cache.start(framing, columns) if framing and cached else None
+    stored = ledger.to_bytes()
+    expand = Expand(order, tuple(columns), first_unit, rest.stop, stored, block_rows, resumed_from, framing, cache)
     plan = ray.data.range(units, override_num_blocks=units)
     function: Any = expand  # Ray types callables that yield, but not objects that are such
     out = plan.map_batches(function, batch_size=1, batch_format="numpy", zero_copy_batch=True)
     # Ray glues what a task yields to blocks of this size (128 MB by default: one block, one worker).
     row_bytes = sum(group.num_bytes for group in order.groups) // max(order.rows, 1)
+    row_bytes += framing.row_bytes if framing else 0
     out.context.target_max_block_size = max(1, row_bytes * block_rows)
     out.context.execution_options.preserve_order = True
     return out

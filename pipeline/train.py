@@ -1,11 +1,8 @@
 """Ray Train around the loop: the dataset factory, the worker function, checkpoints, ``fit``."""
 
-import contextlib
 import json
-import queue
 import tempfile
-import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,46 +14,14 @@ import torch
 
 from pipeline import checkpoint, storage, stream
 from pipeline.datasets import open_dataset, row_groups
+from pipeline.device import fuse
+from pipeline.errors import InputError
+from pipeline.framed import Framing, require_room
 from pipeline.loop import Journal, Plan, Worker, build_worker, run_steps, steps_of, validate
 from pipeline.recipe import TrainConfig
 from pipeline.telemetry import BoardSink, NoSink, Progress
 
 COLLECTIVE_TIMEOUT_S = 300
-
-
-def ahead(make: Callable[[], Iterator[Any]], depth: int) -> Iterator[Any]:
-    """Run an iterator in a thread, ``depth`` items ahead; its error is raised here."""
-    items: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=depth)
-    stop = threading.Event()
-
-    def put(item: tuple[str, Any]) -> bool:
-        while not stop.is_set():
-            with contextlib.suppress(queue.Full):
-                items.put(item, timeout=0.2)
-                return True
-        return False
-
-    def work() -> None:
-        try:
-            for value in make():
-                if not put(("item", value)):
-                    return
-            put(("end", None))
-        except BaseException as error:  # handed to the consumer, whatever it is
-            put(("error", error))
-
-    thread = threading.Thread(target=work, name="ahead", daemon=True)
-    thread.start()
-    try:
-        while True:
-            kind, value = items.get()
-            if kind == "end":
-                return
-            if kind == "error":
-                raise value
-            yield value
-    finally:
-        stop.set()
 
 
 @dataclass(frozen=True)
@@ -90,7 +55,22 @@ def training_dataset(fit: Fit) -> ray.data.Dataset:
         stream.training_columns(config.task),
         config.train.batch_size,
         start.rsplit("/", 1)[-1] if start else "",
+        Framing(config.input, config.seed) if config.stream.frames else None,
+        cached=config.stream.cache == "decoded",
     )
+
+
+def _check_stream(config: TrainConfig, gpu: bool) -> None:
+    """Refuse what this cluster cannot do, before a worker starts."""
+    if config.stream.decode == "device" and not gpu:
+        raise InputError(
+            f"stream.decode: device wants a GPU for each of {config.train.workers} workers, the cluster has "
+            f"{ray.cluster_resources().get('GPU', 0):.0f}; set it to host or auto"
+        )
+    if config.stream.cache == "decoded":
+        rows = open_dataset(config.data).counts["train"]["images"]
+        room = ray.cluster_resources().get("object_store_memory", 0)
+        require_room(Framing(config.input, config.seed), rows, room)
 
 
 def _look(worker: Worker, journal: Journal, run_uri: str) -> None:
@@ -130,6 +110,7 @@ def _restore(worker: Worker) -> tuple[Journal, str]:
             Path(folder), worker.rank, model=worker.module, average=worker.average, optimizer=worker.optimizer
         )
         worker.ledger = checkpoint.read_ledger(folder)
+        fuse(worker.optimizer, worker.device)
     return Journal(**progress), start.path.rstrip("/").rsplit("/", 1)[-1]
 
 
@@ -152,15 +133,11 @@ def train_worker(loop_config: dict[str, Fit]) -> None:
     shard = ray.train.get_dataset_shard("train")
     assert shard is not None, "fit passes the dataset named train"
     size = config.train.batch_size
-
-    def steps() -> Iterator[Any]:
-        tables: Iterable[Any] = shard.iter_batches(batch_size=size, batch_format="pyarrow", prefetch_batches=1)
-        return steps_of(worker, tables)
-
+    tables: Iterable[Any] = shard.iter_batches(batch_size=size, batch_format="pyarrow", prefetch_batches=1)
     progress = Progress(sink, fit.stage, plan.steps, journal.step, "steps")
     run_steps(
         worker,
-        ahead(steps, config.stream.prefetch),
+        steps_of(worker, tables, config.stream.prefetch),
         journal,
         plan,
         progress,
@@ -183,6 +160,7 @@ def fit(run: Fit) -> dict[str, Any]:
     storage.make_folder(run.uri)
     options = ray.data.ExecutionOptions(preserve_order=True)
     gpu = ray.cluster_resources().get("GPU", 0) >= config.train.workers
+    _check_stream(config, gpu)
     trainer = ray.train.torch.TorchTrainer(
         train_worker,
         train_loop_config={"fit": run},

@@ -9,18 +9,21 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS = (
-    ("errors", "schema", "config", "patience"),
+    ("errors", "schema", "config", "patience", "flags", "ledger"),
     ("storage", "boxes", "telemetry", "seal"),
+    ("buffers",),
     ("jpeg",),
     ("decode", "uncertainty"),
-    ("clusters", "device"),
+    ("clusters", "device", "device_decode"),
     ("formats", "augment", "models", "losses", "calibration", "metrics", "optim", "views"),
     ("splits",),
     ("shards",),
     ("manifest",),
     ("datasets", "tasks", "bundle"),
+    ("framed",),
     ("stream", "meters", "rows"),
     ("predict", "predictions", "checkpoint", "recipe", "units", "pools"),
+    ("feed",),
     ("loop",),
     ("train", "score"),
     ("evaluate", "calibrate", "verify"),
@@ -33,7 +36,7 @@ SIDEWAYS = {("schema", "errors"), ("config", "errors")}
 """``errors`` is what everything, its own layer too, raises."""
 
 RAY = {"telemetry", "datasets", "stream", "predictions", "pools", "train", "score", "evaluate", "calibrate", "ensemble"}
-RAY |= {"verify"}
+RAY |= {"verify", "framed"}
 KORNIA = {"augment", "losses"}
 MAX_FILE_LINES = 320
 MAX_FUNCTION_LINES = 70

@@ -1,5 +1,6 @@
 """The loop on tensors: no Ray, a list of batches drives it."""
 
+import logging
 import os
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pipeline import checkpoint, datasets, loop, schema, stream
+from pipeline import checkpoint, datasets, device, flags, loop, schema, stream
+from pipeline.augment import Batch
 from pipeline.errors import InputError
 from pipeline.recipe import TrainConfig
 from pipeline.telemetry import NoSink, Progress
@@ -77,6 +79,11 @@ def worker_of(config: TrainConfig, **kwargs) -> loop.Worker:
     return loop.build_worker(config, info(), torch.device("cpu"), **kwargs)
 
 
+def view_of(worker: loop.Worker, table: pa.Table) -> Batch:
+    """The augmented batch of a table."""
+    return worker.augment(worker.task.collate(table, train=True, seed=0)[0])
+
+
 def gradient(worker: loop.Worker, tables: list[pa.Table]) -> torch.Tensor:
     """Gradient of one step over ``tables`` as accumulated batches, before the optimiser uses it."""
     seen: list[torch.Tensor] = []
@@ -86,8 +93,7 @@ def gradient(worker: loop.Worker, tables: list[pa.Table]) -> torch.Tensor:
         seen.append(torch.cat(grads).clone())
 
     worker.optimizer.register_step_pre_hook(spy)
-    batches = [worker.task.collate(table, train=True, seed=0)[0] for table in tables]
-    loop.train_step(worker, batches, 0.01)
+    loop.train_step(worker, [view_of(worker, table) for table in tables], 0.01)
     return seen[0]
 
 
@@ -123,6 +129,74 @@ def test_two_workers_and_accumulation_give_the_gradient_of_one_on_the_union(task
     both = torch.load(tmp_path / "grad.pt", weights_only=True)
     assert union.abs().max() > 1e-3
     assert (union - both).abs().max() <= 1e-5 * max(1.0, float(union.abs().max()))
+
+
+@pytest.mark.parametrize("task", ["segmentation", "detection"])
+def test_bfloat16_changes_what_the_network_says_by_rounding_only(task):
+    exact = gradient(worker_of(tree(task)), [rows(8)])
+    rounded = worker_of(tree(task, train={"steps": 4, "batch_size": 4, "precision": "bf16"}))
+    kinds: set[torch.dtype] = set()
+    conv = next(layer for layer in rounded.module.modules() if isinstance(layer, torch.nn.Conv2d))
+    conv.register_forward_hook(lambda layer, args, out: kinds.add(out.dtype))
+    near = gradient(rounded, [rows(8)])
+    loop.validate(rounded, [rows(3)])
+    assert kinds == {torch.bfloat16}
+    assert near.dtype == torch.float32, "weights and their gradients stay float32"
+    assert 0 < (near - exact).norm() < 0.05 * exact.norm()
+
+
+def test_compiling_changes_neither_the_gradient_nor_the_names_of_the_weights(monkeypatch):
+    plain = worker_of(tree("segmentation"))
+    monkeypatch.setattr(loop, "Compiled", lambda model: device.Compiled(model, backend="aot_eager"))
+    worker = worker_of(tree("segmentation", train={"steps": 4, "batch_size": 4, "compile": True}))
+    assert isinstance(worker.forward, device.Compiled)
+    assert worker.module.state_dict().keys() == plain.module.state_dict().keys()
+    want, have = gradient(plain, [rows(4), rows(4, seed=1)]), gradient(worker, [rows(4), rows(4, seed=1)])
+    assert (want - have).abs().max() <= 1e-6 * max(1.0, float(want.abs().max()))
+
+
+def test_a_compiler_that_fails_costs_one_warning(caplog):
+    def broken(graph, inputs):
+        raise RuntimeError("no compiler here\nat all")
+
+    module = torch.nn.Linear(3, 2)
+    compiled = device.Compiled(module, backend=broken)
+    batch = torch.ones(4, 3)
+    with caplog.at_level(logging.WARNING, "pipeline.device"):
+        for _ in range(2):
+            assert torch.equal(compiled(batch), module(batch))
+    assert [record.name for record in caplog.records] == ["pipeline.device"]
+    assert "runs uncompiled" in caplog.text
+    assert compiled.training
+
+
+@pytest.mark.parametrize(
+    ("kind", "choice", "steps", "wanted"),
+    [("cuda", "auto", 1000, True), ("cuda", "auto", 999, False), ("cpu", "auto", 10**6, False),
+     ("cpu", True, 1, True), ("cuda", False, 10**6, False)],
+)  # fmt: skip
+def test_only_long_runs_on_a_gpu_are_compiled_unasked(kind, choice, steps, wanted):
+    assert device.wants_compile(torch.device(kind), choice, steps) is wanted
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_the_fused_optimiser_follows_the_device_not_the_checkpoint(name):
+    worker = worker_of(tree("segmentation", optim={"name": name, "lr": 0.01}))
+    loop.train_step(worker, [view_of(worker, rows(4))], 0.01)
+    assert all(not group["fused"] for group in worker.optimizer.param_groups)
+    device.fuse(worker.optimizer, torch.device("cuda"))
+    assert all(group["fused"] for group in worker.optimizer.param_groups)
+    # What a GPU saved is restored here: torch takes the saved choice over, which is the other machine's.
+    again = worker_of(tree("segmentation", optim={"name": name, "lr": 0.01}))
+    again.optimizer.load_state_dict(worker.optimizer.state_dict())
+    device.fuse(again.optimizer, again.device)
+    assert all(not group["fused"] for group in again.optimizer.param_groups)
+    assert loop.train_step(again, [view_of(again, rows(4))], 0.01).isfinite()
+
+
+def test_decoding_on_a_device_that_is_none_is_refused():
+    with pytest.raises(InputError, match=r"stream\.decode: device wants a GPU in every worker, and this one has cpu"):
+        worker_of(tree("segmentation", stream={"decode": "device"}))
 
 
 def run(worker: loop.Worker, tables, journal=None, looks=None, every=2, steps=4) -> loop.Journal:
@@ -172,7 +246,7 @@ def test_a_loss_that_is_not_finite_names_its_images():
     worker = worker_of(tree("segmentation"))
     with torch.no_grad():
         next(worker.module.parameters()).fill_(float("nan"))
-    with pytest.raises(loop.NonFiniteLossError, match=r"loss is nan at step 1; images of that step: i0, i1, i2, i3"):
+    with pytest.raises(flags.NonFiniteLossError, match=r"loss is nan at step 1; images of that step: i0, i1, i2, i3"):
         run(worker, [rows(4)] * 4)
 
 
@@ -219,7 +293,8 @@ def test_a_binary_head_learns_with_either_kind_of_loss(loss: str):
              for m in table["mask"].to_pylist()]  # fmt: skip
     table = table.set_column(table.column_names.index("mask"), "mask", pa.array(masks, pa.binary()))
     batch, _ = worker.task.collate(table, train=True, seed=0)
-    values = [float(loop.train_step(worker, [batch], 0.02)) for _ in range(12)]
+    view = worker.augment(batch)
+    values = [float(loop.train_step(worker, [view], 0.02)) for _ in range(12)]
     assert worker.module(torch.zeros(1, 3, SIZE, SIZE)).shape[1] == 1
     assert np.isfinite(values).all()
     assert values[-1] < values[0]
@@ -252,7 +327,7 @@ def test_every_kind_of_detector_trains_and_is_validated(model, terms):
     batch, failures = worker.task.collate(table, train=True, seed=0)
     assert not failures
     before = [value.clone() for value in worker.module.parameters()]
-    first = loop.train_step(worker, [batch], 0.01)
+    first = loop.train_step(worker, [worker.augment(batch)], 0.01)
     assert first.isfinite()
     assert any(not torch.equal(a, b) for a, b in zip(before, worker.module.parameters(), strict=True))
     found = loop.validate(worker, [table])
@@ -261,7 +336,7 @@ def test_every_kind_of_detector_trains_and_is_validated(model, terms):
     empty = table.set_column(
         table.column_names.index("boxes"), "boxes", pa.array([[]] * 4, table.schema.field("boxes").type)
     )
-    assert loop.train_step(worker, [worker.task.collate(empty, train=True, seed=0)[0]], 0.01).isfinite()
+    assert loop.train_step(worker, [view_of(worker, empty)], 0.01).isfinite()
     predicted = worker.task.predict(worker.module.eval()(torch.zeros(4, 3, 64, 64)), batch)
     assert len(worker.task.to_columns(worker.task.fuse([predicted]), batch)["boxes"]) == 4
 

@@ -1,14 +1,16 @@
 """Augmentation: frame on the CPU, then one draw, one warp and one colour matrix on the batch's device.
 
 frame (CPU, uint8 canvases) -> Batch -> Augment (draw -> Kornia's matrices -> warp, mix -> colour -> effects)
+The draw and the matrices are made on the host and travel by one copy.
 unframe_maps, unframe_boxes: from the network's frame back to an image's own pixels
 """
 
 from pipeline.augment.apply import Augment
 from pipeline.augment.batch import Batch
 from pipeline.augment.draw import crop_offsets, draw, draw_mix
-from pipeline.augment.frame import Frame, frame, unframe_boxes, unframe_maps
+from pipeline.augment.frame import Frame, frame
 from pipeline.augment.settings import PRESETS, AugmentSettings, InputSettings
+from pipeline.augment.unframe import unframe_boxes, unframe_maps
 
 __all__ = [
     "PRESETS",

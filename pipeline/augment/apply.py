@@ -11,10 +11,12 @@ from torch import Tensor
 
 from pipeline.augment import effects, mix
 from pipeline.augment.batch import Batch
-from pipeline.augment.colour import apply_colour, colour_matrix
+from pipeline.augment.colour import colour_matrix
 from pipeline.augment.draw import draw, draw_mix
-from pipeline.augment.geometry import Geometry, centre_crop, visible_boxes, warp
+from pipeline.augment.geometry import Geometry, centre_crop, sampling_theta, visible_boxes
+from pipeline.augment.pixels import Compiled, Pair, by_rows, normalise, render, sample, send
 from pipeline.augment.settings import AugmentSettings, InputSettings
+from pipeline.boxes import invert_affine
 from pipeline.errors import InputError
 
 
@@ -22,7 +24,12 @@ class Augment:
     """The training augmentation, or with ``settings`` None the evaluation preset (normalise only)."""
 
     def __init__(
-        self, settings: AugmentSettings | None, input: InputSettings, seed: int = 0, epochs: float | None = None
+        self,
+        settings: AugmentSettings | None,
+        input: InputSettings,
+        seed: int = 0,
+        epochs: float | None = None,
+        compile: bool = True,
     ) -> None:
         """Load Kornia's classes for the ops that are on.
 
@@ -34,6 +41,7 @@ class Augment:
                 the number of workers.
             epochs: Length of the run in passes over the training split: the last ``settings.mix_close`` of them
                 see neither mosaic nor mix-up. None: never closed.
+            compile: Whether to compile on a GPU, which takes some seconds at the first batch.
         """
         self.settings, self.input, self.seed = settings, input, seed
         self._last = np.inf if settings is None or epochs is None else epochs - settings.mix_close
@@ -41,13 +49,15 @@ class Augment:
         self._geometry = Geometry(settings) if settings is not None and settings.moves else None
         self._effects: Counter[str] = Counter()
         self._device: torch.device | None = None
-        self._mean_std = torch.tensor([input.mean, input.std])
+        self._norm = torch.tensor([input.mean, input.std])
+        self._run = Compiled(compile)
 
+    @torch.no_grad()
     def __call__(self, batch: Batch) -> Batch:
-        """Augment and normalise a batch on its own device.
+        """Augment and normalise a batch on its own device; nothing of it waits for that device.
 
         Args:
-            batch: ``images`` (N, 3, H, W) uint8 from ``frame``.
+            batch: ``images`` (N, 3, H, W) uint8 from ``frame``, in any layout.
 
         Returns:
             A new Batch: ``images`` (N, 3, *size) float32 normalised; ``masks``, ``boxes`` (clipped),
@@ -58,20 +68,19 @@ class Augment:
             InputError: Mix-up is on and the batch has masks.
         """
         self._device = batch.images.device
-        self._mean_std = self._mean_std.to(batch.images.device, non_blocking=True)
-        mean, std = self._mean_std
+        self._norm = self._norm.to(self._device, non_blocking=True)
+        canvas, size = (batch.images.shape[-2], batch.images.shape[-1]), self.input.size
         if self.settings is None or len(batch) == 0:
-            images = batch.images.float()
-            images = images.mul_(1 / 255).sub_(mean[:, None, None]).div_(std[:, None, None])
+            images, _ = by_rows(render, batch.images, None, None, None, None, norm=self._norm, size=canvas)
             return dataclasses.replace(batch, images=images)
         drawn = draw(self.settings, self.seed, batch.epochs.numpy(), batch.positions.numpy())
-        values = _on_device(drawn, batch.images.device)
-        moved = self._move(batch, values, mean, self._mixture(batch))
-        images = self._colour(moved.images, values, mean, std)
-        images = effects.blur(images, drawn["blur"], self.settings, self._effects)
-        images = effects.noise(images, drawn["noise"], drawn["noise_key"], std)
-        images = effects.erase(images, drawn["erase"])
-        return dataclasses.replace(moved, images=images)
+        mixed = self._mixture(batch)
+        given = self._moves(drawn, canvas) | self._colours(drawn) | effects.parcel(self.settings, drawn, size)
+        given |= {} if mixed is None else mix.parcel(mixed, canvas, size)
+        sent = send(given, self._device)
+        out = self._move(batch, sent, mixed)
+        images = effects.apply(out.images, given, sent, self.settings, self._norm[1], self._effects, self._run)
+        return dataclasses.replace(out, images=images, box_counts=None)
 
     def report(self) -> dict[str, Any]:
         """Evidence of what ran, and where: Kornia's version, calls of its classes by name, mixed rows, device."""
@@ -95,91 +104,87 @@ class Augment:
         self._mixed.update(found)
         return drawn if any(found.values()) else None
 
-    def _move(
-        self, batch: Batch, values: dict[str, Tensor], mean: Tensor, drawn: dict[str, np.ndarray] | None
-    ) -> Batch:
-        """Everything by one matrix; ``images`` become float32 on the 0..1 scale, less the mean colour."""
-        assert self.settings is not None
-        canvas, size = (batch.images.shape[-2], batch.images.shape[-1]), self.input.size
+    def _moves(self, drawn: dict[str, np.ndarray], canvas: tuple[int, int]) -> dict[str, np.ndarray]:
+        """``matrices`` (N, 3, 3), canvas -> output, and ``theta`` (N, 2, 3) unless all are cut out by whole pixels."""
+        size = self.input.size
         if self._geometry is None:
-            matrices = _cut_matrix(canvas, size, batch.images.device).expand(len(batch), 3, 3)
-        else:
-            matrices = self._geometry.matrices(values, canvas, size)
-        mosaic = None if drawn is None else mix.Mosaic.of(batch, drawn, size)
-        pairs = None if drawn is None else mix.Blend.of(batch, drawn)
-        if mosaic is None or drawn is None:
-            images, masks = self._plain(batch.images, batch.masks, matrices, mean)
-            own = matrices
-        else:
-            images, masks = self._with_mosaics(batch, matrices, mean, mosaic, drawn["mosaic"])
-            own = matrices.index_copy(0, mosaic.rows, mosaic.own(mosaic.matrices(matrices)))
-        if pairs is not None:
-            images = mix.blend(images, pairs)
-        total = (own @ batch.matrices.to(own.dtype)).to(batch.matrices.dtype)
-        boxes, labels, crowd = batch.boxes, batch.labels, batch.crowd
-        if boxes is not None and labels is not None and crowd is not None:
-            visible = self.settings.min_visible
-            given = boxes, labels, crowd
-            boxes, labels, crowd = visible_boxes(*given, matrices, canvas, size, visible)
-            if drawn is not None:
-                boxes, labels, crowd = mix.mix_labels(
-                    given, (boxes, labels, crowd), mosaic, pairs, matrices, size, visible,
-                    mix.most_boxes(_box_counts(batch), drawn),
-                )  # fmt: skip
-        return dataclasses.replace(
-            batch, images=images, masks=masks, boxes=boxes, labels=labels, crowd=crowd, matrices=total, box_counts=None
-        )
+            return {"matrices": np.tile(_cut_matrix(canvas, size), (len(drawn["angle"]), 1, 1))}
+        matrices = self._geometry.matrices(_as_tensors(drawn), canvas, size)
+        theta = sampling_theta(invert_affine(matrices), canvas, size)
+        return {"matrices": matrices.numpy(), "theta": theta.numpy()}
 
-    def _plain(
-        self, images: Tensor, masks: Tensor | None, matrices: Tensor, mean: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """Rows that show one image each."""
-        canvas, size = (images.shape[-2], images.shape[-1]), self.input.size
-        if self._geometry is not None:
-            return warp(images.float().mul_(1 / 255).sub_(mean[:, None, None]), masks, matrices, size)
-        # Nothing moves: cut the centre out by whole pixels, exactly.
-        x, y = centre_crop(canvas, size)
-        rows, columns = slice(-y, size[0] - y), slice(-x, size[1] - x)
-        images = images[..., rows, columns].float().mul_(1 / 255).sub_(mean[:, None, None])
-        return images, None if masks is None else masks[:, rows, columns]
-
-    def _with_mosaics(
-        self, batch: Batch, matrices: Tensor, mean: Tensor, mosaic: mix.Mosaic, chosen: np.ndarray
-    ) -> tuple[Tensor, Tensor | None]:
-        """The ``chosen`` rows (N,) as mosaics, the others by the plain way: they owe nothing to their batch."""
-        made, made_masks = mix.mosaic_images(batch.images, batch.masks, mean, mosaic, matrices, self.input.size)
-        if chosen.all():
-            return made, made_masks
-        rest = torch.from_numpy(np.flatnonzero(~chosen)).to(made.device, non_blocking=True)
-        masks = None if batch.masks is None else batch.masks[rest]
-        images, masks = self._plain(batch.images[rest], masks, matrices[rest], mean)
-        out = made.new_empty(len(batch), *made.shape[1:])
-        out.index_copy_(0, mosaic.rows, made).index_copy_(0, rest, images)
-        if masks is None or made_masks is None:
-            return out, None
-        out_masks = masks.new_empty(len(batch), *masks.shape[1:])
-        return out, out_masks.index_copy_(0, mosaic.rows, made_masks).index_copy_(0, rest, masks)
-
-    def _colour(self, images: Tensor, values: dict[str, Tensor], mean: Tensor, std: Tensor) -> Tensor:
-        """Colour and normalisation by one matrix, cut off at black and white."""
+    def _colours(self, drawn: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """``colour`` (N, 3, 3) and ``offset`` (N, 3) of ``normalise``; nothing where colours stay."""
         assert self.settings is not None
         if not self.settings.colours:
-            return images.div_(std[:, None, None])
-        matrix, offset = colour_matrix(values)
-        wide_mean, wide_std = mean.to(matrix.dtype), std.to(matrix.dtype)
-        offset = (offset + matrix @ wide_mean - wide_mean) / wide_std
-        out = apply_colour(images, matrix / wide_std[:, None], offset)
-        for channel, (centre, spread) in enumerate(zip(self.input.mean, self.input.std, strict=True)):
-            out[:, channel].clamp_(-centre / spread, (1 - centre) / spread)
-        return out
+            return {}
+        matrix, offset = colour_matrix(_as_tensors(drawn))
+        offset = offset + matrix @ torch.tensor(self.input.mean, dtype=matrix.dtype)
+        return {"colour": (matrix / 255).numpy(), "offset": offset.numpy()}
+
+    def _move(self, batch: Batch, sent: dict[str, Tensor], drawn: dict[str, np.ndarray] | None) -> Batch:
+        """Images with their colours, masks, boxes and matrices; all but the effects."""
+        canvas, size = (batch.images.shape[-2], batch.images.shape[-1]), self.input.size
+        mosaic, pairs = (None, None) if drawn is None else (mix.Mosaic.of(batch, sent), mix.Blend.of(sent))
+        colour, own = (sent.get("colour"), sent.get("offset")), sent["matrices"]
+        if drawn is None:
+            rows = batch.images, batch.masks, sent.get("theta"), *colour
+            images, masks = self._run(render, *rows, norm=self._norm, size=size)
+        else:
+            images, masks = self._sampled(batch, sent, mosaic)
+            images = images if pairs is None else mix.blend(images, pairs)
+            images = self._run(normalise, images, *colour, norm=self._norm)
+        if mosaic is not None:
+            own = own.index_copy(0, mosaic.rows, mosaic.own(mosaic.matrices(own)))
+        boxes, labels, crowd = batch.boxes, batch.labels, batch.crowd
+        if boxes is not None and labels is not None and crowd is not None and self.settings is not None:
+            visible, given = self.settings.min_visible, (boxes, labels, crowd)
+            boxes, labels, crowd = visible_boxes(*given, sent["matrices"], canvas, size, visible)
+            if drawn is not None:
+                most = mix.most_boxes(_box_counts(batch), drawn)
+                plain = boxes, labels, crowd
+                boxes, labels, crowd = mix.mix_labels(
+                    given, plain, mosaic, pairs, sent["matrices"], size, visible, most
+                )  # fmt: skip
+        matrices = (own @ batch.matrices.to(own.dtype)).to(batch.matrices.dtype)
+        return dataclasses.replace(
+            batch, images=images, masks=masks, boxes=boxes, labels=labels, crowd=crowd, matrices=matrices
+        )
+
+    def _sampled(self, batch: Batch, sent: dict[str, Tensor], mosaic: mix.Mosaic | None) -> Pair:
+        """The ``mosaic`` rows as such, the others by the plain way, so that they owe nothing to their batch."""
+        shared, theta = {"norm": self._norm, "size": self.input.size}, sent.get("theta")
+        if mosaic is None:
+            return self._run(sample, batch.images, batch.masks, theta, **shared)
+        mean = self._norm[0] * 255
+        made, made_masks = mix.mosaic_images(
+            batch.images, batch.masks, mean, mosaic, sent["matrices"], self.input.size
+        )  # fmt: skip
+        rest = sent["plain_rows"].long()
+        if not len(rest):
+            return made, made_masks
+        if not self._run.takes_whole(batch.images):
+            out, masks = made.new_empty(len(batch), *made.shape[1:]), None
+            some = [None if each is None else each[rest] for each in (batch.images, batch.masks, theta)]
+            images, plain_masks = self._run(sample, *some, **shared)
+            out.index_copy_(0, rest, images)
+            if made_masks is not None and plain_masks is not None:
+                masks = made_masks.new_empty(len(batch), *made_masks.shape[1:]).index_copy_(0, rest, plain_masks)
+        else:
+            # All rows, wanted or not: a batch of another size each time would be compiled anew.
+            out, masks = self._run(sample, batch.images, batch.masks, theta, **shared)
+        out.index_copy_(0, mosaic.rows, made)
+        if masks is not None and made_masks is not None:
+            masks.index_copy_(0, mosaic.rows, made_masks)
+        return out, masks
 
 
-def _cut_matrix(canvas: tuple[int, int], size: tuple[int, int], device: torch.device) -> Tensor:
+def _cut_matrix(canvas: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
     """(3, 3) canvas -> its centre of ``size``, by whole pixels."""
     if min(canvas[0] - size[0], canvas[1] - size[1]) < 0:
         raise ValueError(f"Augment wants canvases of at least {size}, found {canvas}: frame() makes them so")
-    matrix = torch.eye(3, device=device)
-    matrix[0, 2], matrix[1, 2] = centre_crop(canvas, size)
+    matrix = np.eye(3)
+    matrix[:2, 2] = centre_crop(canvas, size)
     return matrix
 
 
@@ -193,11 +198,6 @@ def _box_counts(batch: Batch) -> np.ndarray:
     return np.full(len(batch), batch.labels.shape[1])
 
 
-def _on_device(drawn: dict[str, np.ndarray], device: torch.device) -> dict[str, Tensor]:
-    """The parameters that matrices are made of, by one copy; float64 wherever the device has it."""
-    names = ["hflip", "vflip", "turns", "angle", "translate", "scale", "shear"]
-    names += ["brightness", "contrast", "saturation", "hue"]
-    columns = {name: drawn[name].reshape(len(drawn[name]), -1) for name in names}
-    packed = mix.on_device(np.concatenate(list(columns.values()), 1, dtype=np.float64), device)
-    parts = packed.split([column.shape[1] for column in columns.values()], 1)
-    return {name: part if name == "translate" else part[:, 0] for name, part in zip(names, parts, strict=True)}
+def _as_tensors(drawn: dict[str, np.ndarray]) -> dict[str, Tensor]:
+    """The draw as float64 tensors on the host."""
+    return {name: torch.from_numpy(np.asarray(value, np.float64)) for name, value in drawn.items()}

@@ -50,7 +50,7 @@ class Batch:
 
     def pin_memory(self) -> Self:
         """Move the tensors that ``to`` copies into page-locked memory, so that the copy does not wait."""
-        return self._map(lambda tensor: tensor.pin_memory())
+        return self._map(lambda tensor: tensor.pin_memory() if tensor.is_cpu else tensor)
 
     def _map(self, change) -> Self:
         moved = {}

@@ -28,6 +28,7 @@ _STREAMS: Final = {
 }  # fmt: skip
 _GOLDEN: Final = 0x9E3779B97F4A7C15
 _WORD: Final = 2**64 - 1
+_STEPS: Final = np.array([((index + 1) * _GOLDEN) & _WORD for index in _STREAMS.values()], np.uint64)
 
 
 def _mix(words: np.ndarray) -> np.ndarray:
@@ -54,16 +55,17 @@ class _Keyed:
         ):
             state = _mix((state ^ word) + np.uint64(_GOLDEN))
         self._state = state
+        # All streams at once: for the few rows of a batch, numpy's calls cost more than the numbers.
+        self._words = _mix(state + _STEPS[:, None])
+        self._units = (self._words >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
     def word(self, stream: str) -> np.ndarray:
         """(N,) uint64."""
-        step = ((_STREAMS[stream] + 1) * _GOLDEN) & _WORD
-        return _mix(self._state + np.uint64(step))
+        return self._words[_STREAMS[stream]]
 
     def uniform(self, stream: str, low: float = 0.0, high: float = 1.0) -> np.ndarray:
         """(N,) float64 in [low, high)."""
-        unit = (self.word(stream) >> np.uint64(11)).astype(np.float64) * 2.0**-53
-        return low + (high - low) * unit
+        return low + (high - low) * self._units[_STREAMS[stream]]
 
     def chosen(self, stream: str, probability: float) -> np.ndarray:
         """(N,) bool, true with the given probability."""

@@ -9,28 +9,94 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.augment.pixels import Compiled
 from pipeline.augment.settings import AugmentSettings
 
 
-def _chosen(amount: np.ndarray, device: torch.device) -> Tensor:
-    """Indices of the images that an op touches; known on the host, so the device is not waited for."""
-    return torch.from_numpy(np.flatnonzero(amount)).to(device, non_blocking=True)
+def parcel(settings: AugmentSettings, drawn: dict[str, np.ndarray], size: tuple[int, int]) -> dict[str, np.ndarray]:
+    """What the device needs to know for images of ``size`` (H, W): which rows, how much, and where.
+
+    Returns:
+        Of all N rows: ``noise_std`` (N,) on the 0..1 scale, ``noise_key`` (N, 2) as two 16-bit halves, since
+        float32 holds no 32-bit number, and ``erase`` (N, 4) x1, y1, x2, y2 in whole pixels. ``noise_rows`` and
+        ``blur_rows`` (K,): those that are touched; ``blur_kernel`` (K, taps) of the latter.
+    """
+    sides = [size[1], size[0], size[1], size[0]]
+    keys = drawn["noise_key"]
+    return {
+        "noise_std": drawn["noise"],
+        "noise_key": np.stack([keys >> 16, keys & 0xFFFF], -1),
+        "erase": np.rint(drawn["erase"] * sides),
+        "noise_rows": np.flatnonzero(drawn["noise"]),
+        "blur_rows": np.flatnonzero(drawn["blur"]),
+        "blur_kernel": blur_kernels(settings, drawn["blur"][drawn["blur"] > 0], size),
+    }
 
 
-def blur(images: Tensor, sigma: np.ndarray, settings: AugmentSettings, calls: Counter[str]) -> Tensor:
-    """Gaussian blur in place by Kornia; ``sigma`` (N,) in pixels, 0 = none."""
-    if not sigma.any():
+def apply(
+    images: Tensor,
+    given: dict[str, np.ndarray],
+    sent: dict[str, Tensor],
+    settings: AugmentSettings,
+    std: Tensor,
+    calls: Counter[str],
+    compiled: Compiled,
+) -> Tensor:
+    """All effects, in place where that is possible.
+
+    Args:
+        images: (N, 3, H, W).
+        given: Of ``parcel``, to know on the host what there is to do.
+        sent: The same on the device.
+        settings: What may happen.
+        std: (3,) of the normalisation.
+        calls: Kornia's functions by name, counted.
+        compiled: What runs functions of whole batches.
+    """
+    if len(given["blur_rows"]):
+        images = blur(images, sent["blur_rows"].long(), sent["blur_kernel"].float(), calls)
+    if compiled.takes_whole(images):
+        # All rows, touched or not, so that shapes never change: it is one kernel.
+        if settings.noise or settings.erase:
+            images = compiled(noise_and_erase, images, sent["noise_std"], sent["noise_key"], sent["erase"], std=std)
         return images
-    from kornia.filters import gaussian_blur2d
+    for row in given["noise_rows"]:
+        some = slice(row, row + 1)  # one at a time: its planes stay in the cache
+        images[some] += noise(sent["noise_std"][some], sent["noise_key"][some], std, images.shape)
+    for row in np.flatnonzero(given["erase"].any(-1)):
+        x1, y1, x2, y2 = given["erase"][row].astype(int)
+        images[row, :, y1:y2, x1:x2] = 0
+    return images
 
-    index = _chosen(sigma, images.device)
+
+def blur_kernels(settings: AugmentSettings, sigma: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Kornia's (K, taps) for K images of ``size`` (H, W), from ``sigma`` (K,) in pixels.
+
+    Made here and not by Kornia's ``gaussian_blur2d``, which asks the device whether all sigmas are positive.
+    """
     # One kernel size for all, or the result of one image would depend on the others' sigmas.
-    widest = min(int(np.ceil(3 * settings.blur_sigma[1])), min(images.shape[-2:]) - 1)
-    sigmas = torch.from_numpy(sigma[sigma > 0]).to(images.device, images.dtype, non_blocking=True)
-    size = (2 * widest + 1, 2 * widest + 1)
-    blurred = gaussian_blur2d(images[index], size, sigmas[:, None].expand(-1, 2), "reflect")
-    calls["gaussian_blur2d"] += 1
-    return images.index_copy_(0, index, blurred)
+    widest = min(int(np.ceil(3 * settings.blur_sigma[1])), min(size) - 1)
+    if not len(sigma):
+        return np.zeros((0, 2 * widest + 1))
+    from kornia.filters import get_gaussian_kernel1d  # here, since it is slow to import
+
+    return get_gaussian_kernel1d(2 * widest + 1, torch.from_numpy(sigma)[:, None]).numpy()
+
+
+def blur(images: Tensor, rows: Tensor, kernels: Tensor, calls: Counter[str]) -> Tensor:
+    """Gaussian blur of some rows in place by Kornia.
+
+    Args:
+        images: (N, 3, H, W).
+        rows: (K,) int64.
+        kernels: (K, taps).
+        calls: Counts Kornia's function.
+    """
+    from kornia.filters import filter2d_separable
+
+    calls["filter2d_separable"] += 1
+    blurred = filter2d_separable(images.index_select(0, rows), kernels, kernels, "reflect")
+    return images.index_copy_(0, rows, blurred)
 
 
 def _hash(words: Tensor) -> Tensor:
@@ -63,34 +129,33 @@ def normal(keys: Tensor, count: int) -> Tensor:
     return torch.cat([radius * angle.cos(), radius * angle.sin_()], 1)[:, :count]
 
 
-def noise(images: Tensor, std: np.ndarray, keys: np.ndarray, scale: Tensor) -> Tensor:
-    """Add Gaussian noise in place.
+def noise(amount: Tensor, keys: Tensor, std: Tensor, shape: torch.Size) -> Tensor:
+    """Gaussian noise (N, C, H, W) to be added to normalised images.
 
     Args:
-        images: (N, 3, H, W).
-        std: (N,) standard deviation on the 0..1 scale, 0 = none.
-        keys: (N,) 32-bit keys of the noise.
-        scale: (3,) standard deviations of the normalisation.
+        amount: (N,) standard deviation on the 0..1 scale.
+        keys: (N, 2) the two halves of each key.
+        std: (C,) of the normalisation.
+        shape: Whose last three numbers are C, H and W.
     """
-    if not std.any():
-        return images
-    index = _chosen(std, images.device)
-    device = images.device
-    words = torch.from_numpy(keys[std > 0].astype(np.uint32).view(np.int32)).to(device, non_blocking=True)
-    values = normal(words, images[0].numel()).view(-1, *images.shape[1:])
-    amount = torch.from_numpy(std[std > 0]).to(device, torch.float32, non_blocking=True)[:, None] / scale
-    return images.index_add_(0, index, values * amount[..., None, None])
+    high, low = keys.to(torch.int32).unbind(-1)
+    values = normal((high << 16) | low, shape[1:].numel()).view(-1, *shape[1:])
+    return values * (amount.float()[:, None] / std)[..., None, None]
 
 
-def erase(images: Tensor, rectangles: np.ndarray) -> Tensor:
-    """Fill a rectangle an image with the mean colour (0 once normalised), in place.
+def erase(images: Tensor, rectangles: Tensor) -> Tensor:
+    """Rectangles of the mean colour, which is 0 once normalised.
 
     Args:
-        images: (N, 3, H, W).
-        rectangles: (N, 4) x1, y1, x2, y2 as fractions of width and height, all 0 = none.
+        images: (N, C, H, W).
+        rectangles: (N, 4) x1, y1, x2, y2 in whole pixels, all 0 = none.
     """
-    height, width = images.shape[-2:]
-    for n in np.flatnonzero(rectangles.any(-1)):
-        x1, y1, x2, y2 = np.rint(rectangles[n] * [width, height, width, height]).astype(int)
-        images[n, :, y1:y2, x1:x2] = 0
-    return images
+    x, y = (torch.arange(length, device=images.device) for length in (images.shape[-1], images.shape[-2]))
+    x1, y1, x2, y2 = rectangles[..., None].unbind(1)
+    inside = ((y >= y1) & (y < y2))[:, :, None] & ((x >= x1) & (x < x2))[:, None]
+    return torch.where(inside[:, None], 0, images)
+
+
+def noise_and_erase(images: Tensor, amount: Tensor, keys: Tensor, rectangles: Tensor, std: Tensor) -> Tensor:
+    """Both for all rows, by whole tensors alone, for a GPU: (N, 3, H, W), see ``noise`` and ``erase``."""
+    return erase(images + noise(amount, keys, std, images.shape), rectangles)

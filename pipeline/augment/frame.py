@@ -1,31 +1,43 @@
-"""Framing on the CPU: decoded images and labels into one canvas; and the way back to an image's own size."""
+"""Framing on the CPU: decoded images and labels into one canvas."""
 
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypedDict
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import affine_grid, grid_sample, interpolate
+from torch.nn.functional import interpolate
 
 from pipeline import boxes as box_ops
-from pipeline.augment.geometry import sampling_theta
 from pipeline.augment.settings import InputSettings
 from pipeline.boxes import Placement
+from pipeline.buffers import Buffers
+from pipeline.decode import Size, pool
 from pipeline.schema import VOID
 
 
-class Frame(TypedDict):
-    """The fields of a Batch that framing makes."""
+class Layout(NamedTuple):
+    """Where each of N images goes, and in what canvas."""
 
-    images: Tensor
+    canvas: Size
+    places: list[Placement]
+
+
+class FramedLabels(TypedDict):
+    """The fields of a Batch that framing makes, but for the images."""
+
     masks: Tensor | None
     boxes: Tensor | None
     labels: Tensor | None
     crowd: Tensor | None
     matrices: Tensor
     sizes: Tensor
+
+
+class Frame(FramedLabels):
+    """All of them."""
+
+    images: Tensor
 
 
 def frame(
@@ -41,7 +53,22 @@ def frame(
     multiple: int = 32,
     threads: int = 1,
 ) -> Frame:
-    """Lay N images of any size into one canvas.
+    """Lay N images of any size, with their labels, into one canvas: ``lay_out``, and all that it is for."""
+    sizes = [(image.shape[0], image.shape[1]) for image in images]
+    layout = lay_out(sizes, input, train=train, offsets=offsets, multiple=multiple)
+    framed = frame_labels(sizes, layout, masks, boxes, labels, crowd, threads)
+    return {"images": paste_images(images, layout, input, threads), **framed}
+
+
+def lay_out(
+    sizes: Sequence[Size],
+    input: InputSettings,
+    *,
+    train: bool,
+    offsets: np.ndarray | None = None,
+    multiple: int = 32,
+) -> Layout:
+    """Where N images go in one canvas.
 
     ``letterbox`` and ``stretch`` resize with antialiasing on uint8 (masks: nearest); an image that fits
     already is copied untouched. ``crop`` never resizes. In training its canvas is a window half as large
@@ -50,46 +77,103 @@ def frame(
     right and at the bottom to a multiple of ``multiple``. Outside the image: the mean colour, and VOID.
 
     Args:
-        images: N arrays (H, W, 3) uint8, upright.
-        masks: N arrays (H, W) uint8; an entry None gives all VOID. None: the batch has no masks.
-        boxes: N arrays (B, 4) in source pixels; an entry None has no boxes. None: the batch has none.
-        labels: N arrays (B,); needed with ``boxes``.
-        crowd: N arrays (B,) bool; None or an entry None: no crowds.
+        sizes: Height and width of each source image.
         input: The network's input.
         train: Whether ``crop`` takes windows (then ``Augment`` must cut ``input.size`` out of them).
         offsets: (N, 2) in [0, 1), down and right (see ``crop_offsets``); None centres the windows.
         multiple: Of the network's stride.
-        threads: Images resized at the same time.
     """
-    sizes = [(image.shape[0], image.shape[1]) for image in images]
     canvas = _canvas(sizes, input, train, multiple)
     places = [
         _place(size, canvas, input, train, None if offsets is None else offsets[n]) for n, size in enumerate(sizes)
     ]
-    # Channels last in memory, as decoders write and as the uint8 resize is fastest; N C H W in shape.
+    return Layout(canvas, places)
+
+
+def shown_size(size: Size, input: InputSettings) -> Size:
+    """Height and width to which an image of ``size`` is resized; its own with ``crop``."""
+    place = _place(size, input.size, input, False, None)
+    return place.height, place.width
+
+
+def paste_images(
+    images: Sequence[np.ndarray],
+    layout: Layout,
+    input: InputSettings,
+    threads: int = 1,
+    buffers: Buffers | None = None,
+) -> Tensor:
+    """N images, resized as laid out, in one canvas each.
+
+    Args:
+        images: N arrays (H, W, 3) uint8, upright; they may have been decoded at a fraction of their size.
+        layout: Made from their whole sizes.
+        input: Whose mean colour lies outside the images.
+        threads: Images resized at the same time.
+        buffers: Where memory comes from.
+
+    Returns:
+        (N, 3, H, W) uint8 of the canvas, channels last in memory, as decoders write and resizing is fastest.
+    """
+    shape = (len(images), *layout.canvas, 3)
+    out = torch.from_numpy(np.empty(shape, np.uint8) if buffers is None else buffers.take(*shape))
     fill = torch.tensor([round(255 * value) for value in input.mean], dtype=torch.uint8)
-    out = fill.expand(len(sizes), *canvas, 3).contiguous()
-    _paste_all(out, images, places, threads, nearest=False)
+    line = fill.repeat(layout.canvas[1]).view(-1, 3)
+
+    def paste(n: int) -> None:
+        image = torch.from_numpy(np.require(images[n], requirements=["C", "W"]))
+        _fill_around(out[n], layout.places[n], line)
+        _paste(out[n], image, layout.places[n], buffers)
+
+    _each(paste, len(images), threads)
+    return out.permute(0, 3, 1, 2)
+
+
+def frame_labels(
+    sizes: Sequence[Size],
+    layout: Layout,
+    masks: Sequence[np.ndarray | None] | None,
+    boxes: Sequence[np.ndarray | None] | None,
+    labels: Sequence[np.ndarray | None] | None,
+    crowd: Sequence[np.ndarray | None] | None,
+    threads: int = 1,
+) -> FramedLabels:
+    """Labels of N images in their canvases.
+
+    Args:
+        sizes: Height and width of each source image.
+        layout: Where the images go.
+        masks: N arrays (H, W) uint8; an entry None gives all VOID. None: the batch has no masks.
+        boxes: N arrays (B, 4) in source pixels; an entry None has no boxes. None: the batch has none.
+        labels: N arrays (B,); needed with ``boxes``.
+        crowd: N arrays (B,) bool; None or an entry None: no crowds.
+        threads: Masks resized at the same time.
+    """
     out_masks = None
     if masks is not None:
-        out_masks = torch.full((len(sizes), *canvas), VOID, dtype=torch.uint8)
-        _paste_all(out_masks[..., None], masks, places, threads, nearest=True)
-    matrices = [box_ops.placement_matrix(size, place) for size, place in zip(sizes, places, strict=True)]
-    moved = _pad_boxes(boxes, labels, crowd, matrices, canvas)
-    stacked = torch.stack(matrices).float() if matrices else torch.zeros(0, 3, 3)
-    size_tensor = torch.tensor(sizes, dtype=torch.int64).reshape(-1, 2)
+        out_masks = torch.full((len(sizes), *layout.canvas), VOID, dtype=torch.uint8)
+
+        def paste(n: int) -> None:
+            mask = masks[n]
+            if mask is not None:
+                _paste_nearest(
+                    out_masks[n], torch.from_numpy(np.require(mask, requirements=["C", "W"])), layout.places[n]
+                )
+
+        _each(paste, len(sizes), threads)
+    matrices = [box_ops.placement_matrix(size, place) for size, place in zip(sizes, layout.places, strict=True)]
+    moved = _pad_boxes(boxes, labels, crowd, matrices, layout.canvas)
     return {
-        "images": out.permute(0, 3, 1, 2).contiguous(),
         "masks": out_masks,
         "boxes": moved[0],
         "labels": moved[1],
         "crowd": moved[2],
-        "matrices": stacked,
-        "sizes": size_tensor,
+        "matrices": torch.stack(matrices).float() if matrices else torch.zeros(0, 3, 3),
+        "sizes": torch.tensor(sizes, dtype=torch.int64).reshape(-1, 2),
     }
 
 
-def _canvas(sizes: list[tuple[int, int]], input: InputSettings, train: bool, multiple: int) -> tuple[int, int]:
+def _canvas(sizes: Sequence[Size], input: InputSettings, train: bool, multiple: int) -> tuple[int, int]:
     if input.fit != "crop":
         return input.size
     if train:
@@ -122,44 +206,65 @@ def _place(
     return Placement(*size, *starts)
 
 
-def _paste_all(
-    canvases: Tensor,
-    images: Sequence[np.ndarray | None],
-    places: list[Placement],
-    threads: int,
-    nearest: bool,
-) -> None:
-    """Write N images (h, w) or (h, w, C) into ``canvases`` (N, H, W, C); None leaves a canvas as it is."""
-
-    def paste(n: int) -> None:
-        image = images[n]
-        if image is not None:
-            planes = torch.from_numpy(np.require(image, requirements=["C", "W"]))
-            _paste(canvases[n], planes.reshape(*image.shape[:2], -1), places[n], nearest)
-
-    if threads > 1 and len(images) > 1:
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(paste, range(len(images))))
+def _each(work: Callable[[int], None], count: int, threads: int) -> None:
+    if threads > 1 and count > 1:
+        list(pool(threads).map(work, range(count)))
     else:
-        for n in range(len(images)):
-            paste(n)
+        for n in range(count):
+            work(n)
 
 
-def _paste(canvas: Tensor, image: Tensor, place: Placement, nearest: bool) -> None:
-    """Write ``image`` (h, w, C) into ``canvas`` (H, W, C), resized to the placement and cut at the edges."""
-    if image.shape[:2] != (place.height, place.width):
-        planes = image.permute(2, 0, 1)[None]
-        size = (place.height, place.width)
-        if nearest:
-            planes = interpolate(planes, size, mode="nearest-exact")
-        else:
-            planes = interpolate(planes, size, mode="bilinear", antialias=True, align_corners=False)
-        image = planes[0].permute(1, 2, 0)
+def _inside(place: Placement, canvas: Tensor) -> tuple[slice, slice]:
+    """Rows and columns of a canvas (H, W, ...) that a placement covers."""
     rows = slice(max(place.top, 0), min(place.top + place.height, canvas.shape[0]))
-    columns = slice(max(place.left, 0), min(place.left + place.width, canvas.shape[1]))
-    canvas[rows, columns] = image[
-        rows.start - place.top : rows.stop - place.top, columns.start - place.left : columns.stop - place.left
-    ]
+    return rows, slice(max(place.left, 0), min(place.left + place.width, canvas.shape[1]))
+
+
+def _fill_around(canvas: Tensor, place: Placement, line: Tensor) -> None:
+    """Write the (W, 3) ``line`` wherever a placement leaves the canvas (H, W, 3) bare."""
+    rows, columns = _inside(place, canvas)
+    canvas[: rows.start] = line
+    canvas[rows.stop :] = line
+    canvas[rows, : columns.start] = line[: columns.start]
+    canvas[rows, columns.stop :] = line[columns.stop :]
+
+
+def _paste(canvas: Tensor, image: Tensor, place: Placement, buffers: Buffers | None) -> None:
+    """Write ``image`` (h, w, 3) into ``canvas`` (H, W, 3), resized to the placement and cut at the edges."""
+    rows, columns = _inside(place, canvas)
+    part = canvas[rows, columns]
+    if image.shape[:2] == (place.height, place.width):
+        part.copy_(image[_cut(rows, place.top), _cut(columns, place.left)])
+        return
+    whole = part.shape[:2] == (place.height, place.width)
+    if whole and part.is_contiguous():
+        _resize(image, part)
+        return
+    shape = place.height, place.width, 3
+    resized = torch.from_numpy(np.empty(shape, np.uint8) if buffers is None else buffers.take(*shape))
+    _resize(image, resized)
+    part.copy_(resized[_cut(rows, place.top), _cut(columns, place.left)])
+
+
+def _cut(inside: slice, start: int) -> slice:
+    return slice(inside.start - start, inside.stop - start)
+
+
+def _resize(image: Tensor, out: Tensor) -> None:
+    """Bilinear with antialiasing from (h, w, 3) uint8 into ``out`` (H, W, 3), contiguous both.
+
+    By the operator behind ``interpolate``, since that one always makes its result anew.
+    """
+    source, wanted = image.permute(2, 0, 1)[None], out.permute(2, 0, 1)[None]
+    torch.ops.aten._upsample_bilinear2d_aa.out(source, list(wanted.shape[2:]), False, out=wanted)
+
+
+def _paste_nearest(canvas: Tensor, mask: Tensor, place: Placement) -> None:
+    """Write ``mask`` (h, w) into ``canvas`` (H, W), resized to the placement and cut at the edges."""
+    if mask.shape != (place.height, place.width):
+        mask = interpolate(mask[None, None], (place.height, place.width), mode="nearest-exact")[0, 0]
+    rows, columns = _inside(place, canvas)
+    canvas[rows, columns] = mask[_cut(rows, place.top), _cut(columns, place.left)]
 
 
 def _pad_boxes(
@@ -193,57 +298,3 @@ def _pad_boxes(
     for n, (box, label, many) in enumerate(rows):
         out[n, : len(box)], out_labels[n, : len(box)], out_crowd[n, : len(box)] = box, label, many
     return out, out_labels, out_crowd
-
-
-def unframe_maps(maps: Tensor, matrices: Tensor, sizes: Tensor) -> list[Tensor]:
-    """Maps in the network's frame back onto each image's own pixels.
-
-    Bilinear between pixel centres (``align_corners=False``); values at the image's edge continue outwards,
-    so the padding around a letterboxed image is never mixed in. Exact where nothing was resized.
-
-    Args:
-        maps: (N, C, h, w) float, at the resolution of the frame.
-        matrices: (N, 3, 3) affine, source -> frame, as in Batch; best on the CPU, where it is read.
-        sizes: (N, 2) height and width of the source images.
-
-    Returns:
-        N tensors (C, H, W) on the device of ``maps``.
-    """
-    host = matrices.detach().to("cpu", torch.float64)
-    out = []
-    for n, (height, width) in enumerate(sizes.tolist()):
-        place = _upright_placement(host[n], (height, width), (maps.shape[-2], maps.shape[-1]))
-        if place is None:
-            theta = sampling_theta(torch.linalg.inv(host[n])[None], (maps.shape[-2], maps.shape[-1]), (height, width))
-            grid = affine_grid(theta.to(maps), [1, 1, height, width], align_corners=False)
-            values = grid_sample(maps[n : n + 1], grid, padding_mode="border", align_corners=False)
-        else:
-            values = maps[n : n + 1, :, place.top : place.top + place.height, place.left : place.left + place.width]
-            if (place.height, place.width) != (height, width):
-                values = interpolate(values, (height, width), mode="bilinear", align_corners=False)
-        out.append(values[0])
-    return out
-
-
-def _upright_placement(matrix: Tensor, size: tuple[int, int], canvas: tuple[int, int]) -> Placement | None:
-    """The whole pixels of the canvas that hold the image, where the matrix puts it into such a rectangle."""
-    corners = box_ops.transform_boxes(torch.tensor([[0.0, 0.0, size[1], size[0]]], dtype=matrix.dtype), matrix)[0]
-    left, top, right, bottom = (round(value) for value in corners.tolist())
-    place = Placement(bottom - top, right - left, top, left)
-    inside = left >= 0 and top >= 0 and right <= canvas[1] and bottom <= canvas[0] and min(place[:2]) > 0
-    # 1e-3 pixels: what float32 matrices of large images lose, and nothing that could be seen.
-    if not inside or not torch.allclose(box_ops.placement_matrix(size, place), matrix, rtol=1e-5, atol=1e-3):
-        return None
-    return place
-
-
-def unframe_boxes(boxes: Tensor, matrices: Tensor, sizes: Tensor) -> Tensor:
-    """Boxes (N, B, 4) in the network's frame back to each image's own pixels, clipped to it.
-
-    Args:
-        boxes: (N, B, 4).
-        matrices: (N, 3, 3) affine, source -> frame, as in Batch.
-        sizes: (N, 2) height and width of the source images.
-    """
-    inverse = box_ops.invert_affine(matrices.to(boxes.device, torch.float64)).to(boxes.dtype)
-    return box_ops.clip(box_ops.transform_boxes(boxes, inverse), sizes.to(boxes.device))

@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import affine_grid, grid_sample
 
 from pipeline import boxes as box_ops
+from pipeline.augment.pixels import resample, sampling_grid
 from pipeline.augment.settings import AugmentSettings
-from pipeline.schema import VOID
 
 
 def _translation(x: float, y: float, like: Tensor) -> Tensor:
@@ -45,7 +44,8 @@ class Geometry:
         """One matrix an image: canvas -> flips -> quarter turns -> affine -> its centre of ``size``.
 
         Args:
-            values: The draw as floating tensors of N rows, on the device where Kornia shall run.
+            values: The draw as floating tensors of N rows, on the device where Kornia shall run: best on the
+                host, where these some 60 small operations cost less than a GPU takes to be told of them.
             canvas: Height and width of the canvas in pixels.
             size: Height and width of the output in pixels.
 
@@ -124,16 +124,8 @@ def warp(images: Tensor, masks: Tensor | None, matrices: Tensor, size: tuple[int
         matrices: (N, 3, 3), canvas -> output in continuous edges.
         size: Height and width of the output.
     """
-    height, width = images.shape[-2:]
-    theta = sampling_theta(box_ops.invert_affine(matrices), (height, width), size).float()
-    grid = affine_grid(theta, [len(images), 3, *size], align_corners=False)
-    out = grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-    if masks is None:
-        return out, None
-    # Sampling outside gives 0, so VOID travels as 0: x ^ VOID and back.
-    shifted = (masks ^ VOID)[:, None].float()
-    sampled = grid_sample(shifted, grid, mode="nearest", padding_mode="zeros", align_corners=False)
-    return out, sampled[:, 0].to(torch.uint8) ^ VOID
+    theta = sampling_theta(box_ops.invert_affine(matrices), (images.shape[-2], images.shape[-1]), size)
+    return resample(images, masks, sampling_grid(theta.float(), size))
 
 
 def visible_boxes(

@@ -5,7 +5,7 @@ Predictions of one member and the fusion of several are opaque to everybody else
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -14,16 +14,18 @@ import torch
 from torch import Tensor
 
 from pipeline import boxes as box_ops
-from pipeline.augment import Batch, InputSettings, crop_offsets, frame
+from pipeline.augment import Batch, InputSettings, crop_offsets
+from pipeline.augment.device_frame import frame_on_device
+from pipeline.augment.frame import frame_labels, lay_out, paste_images, shown_size
+from pipeline.buffers import Buffers
 from pipeline.config import Settings
-from pipeline.decode import DecodeError, decode_many
+from pipeline.decode import DecodeError, Reduced, decode_many
 from pipeline.errors import InputError
+from pipeline.tasks.rows import FRAME, Failure, Usable, framed_rows, stored_sizes, unflatten, usable
 from pipeline.views import InferenceSettings, View
 
 Term = tuple[float, Tensor, Tensor]
 """Weight, sum, count."""
-Failure = tuple[int, str, str]
-"""Row of the table, reason (a word of ``schema.STATUSES``), detail."""
 
 
 class Average(Protocol):
@@ -81,6 +83,7 @@ class Task(ABC):
         self.classes, self.background, self.input = list(classes), background, input
         self.threads, self.multiple, self.calibration = threads, multiple, calibration
         self.score_threshold, self.alike = score_threshold, alike
+        self.buffers = Buffers()
         self.settings = self._parse_predict(predict or {})
         self._set_loss(loss)
 
@@ -110,14 +113,23 @@ class Task(ABC):
     def terms(self) -> list[str]:
         """Names of the loss terms, sorted."""
 
-    def collate(self, table: pa.Table, *, train: bool, seed: int) -> tuple[Batch, list[Failure]]:
-        """Decode and frame the rows of a table, on the CPU.
+    def collate(
+        self,
+        table: pa.Table,
+        *,
+        train: bool,
+        seed: int,
+        decoded: Sequence[np.ndarray | Tensor | DecodeError] | None = None,
+    ) -> tuple[Batch, list[Failure]]:
+        """Decode and frame the rows of a table, on the CPU unless they were ``decoded`` elsewhere.
 
         Args:
             table: ``image_id, image``, perhaps ``height, width`` and the label column; with ``train`` also
-                ``epoch, position``.
+                ``epoch, position``. Rows that were framed elsewhere have ``FRAME`` and ``FAULT`` instead of ``image``.
             train: Random windows where the input is cropped; every row must be labelled.
             seed: Of the windows.
+            decoded: The images of the rows, where that has been done: arrays (H, W, 3), or tensors (3, H, W) on a
+                device, on which all of them are framed then; the labels stay on the CPU.
 
         Returns:
             The Batch of the rows that could be decoded, in order (labels None when the table has no label
@@ -126,25 +138,20 @@ class Task(ABC):
         Raises:
             InputError: With ``train``, a row is not labelled; a label names no class.
         """
-        decoded = decode_many(table["image"].to_pylist(), self.threads)
-        labelled = self.label_column in table.column_names
-        sizes = _stored_sizes(table) if labelled else [None] * len(decoded)
-        images: list[np.ndarray] = []
-        rows: list[int] = []
-        failures: list[Failure] = []
-        for row, (item, size) in enumerate(zip(decoded, sizes, strict=True)):
-            if isinstance(item, DecodeError):
-                failures.append((row, item.reason, str(item)))
-            elif size is not None and item.shape[:2] != size:
-                found = f"{item.shape[0]}x{item.shape[1]}"
-                failures.append((row, "corrupt", f"decodes to {found}, its labels are for {size[0]}x{size[1]}"))
-            else:
-                images.append(item)
-                rows.append(row)
-        kept = table.take(pa.array(rows, pa.int64())) if failures else table
-        return self._batch(kept, images, train=train, seed=seed), failures
+        if FRAME in table.column_names:
+            found = framed_rows(table)
+        else:
+            items = self._decode(table) if decoded is None else decoded
+            labelled = self.label_column in table.column_names
+            found = usable(items, stored_sizes(table) if labelled else [None] * len(items))
+        kept = table.take(pa.array(found.rows, pa.int64())) if found.failures else table
+        return self._batch(kept, found, train=train, seed=seed), found.failures
 
-    def _batch(self, table: pa.Table, images: list[np.ndarray], *, train: bool, seed: int) -> Batch:
+    def _decode(self, table: pa.Table) -> Sequence[np.ndarray | Reduced | DecodeError]:
+        wanted = None if self.input.fit == "crop" else lambda size: shown_size(size, self.input)
+        return decode_many(table["image"].to_pylist(), self.threads, wanted, self.buffers)
+
+    def _batch(self, table: pa.Table, found: Usable, *, train: bool, seed: int) -> Batch:
         ids = table["image_id"].to_pylist()
         epochs, positions = (_keys(table, name, train) for name in ("epoch", "position"))
         labels = {"masks": None, "boxes": None, "labels": None, "crowd": None}
@@ -156,15 +163,21 @@ class Task(ABC):
                     f"image '{ids[row]}' is in the train split but has no {self.label_column}; label it, "
                     f"or move it to another split and ingest again"
                 )
-            labels |= self._labels(column, ids, [(image.shape[0], image.shape[1]) for image in images])
+            labels |= self._labels(column, ids, found.sizes)
         offsets = crop_offsets(seed, epochs, positions) if train else None
-        # Inference mode is a matter of threads: those of frame() may not write to tensors made inside it.
+        layout = lay_out(found.sizes, self.input, train=train, offsets=offsets, multiple=self.multiple)
+        # Inference mode is a matter of threads: those of framing may not write to tensors made inside it.
         with torch.inference_mode(False):
-            framed = frame(
-                images, input=self.input, train=train, offsets=offsets, multiple=self.multiple,
-                threads=self.threads, **labels,
-            )  # fmt: skip
-        return Batch(image_ids=ids, epochs=torch.from_numpy(epochs), positions=torch.from_numpy(positions), **framed)
+            device = next((image.device for image in found.images if isinstance(image, Tensor)), None)
+            if FRAME in table.column_names:
+                images = unflatten(found.images, layout.canvas, self.buffers)
+            elif device is not None:
+                images = frame_on_device(found.images, layout, self.input, device)
+            else:
+                images = paste_images(found.images, layout, self.input, self.threads, self.buffers)
+            framed = frame_labels(found.sizes, layout, **labels, threads=self.threads)
+        keys = {"epochs": torch.from_numpy(epochs), "positions": torch.from_numpy(positions)}
+        return Batch(image_ids=ids, images=images, **keys, **framed)
 
     @abstractmethod
     def _labels(self, column: pa.ChunkedArray, ids: list[str], sizes: list[tuple[int, int]]) -> dict[str, Any]:
@@ -249,13 +262,6 @@ def image_area(batch: Batch) -> Tensor:
     zero = torch.zeros_like(height)
     corners = torch.stack([zero, zero, width, height], 1)
     return box_ops.transform_boxes(corners[:, None], batch.matrices)[:, 0]
-
-
-def _stored_sizes(table: pa.Table) -> list[tuple[int, int] | None]:
-    if "height" not in table.column_names or "width" not in table.column_names:
-        return [None] * table.num_rows
-    pairs = zip(table["height"].to_pylist(), table["width"].to_pylist(), strict=True)
-    return [None if height is None or width is None else (height, width) for height, width in pairs]
 
 
 def _keys(table: pa.Table, name: str, train: bool) -> np.ndarray:

@@ -1,0 +1,48 @@
+"""Losses on their way from the device to the host, which never waits for the step it has just begun."""
+
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLAG_DELAY = 2
+"""A step's loss is read this many steps later: the device has as many steps to do while the host waits for it."""
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss became NaN or infinite; the message names the images of that step."""
+
+
+class Flags:
+    """Loss values on their way to the host, read ``FLAG_DELAY`` steps later with the ids of their images."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[tuple[int, Tensor, Any, list[str]]] = deque()
+
+    def push(self, step: int, loss: Tensor, image_ids: list[str]) -> Iterator[tuple[int, float]]:
+        """Send one value off; yields (step, loss) of those that are old enough."""
+        pinned = loss.device.type == "cuda"
+        host = torch.empty_like(loss, device="cpu", pin_memory=pinned).copy_(loss, non_blocking=pinned)
+        arrived = torch.cuda.current_stream(loss.device).record_event() if pinned else None
+        self._waiting.append((step, host, arrived, image_ids))
+        while len(self._waiting) > FLAG_DELAY:
+            yield self._read()
+
+    def flush(self) -> Iterator[tuple[int, float]]:
+        """Wait for the device and read the rest: nothing is published past a flag not yet read."""
+        while self._waiting:
+            yield self._read()
+
+    def _read(self) -> tuple[int, float]:
+        step, host, arrived, image_ids = self._waiting.popleft()
+        if arrived is not None:
+            arrived.synchronize()
+        value = float(host)
+        if value != value or value in (float("inf"), float("-inf")):
+            names = ", ".join(image_ids[:16])
+            raise NonFiniteLossError(
+                f"loss is {value} at step {step}; images of that step: {names}; try a lower optim.lr"
+            )
+        return step, value
