@@ -10,7 +10,7 @@ inside windows of neighbouring row groups bounded in bytes. It depends neither o
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 import pyarrow as pa
@@ -19,8 +19,10 @@ from pydantic import Field, model_validator
 
 from pipeline.config import Settings
 from pipeline.datasets import DatasetInfo, RowGroup, read_row_group, row_groups
-from pipeline.framed import Cache, Framing
 from pipeline.ledger import Ledger
+
+if TYPE_CHECKING:  # tasks that ship bytes do without it, and without torch: 2 s less to start each
+    from pipeline.framed import Cache, Framing
 
 LABEL_COLUMNS = {"segmentation": ["mask"], "detection": ["boxes"]}
 ROW_COLUMNS = ["image_id", "image", "height", "width"]
@@ -138,9 +140,9 @@ class Expand:
     ledger: bytes
     block_rows: int
     resumed_from: str
-    framing: Framing | None = None
+    framing: "Framing | None" = None
     """Frames rows in the task; None: encoded images travel."""
-    cache: Cache | None = None
+    cache: "Cache | None" = None
     """Has framed row groups; None: they are read from the shards, and framed, in every epoch."""
 
     def __call__(self, batch: dict[str, np.ndarray]) -> Iterator[pa.Table]:
@@ -193,7 +195,7 @@ def dataset(
     columns: list[str],
     block_rows: int,
     resumed_from: str,
-    framing: Framing | None = None,
+    framing: "Framing | None" = None,
     cached: bool = False,
 ) -> ray.data.Dataset:
     """One lazy Ray Dataset of all the rows that remain, in the run's order.
@@ -210,7 +212,11 @@ def dataset(
     """
     first_unit = (rest.first // order.rows) * order.windows
     units = max(1, -(-rest.stop // order.rows) * order.windows - first_unit)
-    cache = Cache.start(framing, columns) if framing and cached else None
+    cache = None
+    if framing and cached:
+        from pipeline.framed import Cache
+
+        cache = Cache.start(framing, columns)
     stored = ledger.to_bytes()
     expand = Expand(order, tuple(columns), first_unit, rest.stop, stored, block_rows, resumed_from, framing, cache)
     plan = ray.data.range(units, override_num_blocks=units)

@@ -280,21 +280,28 @@ def _pad_boxes(
     """
     if boxes is None or labels is None:
         return None, None, None
-    rows = []
-    for n, matrix in enumerate(matrices):
-        given, names = boxes[n], labels[n]
-        crowds = None if crowd is None else crowd[n]
-        count = 0 if given is None or names is None else len(given)
-        box = torch.as_tensor(np.array(given, np.float64) if count else np.zeros((0, 4))).reshape(-1, 4)
-        label = torch.as_tensor(np.array(names, np.int64) if count else np.zeros(0, np.int64))
-        many = torch.as_tensor(np.array(crowds, bool) if count and crowds is not None else np.zeros(count, bool))
-        box = box_ops.transform_boxes(box, matrix)
-        seen = (box[:, 2] > 0) & (box[:, 3] > 0) & (box[:, 0] < canvas[1]) & (box[:, 1] < canvas[0])
-        rows.append((box[seen].float(), label[seen], many[seen]))
-    longest = max([1, *(len(label) for _, label, _ in rows)])
-    out = torch.zeros(len(rows), longest, 4)
-    out_labels = torch.full((len(rows), longest), -1, dtype=torch.int64)
-    out_crowd = torch.zeros(len(rows), longest, dtype=torch.bool)
-    for n, (box, label, many) in enumerate(rows):
-        out[n, : len(box)], out_labels[n, : len(box)], out_crowd[n, : len(box)] = box, label, many
+    each = list(zip(boxes, labels, [None] * len(boxes) if crowd is None else crowd, strict=True))
+    counts = [0 if box is None or label is None else len(box) for box, label, _ in each]
+    some = [n for n, count in enumerate(counts) if count]
+    which = np.repeat(np.arange(len(each)), counts)
+    # All of the batch at once: a loop over images holds the interpreter's lock, and with it the decoding threads.
+    box = torch.from_numpy(_joined([each[n][0] for n in some], np.float64).reshape(-1, 4))
+    if len(which):
+        box = box_ops.transform_boxes(box[:, None], torch.stack(matrices)[which])[:, 0]
+    label = _joined([each[n][1] for n in some], np.int64)
+    many = _joined([np.zeros(counts[n], bool) if each[n][2] is None else each[n][2] for n in some], bool)
+    seen = ((box[:, 2:] > 0).all(1) & (box[:, 0] < canvas[1]) & (box[:, 1] < canvas[0])).numpy()
+    row = which[seen]
+    left = np.bincount(row, minlength=len(each))
+    place = np.arange(len(row)) - (np.cumsum(left) - left)[row]
+    longest = max([1, *left.tolist()])
+    out = torch.zeros(len(each), longest, 4)
+    out_labels = torch.full((len(each), longest), -1, dtype=torch.int64)
+    out_crowd = torch.zeros(len(each), longest, dtype=torch.bool)
+    out[row, place] = box[seen].float()
+    out_labels[row, place], out_crowd[row, place] = torch.from_numpy(label[seen]), torch.from_numpy(many[seen])
     return out, out_labels, out_crowd
+
+
+def _joined(arrays: Sequence[np.ndarray | None], kind: type) -> np.ndarray:
+    return np.concatenate([np.zeros(0, kind), *(np.asarray(array, kind).ravel() for array in arrays)])
