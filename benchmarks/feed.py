@@ -13,7 +13,6 @@ a pass. The stream also carries and frames labels, one box an image; the rivals 
 """
 
 import argparse
-import io
 import json
 import math
 import os
@@ -22,7 +21,6 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -30,20 +28,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
-from torchvision.io import ImageReadMode, decode_jpeg, read_file
-from torchvision.transforms.v2 import functional as tv
 
 from benchmarks import harness
+from benchmarks.feed_rivals import (
+    Item,
+    bare_ray,
+    fast_decoder,
+    loader,
+    naive_ray,
+    pil_then_image,
+    pil_then_tensor,
+)  # fmt: skip
+from benchmarks.images import make, photographs
 from jobs.session import ray_session
 from pipeline import datasets
-from pipeline.decode import IMAGE_SUFFIXES
-from pipeline.feed import ahead
+from pipeline.feed import ahead, collated
 from pipeline.train import Fit, training_dataset
 
-QUALITY = 90
-Item = tuple[list[str], Any]
-"""Names of N images, and the images: (N, 3, H, W) or (N, H, W, 3) uint8; None where nothing was decoded."""
 Side = Callable[[int], Iterator[Item]]
 """Number of passes -> batches."""
 
@@ -85,95 +86,16 @@ def stream(data: Data, passes: int) -> Iterator[Item]:
     task = config.build_task(datasets.open_dataset(config.data), threads)
     rows = training_dataset(fit)
 
-    def batches() -> Iterator[Item]:
-        tables: Any = rows.iter_batches(batch_size=data.batch, batch_format="pyarrow", prefetch_batches=1)
-        for table in tables:
-            batch, failures = task.collate(table, train=True, seed=config.seed)
-            assert not failures, failures
-            yield batch.image_ids, batch.images
-
-    yield from ahead(batches, config.stream.prefetch)
+    tables: Any = rows.iter_batches(batch_size=data.batch, batch_format="pyarrow", prefetch_batches=1)
+    make = partial(collated, task, tables, train=True, seed=config.seed)
+    for item in ahead(make, config.stream.prefetch):
+        assert not item.failures, item.failures
+        yield item.batch.image_ids, item.batch.images
 
 
-# The rivals. Each is what its makers' documentation shows, with the settings that ``settings`` tries.
-
-
-def pil_then_image(path: str, side: int) -> torch.Tensor:
-    """Pillow decodes and, called by torchvision, resizes."""
-    image = Image.open(path).convert("RGB")
-    return tv.pil_to_tensor(tv.resize(image, [side, side], antialias=True))
-
-
-def pil_then_tensor(path: str, side: int) -> torch.Tensor:
-    """Pillow decodes; torchvision resizes uint8, channels last in memory."""
-    pixels = torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)
-    return tv.resize(pixels, [side, side], antialias=True)
-
-
-def fast_decoder(path: str, side: int) -> torch.Tensor:
-    """torchvision decodes (libjpeg-turbo, no Pillow) and resizes."""
-    return tv.resize(decode_jpeg(read_file(path), mode=ImageReadMode.RGB), [side, side], antialias=True)
-
-
-class Files(torch.utils.data.Dataset):
-    """A folder of images, ``passes`` times."""
-
-    def __init__(self, data: Data, passes: int, load: Callable[[str, int], torch.Tensor]) -> None:
-        self.files, self.side, self.load = [str(path) for path in data.files] * passes, data.side, load
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> tuple[str, torch.Tensor]:
-        return os.path.basename(self.files[index]), self.load(self.files[index], self.side)
-
-
-def loader(data: Data, passes: int, load: Any, workers: int, prefetch: int) -> Iterator[Item]:
-    """Torch DataLoader."""
-    yield from torch.utils.data.DataLoader(
-        Files(data, passes, load), batch_size=data.batch, shuffle=True, num_workers=workers,
-        prefetch_factor=prefetch, persistent_workers=True, pin_memory=torch.cuda.is_available(),
-    )  # fmt: skip
-
-
-def repeated(shards: list[str], passes: int) -> list[str]:
-    """The shards under ``passes`` names each: Ray reads a path once, however often it is listed."""
-    out = []
-    for number in range(passes):
-        for shard in map(Path, shards):
-            again = shard.with_name(f"pass{number:04d}-{shard.name}")
-            if not again.exists():
-                os.link(shard, again)
-            out.append(str(again))
-    return out
-
-
-def naive_ray(data: Data, passes: int, task_rows: int) -> Iterator[Item]:
-    """Ray Data, decoding in its tasks."""
-    import ray.data
-
-    side = data.side
-
-    def decode(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        images = [Image.open(io.BytesIO(each)).convert("RGB") for each in rows["image"]]
-        resized = [np.asarray(image.resize((side, side), Image.Resampling.BILINEAR)) for image in images]
-        return {"image_id": rows["image_id"], "image": np.stack(resized)}
-
-    rows = ray.data.read_parquet(repeated(data.shards, passes), columns=["image_id", "image"])
-    for batch in rows.map_batches(decode, batch_size=task_rows).iter_batches(batch_size=data.batch, prefetch_batches=2):
-        yield list(batch["image_id"]), batch["image"]
-
-
-def bare_ray(data: Data, passes: int) -> Iterator[Item]:
-    """Ray Data reads, nobody decodes: what any stream through Ray Data has to wait for."""
-    import ray.data
-
-    rows: Any = ray.data.read_parquet(repeated(data.shards, passes), columns=["image_id", "image"])
-    for table in rows.iter_batches(batch_size=data.batch, batch_format="pyarrow", prefetch_batches=1):
-        yield table["image_id"].to_pylist(), None
-
-
-OURS, PIL, FAST, NAIVE, BARE = "stream", "DataLoader PIL", "DataLoader fast decoder", "naive Ray Data", "bare Ray Data"
+OURS, BARE, NAIVE = "stream", "bare Ray Data", "naive Ray Data"
+PIL, PIL_UINT8, FAST = "DataLoader PIL", "DataLoader PIL, resize on uint8", "DataLoader fast decoder"
+RIVALS = (PIL, PIL_UINT8, FAST, NAIVE)
 
 
 def settings(data: Data, small: bool) -> dict[str, dict[str, Side]]:
@@ -182,19 +104,19 @@ def settings(data: Data, small: bool) -> dict[str, dict[str, Side]]:
     counts = [cores] if small else sorted({max(1, cores - 1), cores, 2 * cores})
     plans = [(workers, prefetch) for workers in counts for prefetch in ([2] if small else [2, 4])]
 
-    def loaders(loads: dict[str, Any]) -> dict[str, Side]:
+    def loaders(load: Any) -> dict[str, Side]:
         return {
-            f"{name}{workers} workers, prefetch {prefetch}": partial(
+            f"{workers} workers, prefetch {prefetch}": partial(
                 loader, data, load=load, workers=workers, prefetch=prefetch
             )
-            for name, load in loads.items()
             for workers, prefetch in plans
         }
 
     return {
         OURS: {"": partial(stream, data)},
-        PIL: loaders({"resize on PIL, ": pil_then_image, "resize on uint8, ": pil_then_tensor}),
-        FAST: loaders({"": fast_decoder}),
+        PIL: loaders(pil_then_image),
+        PIL_UINT8: loaders(pil_then_tensor),
+        FAST: loaders(fast_decoder),
         NAIVE: {f"{n} rows a call": partial(naive_ray, data, task_rows=n) for n in ([32] if small else [16, 32, 64])},
         BARE: {"": partial(bare_ray, data)},
     }
@@ -213,7 +135,7 @@ def turn(side: Side, data: Data, log: Log) -> float:
     log.first_s.append(start - began)
     seen, first = Counter(names), len(names)
     if not log.sample[0] and images is not None:
-        log.sample = (list(names[:8]), np.array(images[:8]))
+        log.sample = (list(names[:8]), np.stack([np.asarray(image) for image in images[:8]]))
     for names, _ in batches:
         seen.update(names)
     seconds = time.perf_counter() - start
@@ -248,47 +170,6 @@ def difference(data: Data, sample: Item) -> float:
     wanted = np.stack([pil_then_image(by_name[name], data.side).numpy() for name in sample[0]])
     found = sample[1] if sample[1].shape[1] == 3 else sample[1].transpose(0, 3, 1, 2)
     return float(np.abs(found.astype(np.int16) - wanted).mean())
-
-
-def photographs(folder: Path | None) -> list[Image.Image]:
-    """Those of a folder; else scikit-image's; where that is not installed, noise with the spectrum of photographs."""
-    if folder is not None:
-        found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-        return [Image.open(path).convert("RGB") for path in found[:500]]
-    try:
-        from skimage import data as samples
-
-        names = ("astronaut", "chelsea", "coffee", "rocket", "gravel", "grass", "retina", "hubble_deep_field")
-        return [Image.fromarray(getattr(samples, name)()).convert("RGB") for name in names]
-    except ImportError:
-        random, frequency = np.random.default_rng(0), np.hypot(*np.meshgrid(*[np.fft.fftfreq(1024)] * 2))
-        spectrum = 1 / np.maximum(frequency, 1 / 1024)  # amplitude falls as 1 / f (Field 1987)
-        noise = np.fft.fft2(random.standard_normal((4, 1024, 1024, 3)), axes=(1, 2)) * spectrum[..., None]
-        pixels = np.fft.ifft2(noise, axes=(1, 2)).real
-        pixels = 128 + 50 * pixels / pixels.std()
-        return [Image.fromarray(each) for each in pixels.clip(0, 255).astype(np.uint8)]
-
-
-def make(folder: Path, sources: list[Image.Image], size: tuple[int, int], count: int) -> list[Path]:
-    """``count`` distinct JPEGs of ``size`` (width, height): crops of the sources, mirrored or not, resized."""
-    width, height = size
-    folder.mkdir(parents=True)
-
-    def one(index: int) -> Path:
-        random, source = np.random.default_rng([index, width]), sources[index % len(sources)]
-        scale = min(source.width / width, source.height / height) * random.uniform(0.6, 1)
-        left, top = random.uniform(0, source.width - scale * width), random.uniform(0, source.height - scale * height)
-        box = (left, top, left + scale * width, top + scale * height)
-        image = source.resize(size, Image.Resampling.LANCZOS, box=box)
-        path = folder / f"{index:06}.jpg"
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if random.random() < 0.5 else image
-        image.save(path, quality=QUALITY)
-        return path
-
-    for source in sources:
-        source.load()  # not in the threads: files are read lazily
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        return list(pool.map(one, range(count)))
 
 
 def ingest(folder: Path, files: list[Path], size: tuple[int, int], args: argparse.Namespace) -> Data:
@@ -336,7 +217,9 @@ def measure(folder: Path, size: tuple[int, int], args: argparse.Namespace) -> tu
         })  # fmt: skip
     print(harness.table(rows), flush=True)
     ours = figures[OURS]
-    ratios = {f"{name} rate / {side}": ours["img/s"][0] / figures[side]["img/s"][0] for side in (PIL, FAST, NAIVE)}
+    ratios = {
+        f"{name} rate / {side}": ours["img/s"][0] / figures[side]["img/s"][0] for side in (PIL, PIL_UINT8, FAST, NAIVE)
+    }
     ratios[f"{name} first batch / {BARE}"] = ours["first_batch_s"][0] / figures[BARE]["first_batch_s"][0]
     return {"jpeg_kb": mean_kb, **figures}, ratios
 
@@ -366,6 +249,7 @@ def main(argv: list[str] | None = None) -> tuple[dict[str, Any], dict[str, float
     figures, ratios = {}, {}
     with tempfile.TemporaryDirectory() as folder, ray_session(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="This DataLoader will create")  # more workers than cores: meant
+        warnings.filterwarnings("ignore", message="The image decoding and encoding", category=DeprecationWarning)
         for text in args.sizes:
             width, height = (int(part) for part in text.split("x"))
             figures[text], found = measure(Path(folder), (width, height), args)
