@@ -1,7 +1,8 @@
 """Predictor: rows of encoded images in, prediction rows out, for one member or many; knows no Ray.
 
 Each image is read and decoded once whatever the number of members: they run one after the other over the
-same batch on the device, and the task keeps running sums over them.
+same batch on the device, and the task keeps running sums over them. Calls from several threads overlap: while
+one batch is in the members, the next is decoded and the one before is encoded.
 """
 
 import contextlib
@@ -9,35 +10,28 @@ import hashlib
 import math
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import pyarrow as pa
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline import decode, models
 from pipeline.augment import Augment, Batch, InputSettings
+from pipeline.batch_size import BatchSize, Measured
 from pipeline.bundle import Bundle, open_bundle
+from pipeline.device import Compile, Compiled, Precision, autocast, pick_device, place, wants_compile
+from pipeline.device_decode import DeviceDecoder
 from pipeline.errors import InputError
+from pipeline.lanes import Lanes
 from pipeline.meters import POOL, SAMPLE, UNCALIBRATED, Meters, member_sample
 from pipeline.rows import Rows
 from pipeline.tasks import TASKS
-from pipeline.tasks.base import Task
+from pipeline.tasks.base import Failure, Task
 from pipeline.views import View, each_pass, through_windows, uses_windows
 
-PIXELS_AT_ONCE = {"cpu": 2**21, "cuda": 2**24}
-"""Pixels of all images in one batch, by kind of device: 8 images of 512 x 512 on a CPU, 64 on a GPU."""
-IMAGES_AT_ONCE = 256
 Purpose = Literal["metrics", "sample"]
 """What is counted against labels: metrics of pool and members, or what a calibration is fitted on."""
-
-
-def pick_device(device: str) -> torch.device:
-    """``auto`` is a GPU where there is one."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(device)
 
 
 def task_of(bundle: Bundle, threads: int = 1, multiple: int = 32) -> Task:
@@ -63,29 +57,49 @@ class Predictor:
         bundle: A bundle, or its URI.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
         threads: Threads that decode images; None = one for each core.
+        batch: Images that go through the members at once; None = as many as memory allows.
+        precision: Of the members' arithmetic; probabilities and measures are float32 always.
+        compile: Whether members are compiled; images seen at their own size never are.
+        steps: About how many batches will come, of all members together, by which ``auto`` decides to compile.
+        calls: Threads that will call it at a time.
 
     Raises:
         InputError: The bundle is missing, damaged, or of another version.
     """
 
-    def __init__(self, bundle: str | Bundle, device: str = "auto", threads: int | None = None) -> None:
+    def __init__(
+        self,
+        bundle: str | Bundle,
+        device: str = "auto",
+        threads: int | None = None,
+        *,
+        batch: int | None = None,
+        precision: Precision = "auto",
+        compile: Compile = "auto",
+        steps: int = 0,
+        calls: int = 1,
+    ) -> None:
         self.bundle = open_bundle(bundle) if isinstance(bundle, str) else bundle
         self.device = pick_device(device)
-        self.members = [self._load(k) for k in range(self.bundle.members)]
+        self.precision: Precision = precision
+        self.members = [place(self.bundle.load_member(k), self.device) for k in range(self.bundle.members)]
         self.stride = math.lcm(*(int(getattr(module, "stride", 1)) for module in self.members))
         # Frames in coarser steps than the model asks for, so that images of nearly one size share a batch.
-        self.task = task_of(self.bundle, threads or len(os.sched_getaffinity(0)), math.lcm(32, self.stride))
+        threads = threads or len(os.sched_getaffinity(0))
+        self.task = task_of(self.bundle, threads, math.lcm(32, self.stride))
         self.input, self.inference = self.task.input, self.task.inference
         self.passes = list(each_pass(self.inference))
         if self.inference.dropout_passes:
             self._switch_dropout_on()
+        self.size = BatchSize(self.device, batch, calls)
+        self.lanes = Lanes(self.device, turns=self.inference.dropout_passes > 0)
+        self._decoder = DeviceDecoder(self.device, threads) if self.device.type == "cuda" else None
         self._normalise = Augment(None, self.input, 0)
+        # Of frames of many sizes each would be compiled anew; compiled dropout draws other numbers.
+        fit = self.input.fit != "crop" and not self.inference.dropout_passes
+        wanted = fit and wants_compile(self.device, compile, steps)
+        self._compiled = [Compiled(module) for module in self.members] if wanted else None
         self._worked = False
-
-    def _load(self, k: int) -> nn.Module:
-        module = self.bundle.load_member(k)
-        module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        return module.to(self.device)
 
     def _switch_dropout_on(self) -> None:
         for module in self.members:
@@ -120,25 +134,26 @@ class Predictor:
     def _run(self, table: pa.Table, meters: Meters | None) -> pa.Table:
         rows = Rows(table, self.bundle, self.bundle.members * len(self.passes))
         failed: list[Exception] = []
-        for chunk, collated in self._collated(table, self._chunks(table, rows.usable())):
-            failed += self._chunk(table, chunk, collated, rows, meters)
+        for chunk in self._chunks(table, rows.usable()):
+            with self.lanes.own():
+                failed += self._chunk(table, chunk, rows, meters)
         self._worked = self._worked or rows.ok > 0
         if failed and not self._worked:
             # Not an odd image but a fault of the model or of this program: rows would hide it.
             raise failed[0]
         return rows.table()
 
-    def _chunks(self, table: pa.Table, usable: Sequence[int]) -> list[list[int]]:
-        """Rows that go through the model together: of one shape, at most a budget of pixels."""
-        budget = PIXELS_AT_ONCE.get(self.device.type, PIXELS_AT_ONCE["cpu"])
+    def _chunks(self, table: pa.Table, usable: Sequence[int]) -> Iterator[list[int]]:
+        """Rows that go through the model together: of one shape, as many as the size is by then."""
         groups: dict[tuple[int, int], list[int]] = {}
         for row in usable:
             groups.setdefault(self._shape(table, row), []).append(row)
-        chunks: list[list[int]] = []
         for (height, width), members in groups.items():
-            size = min(IMAGES_AT_ONCE, max(1, budget // max(1, height * width)))
-            chunks += [members[at : at + size] for at in range(0, len(members), size)]
-        return chunks
+            at = 0
+            while at < len(members):
+                following = at + self.size.images(height, width)
+                yield members[at:following]
+                at = following
 
     def _shape(self, table: pa.Table, row: int) -> tuple[int, int]:
         """(H, W) of the frame that the row's image will have; (0, 0) where it is no image."""
@@ -156,25 +171,20 @@ class Predictor:
         multiple = self.task.multiple
         return -(-height // multiple) * multiple, -(-width // multiple) * multiple
 
-    def _collated(self, table: pa.Table, chunks: list[list[int]]) -> Iterator[tuple[list[int], Any]]:
-        """Each chunk with its decoded batch; on a GPU the next one is decoded while this one is used."""
-        if self.device.type == "cpu":
-            for chunk in chunks:
-                yield chunk, self.task.collate(table.take(chunk), train=False, seed=0)
-            return
-        with ThreadPoolExecutor(1, "collate") as pool:
-            ahead = [pool.submit(self.task.collate, table.take(chunk), train=False, seed=0) for chunk in chunks[:1]]
-            for at, chunk in enumerate(chunks):
-                collated = ahead.pop().result()
-                for following in chunks[at + 1 : at + 2]:
-                    ahead.append(pool.submit(self.task.collate, table.take(following), train=False, seed=0))
-                yield chunk, collated
+    def _collate(self, table: pa.Table) -> tuple[Batch, list[Failure]]:
+        """Decoded and framed, on a GPU where that can be; copied there ahead of the model's turn."""
+        if self._decoder is None:
+            return self.task.collate(table, train=False, seed=0)
+        try:
+            decoded = self._decoder(table["image"].to_pylist())
+            batch, failures = self.task.collate(table, train=False, seed=0, decoded=decoded)
+        except RuntimeError:  # out of the device's memory, most likely: the host has more
+            batch, failures = self.task.collate(table, train=False, seed=0)
+        return batch.pin_memory().to(self.device, non_blocking=True), failures
 
-    def _chunk(
-        self, table: pa.Table, chunk: list[int], collated: Any, rows: Rows, meters: Meters | None
-    ) -> list[Exception]:
+    def _chunk(self, table: pa.Table, chunk: list[int], rows: Rows, meters: Meters | None) -> list[Exception]:
         """Fill the rows of one chunk; returns what the model raised for images that failed alone."""
-        batch, failures = collated
+        batch, failures = self._collate(table.take(chunk))
         for at, reason, detail in failures:
             rows.fail(chunk[at], reason, detail)
         bad = {at for at, _, _ in failures}
@@ -197,25 +207,25 @@ class Predictor:
         if len(kept) == 1:
             rows.fail(kept[0], "error", f"{type(fault).__name__}: {fault}")
             return [fault]
-        del batch, collated
+        if isinstance(fault, torch.OutOfMemoryError):
+            self.size.halve(len(kept) * batch.images.shape[-2] * batch.images.shape[-1])
+        del batch
         halves = (kept[: len(kept) // 2], kept[len(kept) // 2 :])
-        again = ((half, self.task.collate(table.take(half), train=False, seed=0)) for half in halves)
-        return [item for half, part in again for item in self._chunk(table, half, part, rows, meters)]
+        return [item for half in halves for item in self._chunk(table, half, rows, meters)]
 
     @torch.inference_mode()
     def _infer(
         self, batch: Batch, truth: pa.Table | None, meters: Meters | None
     ) -> tuple[dict[str, list[Any]], list[list[int]]]:
         """(columns of ``to_columns``, [[height, width], ...]) of one batch."""
-        view = self._normalise(batch.to(self.device))
-        images = view.images.contiguous(memory_format=torch.channels_last)
         counters = {} if meters is None else meters.counters
 
-        def predictions() -> Iterator[Any]:
-            for k, module in enumerate(self.members):
+        def predictions(view: Batch) -> Iterator[Any]:
+            images = view.images.contiguous(memory_format=torch.channels_last)
+            for k in range(len(self.members)):
                 counted = {str(k), member_sample(k)} & counters.keys()
                 own = self.task.average() if counted else None
-                for outputs, look, seen in self._answers(k, module, self._coloured(k, images), batch.image_ids):
+                for outputs, look, seen in self._answers(k, self._coloured(k, images), batch.image_ids):
                     prediction = self.task.predict(outputs, view, look, seen)
                     del outputs
                     if own is not None:
@@ -229,7 +239,9 @@ class Predictor:
                 else:
                     self.task.sample(own.result(), view, truth, counters[member_sample(k)])
 
-        fused = self.task.fuse(predictions())
+        with self.lanes.model(), Measured(self.size, batch.images[:, 0].numel()):
+            view = self._normalise(batch.to(self.device))
+            fused = self.task.fuse(predictions(view))
         if POOL in counters:
             self.task.measure(fused, view, truth, counters[POOL])
         if UNCALIBRATED in counters:
@@ -247,21 +259,23 @@ class Predictor:
         mean, std, own_mean, own_std = torch.tensor(values).to(images)[..., None, None]
         return (images * std + (mean - own_mean)) / own_std
 
-    def _answers(
-        self, k: int, module: nn.Module, images: Tensor, image_ids: list[str]
-    ) -> Iterator[tuple[Any, View, tuple[int, int]]]:
+    def _answers(self, k: int, images: Tensor, image_ids: list[str]) -> Iterator[tuple[Any, View, tuple[int, int]]]:
         """(raw outputs, view, its height and width) of one member: once, or for each view and dropout pass."""
         for number, look in self.passes:
             with self._seeded(f"{k} {number} {image_ids[0]}"):
                 shown = look.look(images, self.stride)
-                yield self._ask(module, shown), look, (shown.shape[-2], shown.shape[-1])
+                yield self._ask(k, shown), look, (shown.shape[-2], shown.shape[-1])
 
-    def _ask(self, module: nn.Module, images: Tensor) -> Any:
-        """Outputs for (N, 3, H, W), seen whole or through windows."""
-        canvas, window = (images.shape[-2], images.shape[-1]), self.input.size
-        if self.input.fit == "crop" and uses_windows(self.inference, canvas, window):
-            return through_windows(module, images, window, self.inference.window_overlap)
-        return module(images)
+    def _ask(self, k: int, images: Tensor) -> Any:
+        """Member ``k``'s outputs for (N, 3, H, W), seen whole or through windows."""
+        canvas, window, module = (images.shape[-2], images.shape[-1]), self.input.size, self.members[k]
+        with autocast(self.device, self.precision):
+            if self.input.fit == "crop" and uses_windows(self.inference, canvas, window):
+                return through_windows(module, images, window, self.inference.window_overlap)
+            # The odd batch at the end of a unit is not worth compiling for.
+            if self._compiled is not None and len(images) == self.size.images(*canvas):
+                return self._compiled[k](images)
+            return module(images)
 
     @contextlib.contextmanager
     def _seeded(self, key: str) -> Iterator[None]:

@@ -18,10 +18,10 @@ import pyarrow as pa
 import ray
 import ray.data
 import torch
-from ray.data import ActorPoolStrategy
 
 from pipeline import pools, predictions, storage, units
 from pipeline.bundle import Bundle, open_bundle
+from pipeline.device import Compile, Precision
 from pipeline.errors import InputError
 from pipeline.meters import Meters
 from pipeline.predict import Predictor, Purpose, task_of
@@ -30,8 +30,7 @@ from pipeline.telemetry import NoSink, Progress, Sink
 from pipeline.units import Plan, Unit
 
 _READ_CPUS = 0.5
-"""A reading task waits for storage more than it computes. Other resources than the actor's also keep Ray
-from fusing it into the actor, where it would run between two predictions instead of beside one."""
+"""A reading task mostly waits; and what differs from the actor's resources Ray does not fuse into the actor."""
 
 
 def predict(
@@ -52,11 +51,13 @@ def score(
     sink: Sink | None = None,
     actors: int | None = None,
     threads: int | None = None,
+    batch: int | None = None,
+    precision: Precision = "auto",
+    compile: Compile = "auto",
 ) -> dict[str, Any]:
     """Run every image of ``data`` through every member of ``bundle``, once.
 
-    Ray must be running. An unfinished run with the same inputs is continued; only its missing units are
-    scored.
+    Ray must be running. An unfinished run with the same inputs is continued: only missing units are scored.
 
     Args:
         bundle: URI of a bundle, or one that is staged.
@@ -69,6 +70,9 @@ def score(
         sink: Where progress goes.
         actors: Processes that hold the members; None = one a GPU, or what the CPUs allow.
         threads: CPU threads of each; None = its share.
+        batch: Images that go through the members at once; None = as many as memory allows.
+        precision: Of the members' arithmetic.
+        compile: Whether the members are compiled.
 
     Returns:
         ``rows, statuses, bundle_id, members, uncertainty_mean, data, split, seconds``; with ``out`` also
@@ -82,9 +86,8 @@ def score(
     began = time.monotonic()
     opened = open_bundle(bundle) if isinstance(bundle, str) else bundle
     plan = units.make_plan(opened, data, split, measure=measure is not None)
-    out = storage.absolute(out) if out is not None else None
-    found = predictions.committed(out, plan.inputs) if out is not None else None
-    if found is not None:
+    out = None if out is None else storage.absolute(out)
+    if out is not None and (found := predictions.committed(out, plan.inputs)) is not None:
         return _done_already(opened, plan, split, out, found, measure is not None)
     attempt = None
     if out is not None:
@@ -94,16 +97,14 @@ def score(
     progress.advance(sum(item.rows for item in adopted.values()))
     todo = [unit for unit in plan.units if unit.number not in adopted]
     pool = pools.plan(len(todo), actors, threads, pools.free_cpus() if todo else 1)
-    wanted = _Wanted(measure, scalars and out is None)
+    steps = opened.members * sum(unit.rows for unit in todo) // (pool.size * units.UNIT_ROWS)
+    options = {"threads": pool.threads, "calls": pool.calls, "batch": batch, "precision": precision}
+    options |= {"compile": compile, "steps": steps}
+    wanted = _Wanted(measure, scalars and out is None, options)
     finished = [*adopted.values(), *_run(opened, plan, todo, attempt, wanted, progress, pool)]
     finished.sort(key=lambda item: item.unit)
     predictions.check(finished, plan.expected)
-    summary = _summary(opened, plan, split, finished)
-    if measure is not None:
-        meters = summary["meters"] = _merged(opened, finished)
-        summary |= {"metrics": meters.compute()} if measure == "metrics" else {}
-    if wanted.scalars:
-        summary["scalars"] = pa.concat_tables(_read_stream(pa.py_buffer(item.scalars)) for item in finished)
+    summary = _summary(opened, plan, split, finished, wanted)
     if attempt is not None:
         summary = _commit(opened, plan, attempt, finished, summary)
         summary |= {"adopted": len(adopted), "scored": len(todo)}
@@ -121,13 +122,15 @@ def _done_already(
     return {**common, **kept, "out": out, "already": True, "adopted": 0, "scored": 0, "seconds": 0.0}
 
 
-def _summary(bundle: Bundle, plan: Plan, split: str | None, finished: Sequence[UnitFile]) -> dict[str, Any]:
+def _summary(
+    bundle: Bundle, plan: Plan, split: str | None, finished: Sequence[UnitFile], wanted: "_Wanted"
+) -> dict[str, Any]:
     statuses: dict[str, int] = {}
     for item in finished:
         for word, count in item.statuses.items():
             statuses[word] = statuses.get(word, 0) + count
     ok, total = statuses.get("ok", 0), sum(item.uncertainty_sum for item in finished)
-    return {
+    summary = {
         "rows": plan.rows,
         "statuses": statuses,
         "bundle_id": bundle.id,
@@ -136,6 +139,12 @@ def _summary(bundle: Bundle, plan: Plan, split: str | None, finished: Sequence[U
         "data": plan.inputs["data"],
         "split": split,
     }
+    if wanted.measure is not None:
+        meters = summary["meters"] = _merged(bundle, finished)
+        summary |= {"metrics": meters.compute()} if wanted.measure == "metrics" else {}
+    if wanted.scalars:
+        summary["scalars"] = pa.concat_tables(_read_stream(pa.py_buffer(item.scalars)) for item in finished)
+    return summary
 
 
 def _commit(
@@ -145,8 +154,8 @@ def _commit(
     manifest = predictions.commit(
         attempt, finished, expected=plan.expected, inputs=plan.inputs, extra={"task": bundle.task, **extra}
     )
-    won = manifest["attempt"] == attempt.number
-    return {**summary, "out": attempt.uri, "attempt": manifest["attempt"], "already": not won}
+    number = manifest["attempt"]
+    return {**summary, "out": attempt.uri, "attempt": number, "already": number != attempt.number}
 
 
 def _run(
@@ -172,10 +181,10 @@ def _run(
             Scorer,
             batch_size=1,
             batch_format="pyarrow",
-            compute=ActorPoolStrategy(size=pool.size),
+            compute=pool.strategy,
             num_cpus=pool.cpus,
             num_gpus=pool.gpus or None,
-            fn_constructor_args=(bundle, pool.threads, wanted, out),
+            fn_constructor_args=(bundle, wanted, out),
         )
     )
     try:
@@ -229,10 +238,12 @@ def _read_stream(data: pa.Buffer) -> pa.Table:
 
 @dataclass(frozen=True)
 class _Wanted:
-    """What units bring back beside their files."""
+    """What units bring back beside their files, and how they are predicted."""
 
     measure: Purpose | None
     scalars: bool
+    options: dict[str, Any]
+    """Of ``Predictor``."""
 
 
 class Scorer:
@@ -241,12 +252,13 @@ class Scorer:
     Wrong input travels to the driver in the row: Ray loses the type of what an actor raises.
     """
 
-    def __init__(self, bundle: Bundle, threads: int, wanted: _Wanted, out: tuple[str, str, str] | None) -> None:
-        torch.set_num_threads(threads)
+    def __init__(self, bundle: Bundle, wanted: _Wanted, out: tuple[str, str, str] | None) -> None:
+        torch.set_num_threads(wanted.options["threads"])
+        pools.keep_memory()
         self.wanted, self.out = wanted, out
         self.fault: str | None = None
         try:
-            self.predictor = Predictor(bundle, threads=threads)
+            self.predictor = Predictor(bundle, **wanted.options)
         except InputError as error:
             self.fault = str(error)
 
@@ -263,12 +275,11 @@ class Scorer:
             return _to_row(nothing, str(error))
 
     def _score(self, unit: int, table: pa.Table, sources: list[str]) -> UnitFile:
-        state = b""
-        if self.wanted.measure is not None:
+        if self.wanted.measure is None:
+            scored, state = self.predictor(table), b""
+        else:
             scored, meters = self.predictor.measure(table, self.wanted.measure)
             state = meters.to_bytes()
-        else:
-            scored = self.predictor(table)
         if self.out is not None:
             uri, folder, digest = self.out
             return predictions.write_unit(uri, folder, unit, scored, digest=digest, sources=sources, metrics=state)
@@ -287,9 +298,8 @@ def _is_scalar(kind: pa.DataType) -> bool:
 
 
 def _to_row(item: UnitFile, fault: str) -> pa.Table:
-    values = {**item.listed(), "uncertainty_sum": item.uncertainty_sum, "fault": fault}
-    values |= {"statuses": json.dumps(item.statuses), "ids": item.ids.tobytes()}
-    values |= {"metrics": item.metrics, "scalars": item.scalars}
+    values = {**item.listed(), "uncertainty_sum": item.uncertainty_sum, "fault": fault, "metrics": item.metrics}
+    values |= {"statuses": json.dumps(item.statuses), "ids": item.ids.tobytes(), "scalars": item.scalars}
     return pa.table({key: [value] for key, value in values.items()})
 
 
@@ -305,6 +315,6 @@ def _merged(bundle: Bundle, finished: Sequence[UnitFile]) -> Meters:
     task = task_of(bundle)
     metric, sample = task.metric(), task.new_sample()
     total, *rest = (Meters.from_bytes(item.metrics, metric, sample) for item in finished)
-    for meters in rest:
-        total.merge(meters)
+    for each in rest:
+        total.merge(each)
     return total

@@ -12,7 +12,7 @@ import ray.train
 import ray.train.torch
 import torch
 
-from pipeline import checkpoint, storage, stream
+from pipeline import checkpoint, pools, storage, stream
 from pipeline.datasets import open_dataset, row_groups
 from pipeline.device import fuse
 from pipeline.errors import InputError
@@ -118,6 +118,7 @@ def train_worker(loop_config: dict[str, Fit]) -> None:
     """What every Ray Train worker executes."""
     fit = loop_config["fit"]
     torch.set_num_threads(fit.threads)
+    pools.keep_memory()
     config, context = fit.settings(), ray.train.get_context()
     info = open_dataset(config.data)
     rank, world = context.get_world_rank(), context.get_world_size()

@@ -14,7 +14,7 @@ LAYERS = (
     ("buffers",),
     ("jpeg",),
     ("decode", "uncertainty"),
-    ("clusters", "device", "device_decode"),
+    ("clusters", "device", "device_decode", "lanes", "batch_size"),
     ("formats", "augment", "models", "losses", "calibration", "metrics", "optim", "views"),
     ("splits",),
     ("shards",),

@@ -1,6 +1,7 @@
 """Predictor: one row out for each row in, whatever the images are."""
 
 import io
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from tiny import DETECTOR, INPUT, UNET, encode, make_bundle, png, table
 from torch import nn
 
 from pipeline import predict
+from pipeline.batch_size import BatchSize
 from pipeline.errors import InputError
 from pipeline.meters import Meters
 from pipeline.predict import Predictor
@@ -80,7 +82,7 @@ def test_native_size_images_are_grouped_by_shape(tmp_path: Path, monkeypatch: py
     out = predictor(table([png(*size, n) for n, size in enumerate(sizes)]))
     assert list(zip(out["height"].to_pylist(), out["width"].to_pylist(), strict=True)) == sizes
     assert sorted(shape[0] for shape in seen) == [2, 2]
-    monkeypatch.setitem(predict.PIXELS_AT_ONCE, "cpu", 64 * 64)
+    predictor.size = BatchSize(torch.device("cpu"), 1)
     seen.clear()
     again = predictor(table([png(*size, n) for n, size in enumerate(sizes)]))
     assert [shape[0] for shape in seen] == [1, 1, 1, 1]
@@ -209,12 +211,77 @@ def test_a_missing_bundle(tmp_path: Path):
         Predictor(str(tmp_path / "none"))
 
 
+@by_model
+def test_threads_beside_one_another_say_what_one_says(tmp_path: Path, model: dict[str, Any]):
+    predictor = Predictor(make_bundle(tmp_path, model), "cpu", threads=1, calls=3)
+    tables = [table([png(20 + n, 30, n), b"no image", png(32, 32, n + 9)]) for n in range(6)]
+    wanted = [predictor(rows).to_pylist() for rows in tables]
+    with ThreadPoolExecutor(3) as pool:
+        assert [rows.to_pylist() for rows in pool.map(predictor, tables)] == wanted
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("auto", torch.float32), ("bf16", torch.bfloat16)])
+def test_members_alone_run_in_half_precision(tmp_path: Path, precision: Any, dtype: torch.dtype):
+    predictor = Predictor(make_bundle(tmp_path, UNET), "cpu", threads=1, precision=precision)
+    said: list[torch.Tensor] = []
+    for module in predictor.members:
+        module.register_forward_hook(lambda _, given, logits: said.append(logits))  # pyright: ignore[reportArgumentType]
+    out = predictor(table([png(32, 32, n) for n in range(3)]))
+    assert [logits.dtype for logits in said] == [dtype, dtype]
+    pool = torch.stack([logits.float().softmax(1) for logits in said]).mean(0)
+    wanted = torch.special.entr(pool).sum(1).mean((1, 2)).tolist()
+    assert out["entropy_mean"].to_pylist() == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize(("fit", "times"), [("letterbox", 4), ("crop", 0)])
+def test_full_batches_run_compiled_and_say_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fit: str, times: int
+):
+    calls: list[int] = []
+
+    class Counted:
+        def __init__(self, module: nn.Module) -> None:
+            self.module = module
+
+        def __call__(self, images: torch.Tensor) -> Any:
+            calls.append(len(images))
+            return self.module(images)
+
+    monkeypatch.setattr(predict, "Compiled", Counted)
+    uri = make_bundle(tmp_path, UNET, input={**INPUT, "fit": fit})
+    rows = table([png(32, 32, n) for n in range(5)])
+    made = Predictor(uri, "cpu", threads=1, batch=2, compile=True)(rows)
+    assert calls == [2] * times
+    assert made.to_pylist() == Predictor(uri, "cpu", threads=1, batch=2)(rows).to_pylist()
+
+
+def test_a_batch_that_did_not_fit_makes_the_next_smaller(tmp_path: Path):
+    class Full(nn.Module):
+        stride = 32
+
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner, self.seen = inner, []
+
+        def forward(self, images: torch.Tensor) -> Any:
+            self.seen.append(len(images))
+            if len(images) > 2:
+                raise torch.OutOfMemoryError("full")
+            return self.inner(images)
+
+    predictor = Predictor(make_bundle(tmp_path, UNET, seeds=(0,)), "cpu", threads=1, batch=8)
+    predictor.members[0] = full = Full(predictor.members[0])
+    out = predictor(table([png(32, 32, n) for n in range(12)]))
+    assert set(out["status"].to_pylist()) == {"ok"}
+    assert full.seen == [8, 4, 2, 2, 4, 2, 2, 2, 2]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @by_model
 def test_a_gpu_says_what_the_cpu_says(tmp_path: Path, model: dict[str, Any]):
     uri = make_bundle(tmp_path, model)
     rows = table([png(20 + n, 30, n) for n in range(5)])
-    host, device = Predictor(uri, "cpu", threads=1)(rows), Predictor(uri, "cuda", threads=1)(rows)
+    host, device = Predictor(uri, "cpu")(rows), Predictor(uri, "cuda", precision="float32")(rows)
     for a, b in zip(host["uncertainty"].to_pylist(), device["uncertainty"].to_pylist(), strict=True):
         assert a == pytest.approx(b, rel=1e-2)

@@ -361,7 +361,8 @@ def test_one_actor_an_image_where_there_is_little_to_do(ray_local: None):
     assert int(ray.cluster_resources()["CPU"]) == 8
     assert pools.plan(1, None, None, 8).size == 1
     assert pools.plan(100, None, None, 8).size == 3
-    assert pools.plan(100, 2, 5, 8) == pools.Pool(2, 2, 0, 5)
+    assert pools.plan(100, 2, 5, 8) == pools.Pool(2, 2, 0, threads=1, calls=5)
+    assert pools.plan(3, 2, 5, 8) == pools.Pool(2, 2, 0, threads=5, calls=1)
 
 
 def test_a_pool_leaves_a_cpu_to_the_readers_whatever_others_hold(ray_local: None):

@@ -1,0 +1,55 @@
+"""CUDA streams of one model that several threads ask: theirs to decode and encode, one for the model's own work."""
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+
+class Lanes:
+    """On a CPU threads run beside one another, unless they take turns there too.
+
+    A thread enters ``own`` with everything it does for one batch, and within it ``model``. There its work joins the
+    one stream of the model, behind what other threads have queued: so the device has the next batch before it is
+    done with this one, and the memory of activations is taken once, whatever the number of threads.
+    """
+
+    def __init__(self, device: torch.device, turns: bool = False) -> None:
+        """``turns``: one thread at a time asks the model on a CPU too, since its answers draw random numbers."""
+        self._cuda = device.type == "cuda"
+        self._lock = threading.Lock() if turns or self._cuda else contextlib.nullcontext()
+        self._local = threading.local()
+        self._device = device
+        self._model: Any = torch.cuda.Stream(device) if self._cuda else None
+
+    @contextlib.contextmanager
+    def own(self) -> Iterator[None]:
+        """The calling thread's stream; leaving it waits until all is done, so what was made there may be dropped."""
+        if not self._cuda:
+            yield
+            return
+        if not hasattr(self._local, "stream"):
+            # Small kernels at the end of one batch go before those of the next batch's members.
+            self._local.stream = torch.cuda.Stream(self._device, priority=-1)
+        try:
+            with torch.cuda.stream(self._local.stream):
+                yield
+        finally:
+            self._local.stream.synchronize()
+
+    @contextlib.contextmanager
+    def model(self) -> Iterator[None]:
+        """Of a GPU one thread at a time, which does not wait for the device."""
+        with self._lock:
+            if not self._cuda:
+                yield
+                return
+            own = torch.cuda.current_stream(self._device)
+            self._model.wait_stream(own)
+            try:
+                with torch.cuda.stream(self._model):
+                    yield
+            finally:
+                own.wait_stream(self._model)
