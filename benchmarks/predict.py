@@ -256,8 +256,7 @@ def compare(name: str, root: Path, args: argparse.Namespace, uri: str) -> tuple[
     few, whole = folders(root / name, args, args.count if stub else args.model_count)
     weights = None if stub else str(Path(uri).parent / "0.safetensors")
     sides = {OURS: Side(partial(ours, uri, StubScorer if stub else score.Scorer), few, whole, root / f"{name}-ours")}
-    best, rows = 0.0, []
-    figures: dict[str, Any] = {"images": count(whole)}
+    best, figures = 0.0, dict[str, Any](images=count(whole))
     for text, setting in settings(args.small).items():
         side = Side(partial(rival, weights, args.side, **setting), few, whole, root / f"{name} {text}")
         side.begin()
@@ -268,7 +267,7 @@ def compare(name: str, root: Path, args: argparse.Namespace, uri: str) -> tuple[
     sides[OURS].begin()
     harness.in_turns({key: side.turn for key, side in sides.items()}, args.rounds)
     same = agreement(masks(sides[OURS].last()), masks(sides[RIVAL].last()))
-    figures |= {"miou": same[0], "equal_pixels": same[1]}
+    rows, figures["miou"], figures["equal_pixels"] = [], *same
     for key, side in sides.items():
         jobs, flow = (count(whole) / np.array(side.seconds[-args.rounds :])).tolist(), side.steady()[-args.rounds :]
         figures[key] = {"job_img_s": jobs, "steady_img_s": flow, "start_s": side.start_s}
