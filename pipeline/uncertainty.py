@@ -7,9 +7,9 @@ mutual information ``1/M Σ_m KL(p_m || p)`` (Depeweg et al. 2018, 1710.07283). 
 Maps are (N, H, W); ``valid`` (N, H, W) bool marks the pixels of the image in a padded frame.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 _PAIR_ELEMENTS = 2**23
 """Floats held at once while members are compared with one another."""
@@ -17,7 +17,25 @@ _PAIR_ELEMENTS = 2**23
 
 def entropy(probabilities: Tensor, dim: int) -> Tensor:
     """``-Σ_c p_c ln p_c`` over ``dim``, which is dropped; 0 ln 0 = 0."""
-    return torch.special.entr(probabilities).sum(dim)
+    if probabilities.is_cuda:
+        return torch.special.entr(probabilities).sum(dim)
+    # On a CPU entr has no vector instructions and takes twice as long; 0 times a finite logarithm is 0 too.
+    logs = probabilities.clamp(min=torch.finfo(probabilities.dtype).tiny).log_()
+    return logs.mul_(probabilities).sum(dim).neg_()
+
+
+def most_probable(probabilities: Tensor) -> tuple[Tensor, Tensor]:
+    """Largest of (N, C, ...) probabilities, and its class (the first of equals) as uint8; both (N, ...).
+
+    Five times as fast as ``max(1)`` on a CPU, which goes through the classes of one pixel after another.
+    """
+    largest = probabilities.amax(1)
+    count = probabilities.shape[1]
+    # The earlier a class, the larger its mark, so the largest mark is that of the first. NaN gives the last class.
+    marks = torch.full_like(largest, 256 - count, dtype=torch.uint8)
+    for label in range(count - 1):
+        marks = torch.maximum(marks, (probabilities[:, label] == largest).to(torch.uint8) * (255 - label))
+    return largest, 255 - marks
 
 
 def expected_entropy(members: Tensor, dim: int) -> Tensor:
@@ -106,14 +124,23 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 
 def masked_quantile(values: Tensor, mask: Tensor, q: float) -> Tensor:
     """(N,) the smallest of the masked values that a share ``q`` of them does not exceed; NaN of none."""
-    flat = torch.where(mask, values, -torch.inf).flatten(1)
     inside = mask.sum((1, 2)).tolist()
+    # 1e-9 keeps 0.95 * 20 at 19.
+    ranks = [max(1, -int(-(q * count - 1e-9) // 1)) for count in inside]
     out = values.new_full((len(inside),), torch.nan)
-    for n, count in enumerate(inside):
-        if count:
-            # Pixels outside sort first; 1e-9 keeps 0.95 * 20 at 19.
-            rank = flat.shape[1] - count + max(1, -int(-(q * count - 1e-9) // 1))
-            out[n] = flat[n].kthvalue(rank).values
+    if values.is_cpu:
+        # NumPy's selection has vector instructions: nine times as fast as kthvalue.
+        for n, (count, rank) in enumerate(zip(inside, ranks, strict=True)):
+            if count:
+                kept = values[n].flatten() if count == values[n].numel() else values[n][mask[n]]
+                out[n] = float(np.partition(kept.numpy(), rank - 1)[rank - 1])
+        return out
+    flat = torch.where(mask, values, -torch.inf).flatten(1)
+    # Pixels outside sort first. Rows of one rank, as all frames of one size have, are one call.
+    places = [flat.shape[1] - count + rank if count else 0 for count, rank in zip(inside, ranks, strict=True)]
+    for place in {*places} - {0}:
+        rows = torch.tensor([n for n, own in enumerate(places) if own == place], device=values.device)
+        out[rows] = flat[rows].kthvalue(place, 1).values
     return out
 
 
@@ -125,9 +152,27 @@ def patch_max(values: Tensor, valid: Tensor, size: int) -> Tensor:
     if min(values.shape[-2:]) < size:
         return masked_mean(values, valid)
     # One pixel outside makes the mean of its windows -inf.
-    rows = F.avg_pool2d(torch.where(valid, values, -torch.inf)[:, None], (size, 1), stride=1)
-    best = F.avg_pool2d(rows, (1, size), stride=1).flatten(1).amax(1)
+    best = _window_sum(torch.where(valid, values, -torch.inf), size).flatten(1).amax(1) / size**2
     return torch.where(best.isfinite(), best, masked_mean(values, valid))
+
+
+def _window_sum(values: Tensor, size: int) -> Tensor:
+    """Sums of (N, H, W) over all windows of ``size`` x ``size``, from those of 1, 2, 4... pixels: log2(size) passes."""
+    for dim in (1, 2):
+        places = values.shape[dim] - size + 1
+        out, at, width, rest = None, 0, 1, size
+        while rest:
+            if rest & 1:
+                part = values.narrow(dim, at, places)
+                out, at = part if out is None else out + part, at + width
+            rest >>= 1
+            if rest:
+                length = values.shape[dim] - width
+                values = values.narrow(dim, 0, length) + values.narrow(dim, width, length)
+                width *= 2
+        assert out is not None
+        values = out
+    return values
 
 
 def inner(labels: Tensor, valid: Tensor, radius: int) -> Tensor:
@@ -217,18 +262,23 @@ def _shared_areas(maps: list[Tensor], valid: Tensor, label: int) -> Tensor:
 
 
 def class_sums(labels: Tensor, mask: Tensor, num_classes: int, weights: Tensor | None = None) -> Tensor:
-    """(N, C) float64: pixels of each class where ``mask``, or the sums of ``weights`` over them.
+    """(N, C) float64: pixels of each class where ``mask``, or the sums of ``weights`` (N, H, W) over them."""
+    return class_table(labels, mask, num_classes, *([] if weights is None else [weights]))[-1]
+
+
+def class_table(labels: Tensor, mask: Tensor, num_classes: int, *weights: Tensor) -> Tensor:
+    """(1 + K, N, C) float64: pixels of each class where ``mask``, and the sums of each of ``weights`` over them.
 
     Args:
         labels: (N, H, W) class ids below ``num_classes`` wherever ``mask`` is true.
         mask: (N, H, W) bool.
         num_classes: C.
-        weights: (N, H, W) what to sum; None counts.
+        weights: K maps (N, H, W) of what to sum.
     """
     images = labels.shape[0]
     # int32 holds 8 million images.
     row = torch.arange(images, device=labels.device, dtype=torch.int32)[:, None, None] * (num_classes + 1)
-    bins = row + torch.where(mask, labels.int(), num_classes)
-    flat = None if weights is None else weights.double().flatten()
-    sums = torch.bincount(bins.flatten(), flat, minlength=images * (num_classes + 1))
-    return sums.double().reshape(images, num_classes + 1)[:, :num_classes]
+    bins, length = (row + torch.where(mask, labels.int(), num_classes)).flatten(), images * (num_classes + 1)
+    sums = [torch.bincount(bins, minlength=length).double()]
+    sums += [torch.bincount(bins, each.double().flatten(), minlength=length) for each in weights]
+    return torch.stack(sums).reshape(-1, images, num_classes + 1)[..., :num_classes]

@@ -219,3 +219,51 @@ def test_entropies_are_those_of_torch_uncertainty():
     information.update(members.transpose(0, 1))
     assert total.mean().item() == pytest.approx(entropy.compute().item(), abs=1e-5)
     assert mutual.mean().item() == pytest.approx(information.compute().item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("classes", [1, 2, 5, 255])
+def test_the_most_probable_class_is_that_of_max(classes: int):
+    generator = torch.Generator().manual_seed(classes)
+    probabilities = torch.rand(3, classes, 7, 9, generator=generator)
+    probabilities[0] = (probabilities[0] * 3).round() / 3  # ties: the first of equals
+    largest, labels = uncertainty.most_probable(probabilities)
+    assert labels.dtype == torch.uint8
+    assert largest.equal(probabilities.amax(1))
+    first = (probabilities == largest[:, None]).to(torch.uint8).argmax(1)
+    assert labels.long().equal(first)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.95, 1.0])
+def test_quantiles_are_those_of_sorting(share: float):
+    generator = torch.Generator().manual_seed(3)
+    values, mask = torch.rand(4, 11, 13, generator=generator), torch.rand(4, 11, 13, generator=generator) < 0.7
+    mask[1], mask[2] = True, False
+    found = uncertainty.masked_quantile(values, mask, share)
+    for n in (0, 1, 3):
+        kept = values[n][mask[n]].sort().values
+        assert found[n] == kept[max(1, math.ceil(share * len(kept) - 1e-9)) - 1]
+    assert found[2].isnan()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 8])
+def test_window_sums_are_those_of_pooling(size: int):
+    values = torch.rand(2, 15, 20, generator=torch.Generator().manual_seed(size))
+    wanted = torch.nn.functional.avg_pool2d(values[:, None], size, stride=1)[:, 0] * size**2
+    assert torch.allclose(uncertainty._window_sum(values, size), wanted, rtol=1e-5)
+
+
+def test_a_table_of_sums_is_its_columns():
+    generator = torch.Generator().manual_seed(5)
+    labels = torch.randint(0, 4, (3, 8, 9), generator=generator).to(torch.uint8)
+    mask, weight = torch.rand(3, 8, 9, generator=generator) < 0.6, torch.rand(3, 8, 9, generator=generator)
+    count, sums = uncertainty.class_table(labels, mask, 4, weight)
+    for n in range(3):
+        for label in range(4):
+            of = mask[n] & (labels[n] == label)
+            assert count[n, label] == of.sum()
+            assert sums[n, label] == pytest.approx(weight[n][of].double().sum().item(), rel=1e-12)
+    assert uncertainty.class_sums(labels, mask, 4, weight).equal(sums)
+
+
+def test_entropy_of_certainty_is_zero():
+    assert uncertainty.entropy(torch.tensor([[1.0, 0.0, 0.0]]), 1).abs().item() == 0
