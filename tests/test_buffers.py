@@ -74,4 +74,5 @@ def test_threads_never_share_memory():
     for thread in threads:
         thread.join()
     assert not wrong
-    assert buffers.held <= 4 * 2**16
+    # Each thread holds its last array until it has the next.
+    assert buffers.held <= 2 * 4 * 2**16

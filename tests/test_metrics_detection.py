@@ -14,8 +14,9 @@ from metric_cases import box_images, check_equal, detection
 
 from pipeline.errors import InputError
 from pipeline.metrics import DetectionMetric, detection_bootstrap, match
+from pipeline.metrics.coco_match import AREAS
 from pipeline.metrics.detection_bootstrap import paired
-from pipeline.metrics.detection_precision import AREAS, average_precision, coco_precision, ranked
+from pipeline.metrics.detection_precision import average_precision, coco_precision, ranked
 
 NOTHING = {"boxes": [], "scores": [], "labels": [], "std": np.zeros((0, 4)), "probabilities": np.zeros((0, 4))}
 

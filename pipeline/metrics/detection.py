@@ -7,7 +7,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from pipeline.metrics import detection_calibration, probabilistic
-from pipeline.metrics.detection_precision import AREAS, RECALLS, coco_precision
+from pipeline.metrics.coco_match import AREAS
+from pipeline.metrics.detection_precision import RECALLS, coco_precision
 from pipeline.metrics.detection_rows import Image, Judged, judge
 from pipeline.metrics.matching import as_boxes
 from pipeline.metrics.overlap import iou
@@ -150,7 +151,7 @@ class DetectionMetric:
         that were given. Classes count alike in ``map``, ``laece``, ``lrp``; elsewhere boxes do.
 
         Returns:
-            - COCO's, by faster-coco-eval: ``map``: mean over classes and IoU thresholds .50:.05:.95 of the average
+            - COCO's, as pycocotools counts: ``map``: mean over classes and IoU thresholds .50:.05:.95 of the average
               precision at 101 recalls, at most 100 boxes of a class an image; ``map50``, ``map75`` at one threshold;
               ``map_small, map_medium, map_large``: of true boxes below 32², below 96², and from there on, square
               pixels; ``per_class``, ``per_class50``: of each class, null where it has no true box; ``pr_curves``:
