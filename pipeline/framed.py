@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
-import numpy as np
 import pyarrow as pa
 import ray
 
 from pipeline.augment import InputSettings, crop_offsets
-from pipeline.augment.frame import lay_out, paste_images, shown_size
+from pipeline.augment.layout import lay_out
+from pipeline.augment.paste import Paster
 from pipeline.datasets import RowGroup, read_row_group
 from pipeline.decode import decode_many
 from pipeline.errors import InputError
@@ -43,20 +43,15 @@ class Framing:
 
         ``FAULT`` is null, or says why the row has no frame: "reason: detail".
         """
-        wanted = None if self.input.fit == "crop" else lambda size: shown_size(size, self.input)
-        found = usable(decode_many(table["image"].to_pylist(), 1, wanted), stored_sizes(table))
-        offsets = None
+        rows, offsets = table.num_rows, None
         if self.input.fit == "crop":
-            keys = (table[name].to_numpy()[found.rows] for name in ("epoch", "position"))
-            offsets = crop_offsets(self.seed, *keys)
-        layout = lay_out(found.sizes, self.input, train=True, offsets=offsets)
-        frames = np.zeros((table.num_rows, self.row_bytes), np.uint8)
-        if found.rows:
-            framed = paste_images(found.images, layout, self.input)
-            frames[found.rows] = framed.permute(0, 2, 3, 1).flatten(1).numpy()
+            offsets = crop_offsets(self.seed, *(table[name].to_numpy() for name in ("epoch", "position")))
+        paster = Paster(rows, self.input, train=True, offsets=offsets)
+        found = usable(decode_many(table["image"].to_pylist(), 1, paster.wanted, then=paster), stored_sizes(table))
+        frames = paster.frames.reshape(rows, -1).numpy()
         faults: list[str | None] = [None] * table.num_rows
         for row, reason, detail in found.failures:
-            faults[row] = f"{reason}: {detail}"
+            faults[row], frames[row] = f"{reason}: {detail}", 0
         column = pa.Array.from_buffers(pa.binary(self.row_bytes), table.num_rows, [None, pa.py_buffer(frames)])
         table = table.drop_columns(["image"]).append_column(FRAME, column)
         return table.append_column(FAULT, pa.array(faults, pa.string()))

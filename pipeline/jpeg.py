@@ -19,6 +19,7 @@ _REDUCTIONS: Final = (8, 4, 2)
 _COLOURS: Final = ("YCbCr", "Gray")
 _TURNED: Final = (b"Exif\0\0", b"tiff:Orientation")
 """Where a file may say that it is not upright."""
+_START_OF_SCAN: Final = 0xDA
 
 
 def plain_size(data: bytes) -> tuple[int, int] | None:
@@ -34,7 +35,18 @@ def plain_size(data: bytes) -> tuple[int, int] | None:
 
 def may_be_turned(data: bytes) -> bool:
     """Whether the file may hold an EXIF orientation, in EXIF or in XMP."""
-    return any(word in data for word in _TURNED)
+    end = _scan(data)
+    return any(data.find(word, 0, end) >= 0 for word in _TURNED)
+
+
+def _scan(data: bytes) -> int:
+    """Where the first scan begins, behind all that a file says of itself (ITU T.81, B.1); its length, if it is odd."""
+    at = 2
+    while at + 4 <= len(data) and data[at] == 0xFF:
+        if data[at + 1] == _START_OF_SCAN:
+            return at
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return len(data)
 
 
 def reduction(size: tuple[int, int], wanted: tuple[int, int]) -> int:

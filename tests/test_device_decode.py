@@ -11,7 +11,8 @@ from PIL import Image
 from pipeline import decode, device_decode
 from pipeline.augment import InputSettings
 from pipeline.augment.device_frame import frame_on_device
-from pipeline.augment.frame import lay_out, paste_images
+from pipeline.augment.layout import lay_out
+from pipeline.augment.paste import paste_images
 from pipeline.device_decode import DeviceDecoder, baseline_size
 
 

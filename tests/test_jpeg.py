@@ -10,7 +10,8 @@ from PIL import Image
 
 from pipeline import decode, jpeg
 from pipeline.augment import InputSettings
-from pipeline.augment.frame import lay_out, paste_images, shown_size
+from pipeline.augment.layout import lay_out, shown_size
+from pipeline.augment.paste import Paster, paste_images
 from pipeline.buffers import Buffers
 from pipeline.decode import DecodeError, Reduced, decode_many
 
@@ -152,3 +153,25 @@ def test_memory_that_was_used_before_changes_nothing():
         assert found.equal(wanted)
         del decoded, pixels, found
     assert 0 < buffers.held < 2**24
+
+
+@pytest.mark.parametrize(
+    ("fit", "train"), [("stretch", False), ("letterbox", False), ("letterbox", True), ("crop", True)]
+)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_images_put_into_their_frames_while_they_are_decoded_are_those_put_there_after(fit, train, threads):
+    input, rng = InputSettings(size=(96, 128), fit=fit), np.random.default_rng(1)
+    data = [saved(photo(60 + 30 * n, 300 - 20 * n, n)) for n in range(9)]
+    items = [*data[:4], b"\xff\xd8 not an image", None, *data[4:]]
+    offsets = rng.random((len(items), 2)) if fit == "crop" else None
+    paster = Paster(len(items), input, train=train, offsets=offsets, buffers=Buffers())
+    found = decode_many(items, threads, paster.wanted, paster.buffers, paster)
+    kept = [n for n, each in enumerate(found) if isinstance(each, Reduced)]
+    assert kept == [0, 1, 2, 3, *range(6, 11)]
+    assert [each.reason for each in found if isinstance(each, DecodeError)] == ["corrupt", "missing"]
+    plain = decode_many(data, 1, paster.wanted)
+    sizes = [each.size if isinstance(each, Reduced) else each.shape[:2] for each in plain]  # type: ignore[union-attr]
+    assert [found[n].size for n in kept] == sizes  # type: ignore[union-attr]
+    layout = lay_out(sizes, input, train=train, offsets=None if offsets is None else offsets[kept])
+    pixels = [each.pixels if isinstance(each, Reduced) else each for each in plain]
+    assert paster.images(kept).equal(paste_images(pixels, layout, input))  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from pipeline.augment.frame import Layout
+from pipeline.augment.layout import Layout
 from pipeline.augment.settings import InputSettings
 from pipeline.boxes import Placement
 

@@ -1,26 +1,18 @@
 """Framing on the CPU: decoded images and labels into one canvas."""
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypedDict
+from collections.abc import Sequence
+from typing import TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from pipeline import boxes as box_ops
+from pipeline.augment.layout import Layout, lay_out
+from pipeline.augment.paste import in_threads, paste_images, paste_nearest
 from pipeline.augment.settings import InputSettings
-from pipeline.boxes import Placement
-from pipeline.buffers import Buffers
-from pipeline.decode import Size, pool
+from pipeline.decode import Size
 from pipeline.schema import VOID
-
-
-class Layout(NamedTuple):
-    """Where each of N images goes, and in what canvas."""
-
-    canvas: Size
-    places: list[Placement]
 
 
 class FramedLabels(TypedDict):
@@ -60,75 +52,6 @@ def frame(
     return {"images": paste_images(images, layout, input, threads), **framed}
 
 
-def lay_out(
-    sizes: Sequence[Size],
-    input: InputSettings,
-    *,
-    train: bool,
-    offsets: np.ndarray | None = None,
-    multiple: int = 32,
-) -> Layout:
-    """Where N images go in one canvas.
-
-    ``letterbox`` and ``stretch`` resize with antialiasing on uint8 (masks: nearest); an image that fits
-    already is copied untouched. ``crop`` never resizes. In training its canvas is a window half as large
-    again as ``input.size``, so that a rotation finds real pixels in its corners, and ``offsets`` spreads
-    the centre of that window evenly over the image; otherwise the canvas is the whole image, padded on the
-    right and at the bottom to a multiple of ``multiple``. Outside the image: the mean colour, and VOID.
-
-    Args:
-        sizes: Height and width of each source image.
-        input: The network's input.
-        train: Whether ``crop`` takes windows (then ``Augment`` must cut ``input.size`` out of them).
-        offsets: (N, 2) in [0, 1), down and right (see ``crop_offsets``); None centres the windows.
-        multiple: Of the network's stride.
-    """
-    canvas = _canvas(sizes, input, train, multiple)
-    places = [
-        _place(size, canvas, input, train, None if offsets is None else offsets[n]) for n, size in enumerate(sizes)
-    ]
-    return Layout(canvas, places)
-
-
-def shown_size(size: Size, input: InputSettings) -> Size:
-    """Height and width to which an image of ``size`` is resized; its own with ``crop``."""
-    place = _place(size, input.size, input, False, None)
-    return place.height, place.width
-
-
-def paste_images(
-    images: Sequence[np.ndarray],
-    layout: Layout,
-    input: InputSettings,
-    threads: int = 1,
-    buffers: Buffers | None = None,
-) -> Tensor:
-    """N images, resized as laid out, in one canvas each.
-
-    Args:
-        images: N arrays (H, W, 3) uint8, upright; they may have been decoded at a fraction of their size.
-        layout: Made from their whole sizes.
-        input: Whose mean colour lies outside the images.
-        threads: Images resized at the same time.
-        buffers: Where memory comes from.
-
-    Returns:
-        (N, 3, H, W) uint8 of the canvas, channels last in memory, as decoders write and resizing is fastest.
-    """
-    shape = (len(images), *layout.canvas, 3)
-    out = torch.from_numpy(np.empty(shape, np.uint8) if buffers is None else buffers.take(*shape))
-    fill = torch.tensor([round(255 * value) for value in input.mean], dtype=torch.uint8)
-    line = fill.repeat(layout.canvas[1]).view(-1, 3)
-
-    def paste(n: int) -> None:
-        image = torch.from_numpy(np.require(images[n], requirements=["C", "W"]))
-        _fill_around(out[n], layout.places[n], line)
-        _paste(out[n], image, layout.places[n], buffers)
-
-    _each(paste, len(images), threads)
-    return out.permute(0, 3, 1, 2)
-
-
 def frame_labels(
     sizes: Sequence[Size],
     layout: Layout,
@@ -156,11 +79,11 @@ def frame_labels(
         def paste(n: int) -> None:
             mask = masks[n]
             if mask is not None:
-                _paste_nearest(
+                paste_nearest(
                     out_masks[n], torch.from_numpy(np.require(mask, requirements=["C", "W"])), layout.places[n]
                 )
 
-        _each(paste, len(sizes), threads)
+        in_threads(paste, len(sizes), threads)
     matrices = [box_ops.placement_matrix(size, place) for size, place in zip(sizes, layout.places, strict=True)]
     moved = _pad_boxes(boxes, labels, crowd, matrices, layout.canvas)
     return {
@@ -171,100 +94,6 @@ def frame_labels(
         "matrices": torch.stack(matrices).float() if matrices else torch.zeros(0, 3, 3),
         "sizes": torch.tensor(sizes, dtype=torch.int64).reshape(-1, 2),
     }
-
-
-def _canvas(sizes: Sequence[Size], input: InputSettings, train: bool, multiple: int) -> tuple[int, int]:
-    if input.fit != "crop":
-        return input.size
-    if train:
-        # An even margin: the centre is cut out by whole pixels, so an image that nothing moves stays exact.
-        return input.size[0] + 2 * -(-input.size[0] // 4), input.size[1] + 2 * -(-input.size[1] // 4)
-    largest = [max((size[axis] for size in sizes), default=input.size[axis]) for axis in (0, 1)]
-    return -(-largest[0] // multiple) * multiple, -(-largest[1] // multiple) * multiple
-
-
-def _place(
-    size: tuple[int, int],
-    canvas: tuple[int, int],
-    input: InputSettings,
-    train: bool,
-    offset: np.ndarray | None,
-) -> Placement:
-    if input.fit == "letterbox":
-        return box_ops.letterbox_placement(size, canvas)
-    if input.fit == "stretch":
-        return Placement(*canvas, 0, 0)
-    if not train:
-        return Placement(*size, 0, 0)
-    starts = []
-    for axis in (0, 1):
-        slack = size[axis] - input.size[axis]
-        share = 0.5 if offset is None else float(offset[axis])
-        # Of the centre: anywhere inside the image, or centred over an image smaller than the input.
-        centre = int(share * (slack + 1)) if slack >= 0 else -(-slack // 2)
-        starts.append((canvas[axis] - input.size[axis]) // 2 - centre)
-    return Placement(*size, *starts)
-
-
-def _each(work: Callable[[int], None], count: int, threads: int) -> None:
-    if threads > 1 and count > 1:
-        list(pool(threads).map(work, range(count)))
-    else:
-        for n in range(count):
-            work(n)
-
-
-def _inside(place: Placement, canvas: Tensor) -> tuple[slice, slice]:
-    """Rows and columns of a canvas (H, W, ...) that a placement covers."""
-    rows = slice(max(place.top, 0), min(place.top + place.height, canvas.shape[0]))
-    return rows, slice(max(place.left, 0), min(place.left + place.width, canvas.shape[1]))
-
-
-def _fill_around(canvas: Tensor, place: Placement, line: Tensor) -> None:
-    """Write the (W, 3) ``line`` wherever a placement leaves the canvas (H, W, 3) bare."""
-    rows, columns = _inside(place, canvas)
-    canvas[: rows.start] = line
-    canvas[rows.stop :] = line
-    canvas[rows, : columns.start] = line[: columns.start]
-    canvas[rows, columns.stop :] = line[columns.stop :]
-
-
-def _paste(canvas: Tensor, image: Tensor, place: Placement, buffers: Buffers | None) -> None:
-    """Write ``image`` (h, w, 3) into ``canvas`` (H, W, 3), resized to the placement and cut at the edges."""
-    rows, columns = _inside(place, canvas)
-    part = canvas[rows, columns]
-    if image.shape[:2] == (place.height, place.width):
-        part.copy_(image[_cut(rows, place.top), _cut(columns, place.left)])
-        return
-    whole = part.shape[:2] == (place.height, place.width)
-    if whole and part.is_contiguous():
-        _resize(image, part)
-        return
-    shape = place.height, place.width, 3
-    resized = torch.from_numpy(np.empty(shape, np.uint8) if buffers is None else buffers.take(*shape))
-    _resize(image, resized)
-    part.copy_(resized[_cut(rows, place.top), _cut(columns, place.left)])
-
-
-def _cut(inside: slice, start: int) -> slice:
-    return slice(inside.start - start, inside.stop - start)
-
-
-def _resize(image: Tensor, out: Tensor) -> None:
-    """Bilinear with antialiasing from (h, w, 3) uint8 into ``out`` (H, W, 3), contiguous both.
-
-    By the operator behind ``interpolate``, since that one always makes its result anew.
-    """
-    source, wanted = image.permute(2, 0, 1)[None], out.permute(2, 0, 1)[None]
-    torch.ops.aten._upsample_bilinear2d_aa.out(source, list(wanted.shape[2:]), False, out=wanted)
-
-
-def _paste_nearest(canvas: Tensor, mask: Tensor, place: Placement) -> None:
-    """Write ``mask`` (h, w) into ``canvas`` (H, W), resized to the placement and cut at the edges."""
-    if mask.shape != (place.height, place.width):
-        mask = interpolate(mask[None, None], (place.height, place.width), mode="nearest-exact")[0, 0]
-    rows, columns = _inside(place, canvas)
-    canvas[rows, columns] = mask[_cut(rows, place.top), _cut(columns, place.left)]
 
 
 def _pad_boxes(

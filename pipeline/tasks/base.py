@@ -16,7 +16,9 @@ from torch import Tensor
 from pipeline import boxes as box_ops
 from pipeline.augment import Batch, InputSettings, crop_offsets
 from pipeline.augment.device_frame import frame_on_device
-from pipeline.augment.frame import frame_labels, lay_out, paste_images, shown_size
+from pipeline.augment.frame import frame_labels
+from pipeline.augment.layout import lay_out
+from pipeline.augment.paste import Paster, paste_images
 from pipeline.buffers import Buffers
 from pipeline.config import Settings
 from pipeline.decode import DecodeError, Reduced, decode_many
@@ -138,22 +140,34 @@ class Task(ABC):
         Raises:
             InputError: With ``train``, a row is not labelled; a label names no class.
         """
+        paster = None
         if FRAME in table.column_names:
             found = framed_rows(table)
         else:
-            items = self._decode(table) if decoded is None else decoded
+            items = decoded
+            if items is None:
+                items, paster = self._decode(table, train, seed)
             labelled = self.label_column in table.column_names
             found = usable(items, stored_sizes(table) if labelled else [None] * len(items))
         kept = table.take(pa.array(found.rows, pa.int64())) if found.failures else table
-        return self._batch(kept, found, train=train, seed=seed), found.failures
+        return self._batch(kept, found, paster, train=train, seed=seed), found.failures
 
-    def _decode(self, table: pa.Table) -> Sequence[np.ndarray | Reduced | DecodeError]:
-        wanted = None if self.input.fit == "crop" else lambda size: shown_size(size, self.input)
-        return decode_many(table["image"].to_pylist(), self.threads, wanted, self.buffers)
+    def _decode(
+        self, table: pa.Table, train: bool, seed: int
+    ) -> tuple[Sequence[np.ndarray | Reduced | DecodeError], Paster | None]:
+        """Images, and who put them into their frames, where these have one size."""
+        items = table["image"].to_pylist()
+        if not Paster.fits(self.input, train):
+            return decode_many(items, self.threads, buffers=self.buffers), None
+        offsets = crop_offsets(seed, *_keys(table, train)) if train else None
+        # Inference mode is a matter of threads: those that decode may not write to tensors made inside it.
+        with torch.inference_mode(False):
+            paster = Paster(len(items), self.input, train=train, offsets=offsets, buffers=self.buffers)
+        return decode_many(items, self.threads, paster.wanted, self.buffers, paster), paster
 
-    def _batch(self, table: pa.Table, found: Usable, *, train: bool, seed: int) -> Batch:
+    def _batch(self, table: pa.Table, found: Usable, paster: Paster | None, *, train: bool, seed: int) -> Batch:
         ids = table["image_id"].to_pylist()
-        epochs, positions = (_keys(table, name, train) for name in ("epoch", "position"))
+        epochs, positions = _keys(table, train)
         labels = {"masks": None, "boxes": None, "labels": None, "crowd": None}
         if self.label_column in table.column_names:
             column = table[self.label_column]
@@ -166,10 +180,11 @@ class Task(ABC):
             labels |= self._labels(column, ids, found.sizes)
         offsets = crop_offsets(seed, epochs, positions) if train else None
         layout = lay_out(found.sizes, self.input, train=train, offsets=offsets, multiple=self.multiple)
-        # Inference mode is a matter of threads: those of framing may not write to tensors made inside it.
-        with torch.inference_mode(False):
+        with torch.inference_mode(False):  # as in _decode
             device = next((image.device for image in found.images if isinstance(image, Tensor)), None)
-            if FRAME in table.column_names:
+            if paster is not None:
+                images = paster.images(found.rows)
+            elif FRAME in table.column_names:
                 images = unflatten(found.images, layout.canvas, self.buffers)
             elif device is not None:
                 images = frame_on_device(found.images, layout, self.input, device)
@@ -264,9 +279,13 @@ def image_area(batch: Batch) -> Tensor:
     return box_ops.transform_boxes(corners[:, None], batch.matrices)[:, 0]
 
 
-def _keys(table: pa.Table, name: str, train: bool) -> np.ndarray:
-    if name in table.column_names:
-        return np.array(table[name].to_numpy(), np.int64)
-    if train:
-        raise ValueError(f"a training table needs the column '{name}', found {table.column_names}")
-    return np.zeros(table.num_rows, np.int64)
+def _keys(table: pa.Table, train: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Epoch and position of each row; zeros where only training has them."""
+    missing = [name for name in ("epoch", "position") if name not in table.column_names]
+    if missing and train:
+        raise ValueError(f"a training table needs the column '{missing[0]}', found {table.column_names}")
+    epochs, positions = (
+        np.zeros(table.num_rows, np.int64) if name in missing else np.array(table[name].to_numpy(), np.int64)
+        for name in ("epoch", "position")
+    )
+    return epochs, positions
