@@ -5,6 +5,7 @@ import logging
 import os
 from pathlib import Path
 
+import pyarrow as pa
 import torch
 
 log = logging.getLogger(__name__)
@@ -81,6 +82,17 @@ class Measured:
         # What the allocator holds and nobody uses is as good as free.
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         self.size.learn(self.pixels, used, torch.cuda.mem_get_info(device)[0] + cached)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, of the device or of this process."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError, pa.ArrowMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in _NO_MEMORY)
+
+
+_NO_MEMORY = ("DefaultCPUAllocator", "can't allocate memory", "Cannot allocate memory")
+"""How torch says it of the host, without a class of its own."""
 
 
 def free_memory() -> float:

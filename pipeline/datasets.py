@@ -10,15 +10,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from pipeline import manifest, schema, seal, shards, storage
 from pipeline import splits as splitting
 from pipeline.config import first_difference
 from pipeline.errors import InputError, nearest
 from pipeline.formats import FORMATS
 from pipeline.formats.base import Context, Index, IngestSettings
+from pipeline.shard_reader import RowGroup
 from pipeline.telemetry import NoSink, Progress, Sink
 
 DATASET_JSON = "dataset.json"
@@ -46,17 +44,6 @@ class DatasetInfo:
     def num_things(self) -> int:
         """Number of classes that boxes may have: without a trailing background."""
         return len(self.classes) - int(self.background is not None and self.background == len(self.classes) - 1)
-
-
-@dataclass(frozen=True)
-class RowGroup:
-    """A piece of a shard that is read at once."""
-
-    file: str
-    """URI of the shard."""
-    index: int
-    rows: int
-    num_bytes: int
 
 
 def open_dataset(uri: str) -> DatasetInfo:
@@ -104,47 +91,6 @@ def row_groups(info: DatasetInfo, split: str) -> list[RowGroup]:
         there = ", ".join(f"{name} ({part['images']})" for name, part in info.counts.items())
         raise InputError(f"dataset '{info.uri}' has no rows in split '{split}'; those that have: {there}")
     return found
-
-
-def read_row_group(group: RowGroup, columns: Sequence[str] | None = None) -> pa.Table:
-    """The rows of one group; ``columns`` are names of ``schema.DATASET``, None reads all.
-
-    Pages are checked against their CRC, and what the footer alone says against the contract: a flipped bit is found.
-
-    Raises:
-        InputError: The shard is gone or damaged.
-    """
-    names = list(schema.DATASET.names) if columns is None else list(columns)
-    tries = 1 if storage.scheme_of(group.file) == "file" else 2  # it may have been damaged on the way
-    for last in (tries == 1, True):
-        try:
-            return storage.patiently(group.file, lambda: _read(group, names))
-        except InputError:
-            if last:
-                raise
-    raise AssertionError("unreachable")
-
-
-def _read(group: RowGroup, names: list[str]) -> pa.Table:
-    options: dict[str, Any] = {"pre_buffer": True, "page_checksum_verification": True}
-    try:
-        with storage.open_input(group.file) as file, pq.ParquetFile(file, **options) as parquet:
-            table = parquet.read_row_group(group.index, columns=names)
-    except (FileNotFoundError, ValueError, NotImplementedError) as error:
-        raise _damaged(group.file, str(error)) from None
-    except OSError as error:
-        # Arrow says OSError of bytes that are no Parquet too; then neither system nor store has a say in it.
-        if error.errno is None and storage.classify(error) == "error" and "AWS Error" not in str(error):
-            raise _damaged(group.file, str(error)) from None
-        raise
-    if table.num_rows != group.rows or table.schema.types != [schema.DATASET.field(name).type for name in names]:
-        raise _damaged(group.file, f"{table.num_rows} rows of {table.schema.names} where {group.rows} were written")
-    return table
-
-
-def _damaged(file: str, detail: str) -> InputError:
-    text = " ".join(detail.split())[:200]
-    return InputError(f"shard '{file}' cannot be read, the dataset is damaged; ingest again: {text}")
 
 
 def ingest(

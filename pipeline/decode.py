@@ -187,6 +187,8 @@ def decode_map(data: bytes) -> np.ndarray:
 def _open(data: bytes) -> Image.Image:
     if len(data) > MAX_BYTES:
         raise DecodeError("error", f"image file has {len(data)} bytes; at most {MAX_BYTES} are read")
+    if data[:2] == b"\xff\xd8" and (found := jpeg.scans(data)) > jpeg.MAX_SCANS:
+        raise DecodeError("error", f"JPEG of {found} scans; at most {jpeg.MAX_SCANS} are decoded")
     _silence_pillow()
     try:
         image = Image.open(io.BytesIO(data), formats=_FORMATS)

@@ -10,9 +10,9 @@ import ray
 from pipeline.augment import InputSettings, crop_offsets
 from pipeline.augment.layout import lay_out
 from pipeline.augment.paste import Paster
-from pipeline.datasets import RowGroup, read_row_group
 from pipeline.decode import decode_many
 from pipeline.errors import InputError
+from pipeline.shard_reader import RowGroup, read_row_group
 from pipeline.tasks.rows import FAULT, FRAME, stored_sizes, usable
 
 CACHE_SHARE = 0.4

@@ -20,17 +20,24 @@ _COLOURS: Final = ("YCbCr", "Gray")
 _TURNED: Final = (b"Exif\0\0", b"tiff:Orientation")
 """Where a file may say that it is not upright."""
 _START_OF_SCAN: Final = 0xDA
+MAX_SCANS: Final = 100
+"""A progressive JPEG has about ten; each takes the time of a whole image, so a small file can ask for minutes."""
 
 
 def plain_size(data: bytes) -> tuple[int, int] | None:
     """Height and width of a JPEG of three colours or of grey; None: another kind of file, or a broken one."""
-    if data[:2] != b"\xff\xd8":
+    if data[:2] != b"\xff\xd8" or scans(data) > MAX_SCANS:
         return None
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
         return None
     return (int(height), int(width)) if colours in _COLOURS else None
+
+
+def scans(data: bytes) -> int:
+    """Passes over the image that a JPEG asks for; the marker cannot occur in compressed data (ITU T.81, B.1.1.5)."""
+    return data.count(b"\xff\xda")
 
 
 def may_be_turned(data: bytes) -> bool:

@@ -2,10 +2,14 @@
 
 import ctypes
 import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 from ray.data import ActorPoolStrategy
+from ray.exceptions import RayTaskError
 
 SETTLE_S = 5.0
 """How long CPUs of a job that has just ended may take to come back."""
@@ -79,6 +83,29 @@ def keep_memory() -> bool:
         return all(library.mallopt(option, _ALL) == 1 for option in (_TRIM_THRESHOLD, _MMAP_THRESHOLD))
     except (OSError, AttributeError):
         return False
+
+
+def in_tasks(work: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+    """``map`` by Ray tasks, at most as many at once as the cluster has CPUs; results in order, errors as they were."""
+    call: Any = ray.remote(_call)
+    most, waiting = max(1, int(ray.cluster_resources().get("CPU", 1))), deque[Any]()
+    for item in items:
+        waiting.append(call.remote(work, item))
+        if len(waiting) >= most:
+            yield _result(waiting.popleft())
+    while waiting:
+        yield _result(waiting.popleft())
+
+
+def _call(work: Callable[[Any], Any], item: Any) -> Any:
+    return work(item)
+
+
+def _result(reference: Any) -> Any:
+    try:
+        return ray.get(reference)
+    except RayTaskError as error:
+        raise error.cause from None
 
 
 def forget_frames(error: BaseException | None) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pipeline import decode, models
 from pipeline.augment import Augment, Batch, InputSettings
-from pipeline.batch_size import BatchSize, Measured
+from pipeline.batch_size import BatchSize, Measured, out_of_memory
 from pipeline.bundle import Bundle, open_bundle
 from pipeline.device import Compile, Compiled, Precision, autocast, pick_device, place, wants_compile
 from pipeline.device_decode import DeviceDecoder
@@ -204,11 +204,19 @@ class Predictor:
             if meters is not None and counted is not None:
                 meters.merge(counted)
             return []
+        height, width = batch.images.shape[-2:]
         if len(kept) == 1:
+            # Frames of one size all take as much: no fault of the image, and a row would hide it.
+            if out_of_memory(fault) and self.input.fit != "crop":
+                raise InputError(
+                    f"image '{batch.image_ids[0]}': one image of {height}x{width} does not fit into the memory of this "
+                    "process together with what else is in hand; run fewer actors, or lower predict.window_overlap, "
+                    "predict.tta or the members' input.size, or give it more memory"
+                )
             rows.fail(kept[0], "error", f"{type(fault).__name__}: {fault}")
             return [fault]
-        if isinstance(fault, torch.OutOfMemoryError):
-            self.size.halve(len(kept) * batch.images.shape[-2] * batch.images.shape[-1])
+        if out_of_memory(fault):
+            self.size.halve(len(kept) * height * width)
         del batch
         halves = (kept[: len(kept) // 2], kept[len(kept) // 2 :])
         return [item for half in halves for item in self._chunk(table, half, rows, meters)]

@@ -91,7 +91,8 @@ def score(
         return _done_already(opened, plan, split, out, found, measure is not None)
     attempt = None
     if out is not None:
-        attempt = predictions.start(out, inputs=plan.inputs, digest=plan.digest, expected=plan.expected)
+        mapper = pools.in_tasks
+        attempt = predictions.start(out, inputs=plan.inputs, digest=plan.digest, pieces=plan.pieces, mapper=mapper)
     adopted = attempt.adopted if attempt is not None else {}
     progress = Progress(sink or NoSink(), "evaluate" if out is None else "predict", plan.rows, 0)
     progress.advance(sum(item.rows for item in adopted.values()))
@@ -125,10 +126,7 @@ def _done_already(
 def _summary(
     bundle: Bundle, plan: Plan, split: str | None, finished: Sequence[UnitFile], wanted: "_Wanted"
 ) -> dict[str, Any]:
-    statuses: dict[str, int] = {}
-    for item in finished:
-        for word, count in item.statuses.items():
-            statuses[word] = statuses.get(word, 0) + count
+    statuses = predictions.count_statuses(finished)
     ok, total = statuses.get("ok", 0), sum(item.uncertainty_sum for item in finished)
     summary = {
         "rows": plan.rows,
@@ -265,7 +263,7 @@ class Scorer:
     def __call__(self, batch: pa.Table) -> pa.Table:
         """``batch`` is one row: a unit."""
         unit, fault = batch["unit"][0].as_py(), self.fault or batch["fault"][0].as_py()
-        nothing = UnitFile(unit, "", 0, 0, "", {}, 0.0, predictions.id_hashes([]))
+        nothing = UnitFile(unit, "", 0, 0, "", {}, 0.0)
         if fault is not None:
             return _to_row(nothing, fault)
         try:
@@ -280,15 +278,16 @@ class Scorer:
         else:
             scored, meters = self.predictor.measure(table, self.wanted.measure)
             state = meters.to_bytes()
+        if not scored["image_id"].equals(table["image_id"]):
+            raise RuntimeError(f"unit {unit}: rows were lost, doubled or moved while they were predicted")
         if self.out is not None:
             uri, folder, digest = self.out
             return predictions.write_unit(uri, folder, unit, scored, digest=digest, sources=sources, metrics=state)
-        ids = predictions.id_hashes(scored["image_id"].to_pylist())
         kept = pa.BufferOutputStream()
         if self.wanted.scalars:
             _write_stream(scored.select([field.name for field in scored.schema if _is_scalar(field.type)]), kept)
         return UnitFile(
-            unit, "", len(scored), 0, "", **predictions.summarise(scored), ids=ids, metrics=state,
+            unit, "", len(scored), 0, "", **predictions.summarise(scored), metrics=state,
             scalars=kept.getvalue().to_pybytes(),
         )  # fmt: skip
 
@@ -299,7 +298,7 @@ def _is_scalar(kind: pa.DataType) -> bool:
 
 def _to_row(item: UnitFile, fault: str) -> pa.Table:
     values = {**item.listed(), "uncertainty_sum": item.uncertainty_sum, "fault": fault, "metrics": item.metrics}
-    values |= {"statuses": json.dumps(item.statuses), "ids": item.ids.tobytes(), "scalars": item.scalars}
+    values |= {"statuses": json.dumps(item.statuses), "scalars": item.scalars}
     return pa.table({key: [value] for key, value in values.items()})
 
 
@@ -307,7 +306,7 @@ def _from_row(row: dict[str, Any]) -> UnitFile:
     fault = row.pop("fault")
     if fault:
         raise InputError(fault)
-    return UnitFile(**{**row, "statuses": json.loads(row["statuses"]), "ids": np.frombuffer(row["ids"], "<u8")})
+    return UnitFile(**{**row, "statuses": json.loads(row["statuses"])})
 
 
 def _merged(bundle: Bundle, finished: Sequence[UnitFile]) -> Meters:

@@ -18,8 +18,9 @@ import ray.data
 from pydantic import Field, model_validator
 
 from pipeline.config import Settings
-from pipeline.datasets import DatasetInfo, RowGroup, read_row_group, row_groups
+from pipeline.datasets import DatasetInfo, row_groups
 from pipeline.ledger import Ledger
+from pipeline.shard_reader import RowGroup, read_row_group
 
 if TYPE_CHECKING:  # tasks that ship bytes do without it, and without torch: 2 s less to start each
     from pipeline.framed import Cache, Framing

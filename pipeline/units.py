@@ -10,15 +10,17 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 import pyarrow as pa
 
 from pipeline import decode, storage
 from pipeline.bundle import Bundle
-from pipeline.datasets import DatasetInfo, RowGroup, open_dataset, read_row_group, row_groups
+from pipeline.datasets import DatasetInfo, open_dataset, row_groups
 from pipeline.errors import InputError
 from pipeline.schema import SCHEMA_VERSION, SPLITS
+from pipeline.shard_reader import RowGroup, read_ids, read_row_group
 
 UNIT_ROWS = 64
 """Images in a unit: what a crash may cost, and the step of the progress bar."""
@@ -26,6 +28,8 @@ UNIT_BYTES = 32 * 2**20
 """Encoded images of a page of a folder; row groups are bounded likewise when they are written."""
 FEW_GROUPS = 64
 """A dataset of more row groups than this is not cut further: a slice reads its whole row group."""
+PIECE_PAGES = 256
+"""Pages of a listing that are adopted together."""
 FETCH_THREADS = 16
 LABEL_COLUMNS = {"segmentation": ["mask"], "detection": ["boxes"]}
 
@@ -60,6 +64,33 @@ class Unit:
 
 
 @dataclass(frozen=True)
+class Piece:
+    """Neighbouring units of one shard, or of some pages of a listing: what is adopted by one task."""
+
+    members: tuple[Unit, ...]
+    data: str
+    """URI of the dataset."""
+
+    @property
+    def units(self) -> range:
+        """Their numbers."""
+        return range(self.members[0].number, self.members[-1].number + 1)
+
+    def ids(self) -> dict[int, pa.ChunkedArray]:
+        """Unit -> image_ids of its rows, in order.
+
+        Raises:
+            InputError: The shard is gone, damaged, or another one than planned.
+        """
+        if "paths" in self.members[0].source:
+            return {unit.number: pa.chunked_array([unit.source["paths"]], pa.string()) for unit in self.members}
+        groups = read_ids(storage.join(self.data, self.members[0].source["file"]))
+        return {
+            unit.number: groups[unit.source["group"]].slice(unit.source["start"], unit.rows) for unit in self.members
+        }
+
+
+@dataclass(frozen=True)
 class Plan:
     """All units of one job, and what its result depends on."""
 
@@ -74,6 +105,16 @@ class Plan:
     def expected(self) -> dict[int, int]:
         """Rows of each unit."""
         return {unit.number: unit.rows for unit in self.units}
+
+    @cached_property
+    def pieces(self) -> list[Piece]:
+        """All units, by shard or by pages."""
+
+        def key(unit: Unit) -> Any:
+            return unit.source.get("file", unit.number // PIECE_PAGES)
+
+        data = self.info.uri if self.info is not None else ""
+        return [Piece(tuple(part), data) for _, part in groupby(self.units, key)]
 
     @property
     def rows(self) -> int:

@@ -1,5 +1,6 @@
 """Whether what lies on storage is what was committed: every file of a dataset, a bundle or predictions."""
 
+import contextlib
 import hashlib
 import time
 from collections.abc import Callable, Mapping
@@ -69,8 +70,12 @@ def _of_bundle(uri: str) -> dict[str, Any]:
 
 
 def _of_predictions(uri: str) -> dict[str, Any]:
-    committed = predictions.committed(uri) or {"files": []}
-    return {file["file"]: file for file in committed["files"]}
+    committed = predictions.committed(uri) or {"lists": []}
+    files = {entry["file"]: entry for entry in committed["lists"]}
+    for entry in committed["lists"]:
+        with contextlib.suppress(InputError):  # the list itself is found damaged; what it names cannot be compared
+            files |= {item["file"]: item for item in predictions.read_list(uri, entry)}
+    return files
 
 
 _KINDS: dict[str, tuple[str, Callable[[str], dict[str, Any]]]] = {

@@ -16,7 +16,7 @@ LAYERS = (
     ("decode", "uncertainty"),
     ("clusters", "device", "device_decode", "lanes", "batch_size"),
     ("formats", "augment", "models", "losses", "calibration", "metrics", "optim", "views"),
-    ("splits",),
+    ("splits", "shard_reader"),
     ("shards",),
     ("manifest",),
     ("datasets", "tasks", "bundle"),

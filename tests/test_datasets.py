@@ -9,9 +9,10 @@ import pytest
 from PIL import Image
 
 from pipeline import manifest, schema, shards, splits, storage
-from pipeline.datasets import DatasetInfo, ingest, open_dataset, read_row_group, row_groups
+from pipeline.datasets import DatasetInfo, ingest, open_dataset, row_groups
 from pipeline.errors import InputError
 from pipeline.formats.base import Context, IngestSettings, Reject, Source
+from pipeline.shard_reader import read_row_group
 
 
 def settings(**options) -> IngestSettings:

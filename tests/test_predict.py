@@ -92,14 +92,15 @@ def test_native_size_images_are_grouped_by_shape(tmp_path: Path, monkeypatch: py
 class Chokes(nn.Module):
     """Works until it meets a batch with an image that is almost black."""
 
-    def __init__(self, inner: nn.Module) -> None:
+    def __init__(self, inner: nn.Module, error: Exception | None = None) -> None:
         super().__init__()
         self.inner, self.calls, self.stride = inner, 0, inner.stride
+        self.error = error or RuntimeError("too dark")
 
     def forward(self, images: torch.Tensor) -> Any:
         self.calls += 1
         if images.flatten(1).mean(1).min() < -1.5:
-            raise torch.OutOfMemoryError("too dark")
+            raise self.error
         return self.inner(images)
 
 
@@ -110,7 +111,23 @@ def test_an_image_that_the_model_chokes_on_costs_its_own_row_alone(tmp_path: Pat
     dark = encode(np.zeros((32, 32, 3), np.uint8))
     out = predictor(table([png(32, 32, 0), dark, png(32, 32, 1), png(32, 32, 2)]))
     assert out["status"].to_pylist() == ["ok", "error", "ok", "ok"]
-    assert out["error"][1].as_py() == "OutOfMemoryError: too dark"
+    assert out["error"][1].as_py() == "RuntimeError: too dark"
+
+
+NO_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:118] . DefaultCPUAllocator: can't allocate memory"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("error", NO_MEMORY, ids=lambda error: type(error).__name__)
+def test_memory_that_does_not_do_for_one_frame_ends_the_job(tmp_path: Path, error: Exception):
+    predictor = Predictor(make_bundle(tmp_path, UNET), "cpu", threads=1)
+    predictor.members[1] = Chokes(predictor.members[1], error)
+    dark = encode(np.zeros((32, 32, 3), np.uint8))
+    assert predictor(table([png(32, 32, 0)]))["status"].to_pylist() == ["ok"]
+    with pytest.raises(InputError, match="image 'image1.png': one image of 32x32 does not fit into the memory"):
+        predictor(table([png(32, 32, 0), dark]))
 
 
 def test_a_model_that_never_worked_is_no_matter_of_rows(tmp_path: Path):
@@ -118,7 +135,7 @@ def test_a_model_that_never_worked_is_no_matter_of_rows(tmp_path: Path):
     predictor = Predictor(uri, "cpu", threads=1)
     predictor.members[0] = Chokes(predictor.members[0])
     dark = encode(np.zeros((32, 32, 3), np.uint8))
-    with pytest.raises(torch.OutOfMemoryError, match="too dark"):
+    with pytest.raises(RuntimeError, match="too dark"):
         predictor(table([dark, dark]))
 
 

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fault_proxy import FaultProxy, Kind, Rule
 from tiny import make_squares
 
-from pipeline import datasets, patience, storage
+from infra.local.fault_proxy import FaultProxy, Kind, Rule
+from pipeline import datasets, patience, shard_reader, storage
 from pipeline.errors import InputError
 
 
@@ -116,15 +116,15 @@ def test_a_shard_is_read_through_faults_and_a_bit_flipped_on_the_way_is_read_aga
     for file in storage.list_files(local):
         storage.write_bytes(storage.join(uri, file.path), storage.read_bytes(storage.join(local, file.path)))
     group = datasets.row_groups(datasets.open_dataset(uri), "train")[0]
-    whole = datasets.read_row_group(group)
+    whole = shard_reader.read_row_group(group)
     for rule in (
         Rule("corrupt", path="parquet", method="GET", times=1),
         Rule("status", share=0.3),
         Rule("reset", share=0.3),
     ):
         proxy.add(rule)
-        assert datasets.read_row_group(group).equals(whole)
+        assert shard_reader.read_row_group(group).equals(whole)
         proxy.clear()
     proxy.add(Rule("corrupt", path="parquet", method="GET"))
     with pytest.raises(InputError, match="damaged; ingest again"):
-        datasets.read_row_group(group)
+        shard_reader.read_row_group(group)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tiny import UNET, make_bundle, make_squares
 
-from pipeline import bundle, datasets, predictions, score, seal
+from pipeline import bundle, datasets, predictions, score, seal, shard_reader
 from pipeline.errors import InputError
 from pipeline.verify import compare, verify
 
@@ -51,6 +51,7 @@ def test_what_is_whole_is_whole(made: Path, kind: str):
 @pytest.mark.parametrize("kind", ["data", "bundle", "predictions"])
 def test_a_flipped_bit_in_any_file_is_found_and_named(copy: Path, kind: str):
     files = sorted(path for path in (copy / kind).rglob("*") if path.suffix in (".parquet", ".safetensors"))
+    files = [path for path in files if path.parent.name != "_lists"]
     for number, path in enumerate(files):
         flip(path, random.Random(number).randrange(path.stat().st_size), number % 8)
     files[-1].unlink()
@@ -59,17 +60,23 @@ def test_a_flipped_bit_in_any_file_is_found_and_named(copy: Path, kind: str):
     assert found["damage"][-1]["problem"] == "missing"
 
 
+def test_a_damaged_list_of_files_is_found_and_named(copy: Path):
+    (path,) = (copy / "predictions/_lists").glob("files-*.parquet")
+    flip(path, 200)
+    assert [item["file"] for item in verify(str(copy / "predictions"))["damage"]] == [str(path)]
+
+
 def test_a_shard_with_any_flipped_bit_is_refused_by_its_reader_or_reads_as_it_was(copy: Path):
     info = datasets.open_dataset(str(copy / "data"))
     group = datasets.row_groups(info, "train")[0]
-    whole, path = datasets.read_row_group(group), Path(group.file)
+    whole, path = shard_reader.read_row_group(group), Path(group.file)
     clean, draw, refused = path.read_bytes(), random.Random(0), 0
     tail = range(len(clean) - 3000, len(clean), 7)  # the footer, which no page's checksum covers
     for at in [*(draw.randrange(len(clean)) for _ in range(200)), *tail]:
         path.write_bytes(clean)
         flip(path, at, draw.randrange(8))
         try:
-            assert datasets.read_row_group(group).equals(whole), f"byte {at} reads as something else"
+            assert shard_reader.read_row_group(group).equals(whole), f"byte {at} reads as something else"
         except InputError:
             refused += 1
     assert refused > 200
@@ -84,7 +91,7 @@ def test_storage_that_does_not_answer_is_no_damage(copy: Path, monkeypatch: pyte
 
         monkeypatch.setattr(datasets.storage, "open_input", fail)
         with pytest.raises(OSError, match="timed out|SLOW_DOWN"):
-            datasets.read_row_group(group)
+            shard_reader.read_row_group(group)
 
 
 @pytest.mark.parametrize(("kind", "name"), [("data", "dataset.json"), ("bundle", "manifest.json")])

@@ -21,6 +21,9 @@ from pipeline.config import Settings
 from pipeline.decode import ImageInfo
 from pipeline.errors import InputError
 
+TEXT = 500
+"""Characters of what a reject says."""
+
 
 class HoldOut(Settings):
     """Shares of ``train`` to move to other splits; None = 0.1 without ``--splits``, 0 with it."""
@@ -105,6 +108,10 @@ class Reject:
     reason: str
     detail: str
 
+    def __post_init__(self) -> None:
+        for name in ("uri", "detail"):
+            object.__setattr__(self, name, printable(getattr(self, name)))
+
 
 @dataclass(frozen=True)
 class Context:
@@ -151,10 +158,17 @@ class Labels:
     """Harmless faults that were mended or dropped, counted by name in dataset.json."""
 
 
+def printable(text: str) -> str:
+    """Text of a label as it may be shown and stored: of bounded length, and whatever is no Unicode escaped."""
+    text = text.encode("utf-8", "backslashreplace").decode()
+    return text if len(text) <= TEXT else f"{text[:TEXT]}..."
+
+
 class LabelError(ValueError):
     """A label that cannot be used; becomes a row of ``rejects/`` with this reason and detail."""
 
     def __init__(self, reason: str, detail: str) -> None:
+        detail = printable(detail)
         super().__init__(reason, detail)
         self.reason, self.detail = reason, detail
 

@@ -28,7 +28,9 @@ from pipeline.formats.base import (
 )
 
 FAR = 1e6
-"""A polygon corner farther out than this is a fault: drawing it could take any amount of memory."""
+"""A polygon corner farther out than this is a fault."""
+LONGEST = 2**24
+"""Pixels of outline that one object may have: drawing takes time and memory for each, also outside the image."""
 
 
 class Coco(Format):
@@ -48,6 +50,7 @@ class Coco(Format):
         images_uri = need(images, "--images", "the folder of images")
         uri = _json_file(need(labels, "--labels", "the JSON file"))
         data = _load(uri)
+        strange = _only_objects(data, uri)
         things = _categories(data, uri)
         names = [name for name in classes if name != schema.BACKGROUND] if classes else list(things.values())
         label_of = {key: names.index(name) if name in names else -1 for key, name in things.items()}
@@ -61,7 +64,7 @@ class Coco(Format):
         if len(names) > schema.MAX_CLASSES and background is not None:
             raise InputError(f"'{uri}' has {len(names)} classes; a mask holds at most {schema.MAX_CLASSES}")
         sources, rejects = _sources(data, images_uri, uri)
-        return Index(sources, Context(tuple(names), background, tasks, settings, extra), rejects)
+        return Index(sources, Context(tuple(names), background, tasks, settings, extra), [*strange, *rejects])
 
     def read(self, source: Source, image: ImageInfo, label: bytes, context: Context) -> Labels:
         """See ``Format.read``."""
@@ -103,7 +106,11 @@ def _json_file(uri: str) -> str:
 def _load(uri: str) -> dict[str, Any]:
     try:
         data = json.loads(storage.read_text(uri, "label file"))
-    except json.JSONDecodeError as error:
+    except RecursionError:
+        raise InputError(f"label file '{uri}' is nested too deep for COCO") from None
+    except ValueError as error:  # also of a number of thousands of digits
+        if isinstance(error, InputError):
+            raise
         raise InputError(f"label file '{uri}' is not valid JSON: {error}") from None
     lists = ("images", "annotations", "categories")
     missing = [key for key in lists if not isinstance(data, dict) or not isinstance(data.get(key), list)]
@@ -112,11 +119,29 @@ def _load(uri: str) -> dict[str, Any]:
     return data
 
 
+def _only_objects(data: dict[str, Any], uri: str) -> list[Reject]:
+    """Take out of ``images`` and ``annotations`` what is none, or has an id of the wrong kind; it is rejected."""
+    rejects: list[Reject] = []
+    for key, name in (("images", "id"), ("annotations", "image_id")):
+        good = []
+        for number, item in enumerate(data[key]):
+            if isinstance(item, dict) and isinstance(item.get(name), (int, str)):
+                good.append(item)
+                continue
+            found = f"'{name}': {item.get(name)!r:.60}" if isinstance(item, dict) else repr(item)[:60]
+            detail = f"wanted an object with '{name}', a number or text; found {found}"
+            rejects.append(Reject(f"{uri}#{key}[{number}]", "bad_label", detail))
+        data[key] = good
+    return rejects
+
+
 def _categories(data: dict[str, Any], uri: str) -> dict[int, str]:
     """Category id -> name, in the order of the ids."""
     try:
         found = {int(item["id"]): str(item["name"]) for item in data["categories"]}
-    except (KeyError, TypeError, ValueError):
+        for name in found.values():
+            name.encode()  # a lone surrogate is a ValueError
+    except (KeyError, TypeError, ValueError, OverflowError):
         raise InputError(f"'{uri}': every category needs an 'id' (integer) and a 'name'") from None
     double = [name for name, count in Counter(found.values()).items() if count > 1]
     if double or len(found) != len(data["categories"]):
@@ -157,9 +182,9 @@ def _sources(data: dict[str, Any], images_uri: str, uri: str) -> tuple[list[Sour
 
 def _label(note: dict[str, Any], context: Context) -> int:
     key = note["category_id"]
-    label = context.extra["labels"].get(key)
+    label = context.extra["labels"].get(key) if isinstance(key, int) else None
     if label is None:
-        raise LabelError("unknown_class", f"annotation {note['id']}: category id {key} is not in categories")
+        raise LabelError("unknown_class", f"annotation {note['id']}: category id {key!r:.60} is not in categories")
     if label < 0:
         name = context.extra["names"][key]
         hint = nearest(name, context.things)
@@ -170,7 +195,7 @@ def _label(note: dict[str, Any], context: Context) -> int:
 def _box(note: dict[str, Any], label: int, image: ImageInfo, repairs: Counter[str]) -> dict[str, Any] | None:
     try:
         x, y, w, h = (float(value) for value in note["bbox"])
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise LabelError(
             "bad_box", f"annotation {note['id']}: wanted bbox [x, y, w, h], found {note['bbox']}"
         ) from None
@@ -194,13 +219,14 @@ def _shape(note: dict[str, Any], label: int, image: ImageInfo) -> tuple[dict[str
         if isinstance(found, dict):
             height, width = (int(side) for side in found["size"])
             check_size(height, width, image, f"the RLE of annotation {note['id']}")
-            packed = rle.frPyObjects(found, image.height, image.width) if isinstance(found["counts"], list) else found
-            pixels = _pixels(rle.decode(packed))
+            pixels = _from_runs(found["counts"], height, width)
             return row | {"kind": "mask", "mask": schema.pack_map(pixels.astype(np.uint8).tobytes())}, pixels
         rings = [[float(value) for value in ring] for ring in found]
         flat = np.array([value for ring in rings for value in ring])
         if any(len(ring) < 6 or len(ring) % 2 for ring in rings) or not (np.abs(flat) < FAR).all():
             raise ValueError("wanted rings of at least three x, y pairs")
+        if sum(_outline(ring) for ring in rings) > LONGEST:
+            raise ValueError(f"its outline is longer than {LONGEST} pixels")
         pixels = _pixels(rle.decode(rle.merge(list(rle.frPyObjects(rings, image.height, image.width)))))
         return row | {
             "kind": "polygon",
@@ -209,9 +235,50 @@ def _shape(note: dict[str, Any], label: int, image: ImageInfo) -> tuple[dict[str
         }, pixels
     except LabelError:
         raise
-    except (KeyError, TypeError, ValueError, RuntimeError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError, IndexError, OverflowError) as error:
         detail = f"annotation {note['id']}: segmentation cannot be read: {error}"
         raise LabelError("bad_label", detail) from None
+
+
+def _outline(ring: list[float]) -> float:
+    corners = np.array(ring).reshape(-1, 2)
+    return float(np.abs(np.diff(corners, axis=0, append=corners[:1])).sum())
+
+
+def _from_runs(counts: Any, height: int, width: int) -> np.ndarray:
+    """(H, W) bool of COCO's run lengths, down the columns, absent first: a list, or text as in pycocotools' rleApi.c.
+
+    Raises:
+        ValueError: They are not of ``height`` times ``width`` pixels: a library would write beyond its memory.
+    """
+    runs = _unpacked(counts.encode() if isinstance(counts, str) else counts)
+    if any(not isinstance(run, int) or run < 0 for run in runs) or sum(runs) != height * width:
+        raise ValueError(f"wanted runs of {height * width} pixels in all")
+    flat = np.repeat(np.arange(len(runs)) % 2 == 1, np.array(runs, np.int64))
+    return np.ascontiguousarray(flat.reshape(width, height).T)
+
+
+def _unpacked(counts: Any) -> list[Any]:
+    """Text to run lengths: five bits a letter, the lowest first, a sixth for "more"; from the third, differences."""
+    if not isinstance(counts, bytes):
+        return list(counts)
+    runs: list[int] = []
+    value, shift = 0, 0
+    for letter in counts:
+        bits = letter - 48
+        if not 0 <= bits < 64 or shift > 60:
+            raise ValueError("not the text of run lengths")
+        value |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:
+            continue
+        if bits & 16:
+            value -= 1 << shift
+        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+        value, shift = 0, 0
+    if shift:
+        raise ValueError("the text of run lengths ends early")
+    return runs
 
 
 def _pixels(decoded: np.ndarray) -> np.ndarray:

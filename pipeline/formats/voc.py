@@ -51,9 +51,9 @@ class Voc(Format):
         """See ``Format.read``."""
         root = _parse(label)
         written = [root.findtext(f"size/{side}") for side in ("height", "width")]
-        height, width = (_number(text, 0) for text in written)
+        height, width = (_side(text) for text in written)
         if height > 0 and width > 0:  # several tools leave the size out, or write 0
-            check_size(int(height), int(width), image, "the size in the label")
+            check_size(height, width, image, "the size in the label")
         boxes: list[dict[str, Any]] = []
         out = Labels(boxes=boxes)
         for thing in root.findall("object"):
@@ -82,17 +82,18 @@ def _box(thing: Element, label: int, out: Labels) -> dict[str, Any] | None:
     return box_row(xmin - 1, ymin - 1, xmax, ymax, label)
 
 
-def _number(text: str | None, default: float) -> float:
+def _side(text: str | None) -> int:
+    """A side of the image; 0 where none is written."""
     try:
-        return float(text or default)
-    except ValueError:
-        return default
+        return int(float(text or 0))
+    except (ValueError, OverflowError):  # no number, NaN, or infinite
+        return 0
 
 
 def _parse(data: bytes) -> Element:
     try:
         root = fromstring(data)
-    except (ParseError, DefusedXmlException, ValueError) as error:
+    except (ParseError, DefusedXmlException, ValueError, LookupError) as error:  # LookupError: of the encoding
         raise LabelError("bad_label", f"not a readable XML file: {error}") from None
     if root.tag != "annotation":
         raise LabelError("bad_label", f"wanted <annotation> as the outermost element, found <{root.tag}>")

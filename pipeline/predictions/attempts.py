@@ -4,21 +4,18 @@ import contextlib
 import json
 import secrets
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from pipeline import storage
+from pipeline import seal, storage
 from pipeline.config import first_difference
 from pipeline.errors import InputError
-from pipeline.predictions.files import UnitFile, adoptable
+from pipeline.predictions.adoption import Mapper, Piece, adopt, list_attempts
+from pipeline.predictions.files import UnitFile, count_statuses
+from pipeline.predictions.lists import FOLDER, write_lists
 from pipeline.schema import SCHEMA_VERSION
 
 MANIFEST, START = "_MANIFEST.json", "_START.json"
-THREADS = 16
-"""Files read at the same time."""
 
 
 @dataclass(frozen=True)
@@ -36,34 +33,38 @@ class Attempt:
         return f"attempt-{self.number}"
 
 
-def start(uri: str, *, inputs: Mapping[str, Any], digest: str, expected: Mapping[int, int]) -> Attempt:
+def start(
+    uri: str, *, inputs: Mapping[str, Any], digest: str, pieces: Sequence[Piece], mapper: Mapper = map
+) -> Attempt:
     """Begin the next attempt: decide, for good, which finished units of earlier attempts it adopts.
 
     Args:
         uri: The folder of predictions.
         inputs: What the result depends on; kept for whoever looks.
         digest: The plan's digest; only units of the same plan are adopted.
-        expected: Rows of each unit of the plan.
+        pieces: Of the plan, all its units.
+        mapper: Who compares what earlier attempts left with the plan, a piece a call.
     """
-    names = [listed.path for listed in storage.list_files(uri)] if storage.exists(uri) else []
+    names = list_attempts(uri)
     number = 1 + max((attempt_number(name) for name in names), default=-1)
-    files = [name for name in names if name.endswith(".parquet") and attempt_number(name) >= 0]
-    with ThreadPoolExecutor(THREADS) as pool:
-        found = pool.map(lambda name: adoptable(uri, name, digest, expected), files)
-        adopted = {item.unit: item for item in found if item is not None}
+    adopted = adopt(uri, names, digest, pieces, mapper)
     while True:
         content = {
             "schema_version": SCHEMA_VERSION,
             "plan": digest,
             "inputs": dict(inputs),
-            "adopted": [adopted[unit].listed() for unit in sorted(adopted)],
+            "adopted": write_lists(uri, f"adopted-{number}", list(adopted.values())),
             # Two drivers with the same inputs must not both become this attempt.
             "driver": secrets.token_hex(8),
         }
         target = storage.join(uri, f"attempt-{number}", START)
-        if storage.create_once(target, json.dumps(content, indent=1).encode()):
+        if storage.create_once(target, _json(content)):
             return Attempt(uri, number, digest, adopted)
         number += 1
+
+
+def _json(content: Mapping[str, Any]) -> bytes:
+    return json.dumps(seal.seal(content), indent=1).encode()
 
 
 def attempt_number(name: str) -> int:
@@ -73,20 +74,22 @@ def attempt_number(name: str) -> int:
 
 
 def check(units: Sequence[UnitFile], expected: Mapping[int, int]) -> None:
-    """Every unit of the plan once, with all its rows, and no image twice.
+    """Every unit of the plan once, with all its rows.
+
+    That a unit's rows are its images, each once, is checked where it is written, and where it is adopted; that no two
+    units share an image is the plan's part.
 
     Raises:
         RuntimeError: Rows were lost or doubled; nothing may be committed.
     """
     numbers = sorted(item.unit for item in units)
-    rows, wanted = sum(item.rows for item in units), sum(expected.values())
-    if numbers != sorted(expected) or rows != wanted:
+    wrong = sum(item.rows != expected.get(item.unit) for item in units)
+    if numbers != sorted(expected) or wrong:
+        rows, wanted = sum(item.rows for item in units), sum(expected.values())
         raise RuntimeError(
-            f"{len(numbers)} units with {rows} rows were scored, the plan has {len(expected)} with {wanted}"
+            f"{len(numbers)} units with {rows} rows were scored, the plan has {len(expected)} with {wanted}; "
+            f"{wrong} have other rows than planned"
         )
-    distinct = len(np.unique(np.concatenate([item.ids for item in units])))
-    if distinct != wanted:
-        raise RuntimeError(f"{wanted} rows have only {distinct} distinct image_ids")
 
 
 def commit(
@@ -110,22 +113,18 @@ def commit(
         InputError: A job with other inputs committed meanwhile.
     """
     check(units, expected)
-    statuses: dict[str, int] = {}
-    for item in units:
-        for word, count in item.statuses.items():
-            statuses[word] = statuses.get(word, 0) + count
     content = {
         "schema_version": SCHEMA_VERSION,
         "plan": attempt.digest,
         "inputs": dict(inputs),
         "attempt": attempt.number,
         "rows": sum(item.rows for item in units),
-        "statuses": statuses,
+        "statuses": count_statuses(units),
         **extra,
-        "files": [item.listed() for item in sorted(units, key=lambda item: item.unit)],
+        "lists": write_lists(attempt.uri, f"files-{attempt.number}", units),
     }
-    if storage.create_once(storage.join(attempt.uri, MANIFEST), json.dumps(content, indent=1).encode()):
-        _tidy(attempt.uri, {item.file for item in units})
+    if storage.create_once(storage.join(attempt.uri, MANIFEST), _json(content)):
+        _tidy(attempt.uri, {item.file for item in units} | {item["file"] for item in content["lists"]})
         return content
     won = committed(attempt.uri, inputs)
     if won is None:
@@ -134,10 +133,11 @@ def commit(
 
 
 def _tidy(uri: str, kept: set[str]) -> None:
-    """Delete unit files that the manifest leaves out, so that tools that glob see each image once too."""
+    """Delete unit files and lists that the manifest leaves out, so that tools that glob see each image once too."""
     filesystem, root = storage.arrow(uri)
     for listed in storage.list_files(uri, (".parquet",)):
-        if attempt_number(listed.path) >= 0 and listed.path not in kept:
+        mine = attempt_number(listed.path) >= 0 or listed.path.startswith(f"{FOLDER}/files-")
+        if mine and listed.path not in kept:
             with contextlib.suppress(OSError):
                 filesystem.delete_file(f"{root}/{listed.path}")
 
@@ -157,11 +157,12 @@ def committed(uri: str, inputs: Mapping[str, Any] | None = None) -> dict[str, An
         return None
     try:
         manifest = json.loads(storage.read_text(target, "manifest of predictions"))
-        found, _ = manifest["inputs"], manifest["files"]
+        found, _ = manifest["inputs"], manifest["lists"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"'{target}' is not a manifest of predictions; choose another folder") from None
+    seal.check(manifest, target, "predict again to another folder")
     difference = first_difference(found, dict(inputs)) if inputs is not None else None
     if difference:
         raise InputError(

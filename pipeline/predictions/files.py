@@ -3,8 +3,9 @@
 import base64
 import hashlib
 import json
+import re
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,7 @@ import pyarrow.parquet as pq
 from pipeline import storage
 
 _FOOTER, _METRICS = b"dubito", b"dubito.metrics"
+_NAME = re.compile(r"attempt-\d+/unit-(\d+)-[0-9a-f]+\.parquet")
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,6 @@ class UnitFile:
     statuses: dict[str, int]
     uncertainty_sum: float
     """Over the rows with status ok."""
-    ids: np.ndarray = field(repr=False)
-    """(rows,) uint64: the first 8 bytes of the blake2b of each image_id."""
     metrics: bytes = field(default=b"", repr=False)
     """State of the unit's metrics, where the job has truth."""
     scalars: bytes = field(default=b"", repr=False)
@@ -48,10 +48,10 @@ class UnitFile:
         }
 
 
-def id_hashes(ids: Iterable[str]) -> np.ndarray:
-    """(n,) uint64, one for each id: 8 bytes an image are enough to see that none is there twice."""
-    digests = (hashlib.blake2b(str(name).encode(), digest_size=8).digest() for name in ids)
-    return np.frombuffer(b"".join(digests), "<u8")
+def unit_number(name: str) -> int:
+    """The unit that a file is of, by its name; -1 for none."""
+    found = _NAME.fullmatch(name)
+    return int(found.group(1)) if found else -1
 
 
 def summarise(table: pa.Table) -> dict[str, Any]:
@@ -63,6 +63,15 @@ def summarise(table: pa.Table) -> dict[str, Any]:
         "statuses": statuses,
         "uncertainty_sum": float(np.nansum(np.asarray(table["uncertainty"].drop_null(), np.float64))),
     }
+
+
+def count_statuses(units: Iterable[UnitFile]) -> dict[str, int]:
+    """Rows by status over all units."""
+    statuses: dict[str, int] = {}
+    for item in units:
+        for word, count in item.statuses.items():
+            statuses[word] = statuses.get(word, 0) + count
+    return statuses
 
 
 def write_unit(
@@ -103,10 +112,10 @@ def write_unit(
     data = sink.getvalue().to_pybytes()
     name = f"{folder}/unit-{unit:06d}-{secrets.token_hex(4)}.parquet"
     storage.write_bytes(storage.join(uri, name), data)
-    return _unit_file(name, data, summary, id_hashes(table["image_id"].to_pylist()), metrics)
+    return _unit_file(name, data, summary, metrics)
 
 
-def _unit_file(name: str, data: bytes, summary: dict[str, Any], ids: np.ndarray, metrics: bytes) -> UnitFile:
+def _unit_file(name: str, data: bytes, summary: dict[str, Any], metrics: bytes) -> UnitFile:
     return UnitFile(
         unit=summary["unit"],
         file=name,
@@ -115,30 +124,30 @@ def _unit_file(name: str, data: bytes, summary: dict[str, Any], ids: np.ndarray,
         sha256=hashlib.sha256(data).hexdigest(),
         statuses=summary["statuses"],
         uncertainty_sum=summary["uncertainty_sum"],
-        ids=ids,
         metrics=metrics,
     )
 
 
-def adoptable(uri: str, name: str, digest: str, expected: Mapping[int, int]) -> UnitFile | None:
+def adoptable(uri: str, name: str, digest: str, ids: pa.ChunkedArray) -> UnitFile | None:
     """The finished unit in file ``name``, or None if it is damaged, or of another plan.
 
     Args:
         uri: The folder of predictions.
         name: The file, relative to it.
         digest: The plan's digest.
-        expected: Rows of each unit of the plan.
+        ids: image_ids of the unit's rows, as planned.
     """
     try:
         data = storage.read_bytes(storage.join(uri, name))
         file = pq.ParquetFile(pa.BufferReader(data))
         found = file.schema_arrow.metadata or {}
         summary = json.loads(found.get(_FOOTER, b"{}"))
-        if summary.get("plan") != digest or expected.get(summary["unit"]) != file.metadata.num_rows:
+        if summary.get("plan") != digest or summary.get("unit") != unit_number(name):
             return None
         # All columns are decoded: a footer survives damage to the pages before it.
-        ids = id_hashes(file.read()["image_id"].to_pylist())
+        if not file.read()["image_id"].equals(ids):
+            return None
         metrics = base64.b64decode(found.get(_METRICS, b""))
     except (OSError, ValueError, KeyError):  # pa.ArrowInvalid is a ValueError
         return None
-    return _unit_file(name, data, summary, ids, metrics)
+    return _unit_file(name, data, summary, metrics)

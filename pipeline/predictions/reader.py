@@ -1,6 +1,5 @@
 """Reading committed predictions: what the manifest names, and nothing else."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -10,7 +9,9 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.errors import InputError
-from pipeline.predictions.attempts import THREADS, attempt_number, committed
+from pipeline.predictions.adoption import THREADS
+from pipeline.predictions.attempts import attempt_number, committed
+from pipeline.predictions.lists import listed, read_named
 
 
 def read(uri: str, columns: Sequence[str] | None = None, *, verify: bool = True) -> pa.Table:
@@ -32,21 +33,19 @@ def read(uri: str, columns: Sequence[str] | None = None, *, verify: bool = True)
         raise InputError(f"no committed predictions at '{uri}': {hint}")
     names = list(columns) if columns is not None else None
     with ThreadPoolExecutor(THREADS) as pool:
-        tables = list(pool.map(lambda entry: _read_file(uri, entry, names, verify), manifest["files"]))
+        tables = list(pool.map(lambda entry: _read_file(uri, entry, names, verify), listed(uri, manifest)))
     return pa.concat_tables(tables).replace_schema_metadata(None)
 
 
 def _read_file(uri: str, entry: Mapping[str, Any], columns: list[str] | None, verify: bool) -> pa.Table:
+    if verify:
+        source: Any = pa.BufferReader(read_named(uri, entry))
+        return pq.ParquetFile(source).read(columns).replace_schema_metadata(None)
     where = storage.join(uri, entry["file"])
     try:
-        if not verify:
-            with storage.open_input(where) as file:
-                return pq.ParquetFile(file).read(columns).replace_schema_metadata(None)
-        data = storage.read_bytes(where)
+        with storage.open_input(where) as file:
+            return pq.ParquetFile(file).read(columns).replace_schema_metadata(None)
     except OSError as error:
         raise InputError(
             f"'{where}' could not be read ({storage.classify(error)}), but the manifest names it"
         ) from None
-    if hashlib.sha256(data).hexdigest() != entry["sha256"]:
-        raise InputError(f"'{where}' is not what the manifest says (sha256 differs); predict again to another folder")
-    return pq.ParquetFile(pa.BufferReader(data)).read(columns).replace_schema_metadata(None)

@@ -1,0 +1,469 @@
+"""What is lost, doubled, crashed or hung when things go wrong: a table of faults, each met by whole jobs.
+
+    python -m benchmarks.faults
+    python -m benchmarks.faults --small
+    python -m benchmarks.faults --only inference training
+
+``dubito ingest``, ``train`` and ``predict`` run as a user runs them, each in a process and a Ray session of its own, on
+a private S3 server; a proxy before it answers wrongly on request. Every result is compared with that of an undisturbed
+run: the dataset's fingerprint, the losses of training, each row of the predictions. ``lost`` and ``doubled`` count
+images; ``crashes`` are jobs that ended in a traceback, or processes that died by themselves; ``hangs`` took longer than
+four minutes (files: ten seconds); ``differ`` counts results that are not those of the undisturbed run.
+"""
+
+import argparse
+import io
+import json
+import multiprocessing
+import os
+import queue
+import random
+import shutil
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from benchmarks import harness, hostile
+from benchmarks.fault_jobs import Ended, Job, run
+from infra.local.fault_proxy import FaultProxy, Kind, Rule
+from infra.local.s3_server import Server, environment, make_bucket, s3_server
+from pipeline import checkpoint, datasets, predictions, storage
+from pipeline.errors import InputError
+
+FIGURES = ("lost", "doubled", "crashes", "hangs", "differ")
+ROWS = ("inference", "training", "storage", "gone", "bits", "images", "labels", "memory")
+STORAGE: tuple[Kind, ...] = ("status", "reset", "lost", "truncate", "stall", "slow")
+CLASSES = ["background", "square"]
+
+
+class World:
+    """The server, the proxy, the data, and what undisturbed jobs made of them."""
+
+    def __init__(self, folder: Path, server: Server, proxy: FaultProxy, args: argparse.Namespace) -> None:
+        self.folder, self.server, self.proxy, self.args = folder, server, proxy, args
+        self.bucket = make_bucket(server, "faults")
+        # Faults that last seconds: a minute of patience, so that the table does not take hours.
+        quiet = {"OMP_NUM_THREADS": "1", "DUBITO_STORAGE_PATIENCE_S": "90"}
+        self.direct = {**environment(server), **quiet}
+        self.through = {**self.direct, "AWS_ENDPOINT_URL": proxy.endpoint}
+        os.environ.update(self.direct)
+        self._upload()
+        self._count = 0
+        self.fingerprint, self.losses, self.rows, self.seconds = self._undisturbed()
+
+    def uri(self, name: str) -> str:
+        """Below the bucket."""
+        return f"{self.bucket}/{name}"
+
+    def fresh(self, name: str) -> str:
+        """One that nobody has used."""
+        self._count += 1
+        return self.uri(f"{name}-{self._count}")
+
+    def ingest(self, out: str) -> list[str]:
+        """Arguments of the job."""
+        images, masks = self.uri("source/images"), self.uri("source/masks")
+        return ["ingest", "--format", "masks", "--images", images, "--labels", masks, "--classes", ",".join(CLASSES),
+                "--out", out, "--set", "shard_bytes=60000"]  # fmt: skip
+
+    def train(self, data: str, out: str, resume: bool = False) -> list[str]:
+        """Arguments of the job."""
+        path = self.folder / f"{out.rsplit('/', 1)[-1]}.yaml"
+        path.write_text(json.dumps({
+            "task": "segmentation", "data": data, "out": out, "model": {"name": "unet", "width": 4, "depth": 2},
+            "input": {"size": [64, 64], "fit": "letterbox"},
+            "train": {"batch_size": 4, "epochs": self.args.epochs, "validate_every": 6, "workers": 2, "threads": 1},
+        }))  # fmt: skip
+        return ["train", str(path), *(["--resume"] if resume else [])]
+
+    def predict(self, out: str) -> list[str]:
+        """Arguments of the job."""
+        return ["predict", "--bundle", self.uri("run/bundle"), "--data", self.uri("many"), "--out", out]
+
+    def _upload(self) -> None:
+        """Squares on noise with their masks, and as many again as a dataset to predict."""
+        rng = np.random.default_rng(0)
+        for n in range(self.args.images):
+            mask = np.zeros((64, 64), np.uint8)
+            mask[8 + n % 9 : 40, 10 : 30 + n % 13] = 1
+            picture = rng.integers(0, 90, (64, 64, 3)) + 120 * mask[..., None]
+            for kind, pixels in (("images", picture.astype(np.uint8)), ("masks", mask)):
+                stream = io.BytesIO()
+                Image.fromarray(pixels).save(stream, "PNG")
+                storage.write_bytes(self.uri(f"source/{kind}/image{n:04d}.png"), stream.getvalue())
+
+    def _undisturbed(self) -> tuple[str, dict[int, float], pa.Table, dict[str, float]]:
+        seconds = {}
+        many = ["ingest", "--format", "demo", "--out", self.uri("many"), "--set", f"images={self.args.many}"]
+        plans = {
+            "many": many, "ingest": self.ingest(self.uri("data")),
+            "train": self.train(self.uri("data"), self.uri("run")),
+            "predict": self.predict(self.uri("predictions")),
+        }  # fmt: skip
+        for name, args in plans.items():
+            ended = run(self.folder, self.direct, *args)
+            if ended.code != 0:
+                raise RuntimeError(f"the undisturbed {name} failed ({ended.code}):\n{ended.said[-3000:]}")
+            seconds[name] = ended.seconds
+        print("undisturbed: " + ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items()), flush=True)
+        info = datasets.open_dataset(self.uri("data"))
+        return info.fingerprint, losses(self.uri("run")), rows_of(self.uri("predictions")), seconds
+
+
+def losses(run_uri: str) -> dict[int, float]:
+    """Validation loss by step, as the last checkpoint tells it."""
+    newest = checkpoint.latest(f"{run_uri}/members/0")
+    history = json.loads(storage.read_bytes(f"{newest}/progress.json"))["history"]
+    return {row["step"]: row["val_loss"] for row in history if "val_loss" in row}
+
+
+def rows_of(uri: str) -> pa.Table:
+    """Predictions by image_id."""
+    return predictions.read(uri).sort_by("image_id")
+
+
+def tally(ended: list[Ended]) -> Counter[str]:
+    """Crashes and hangs."""
+    return Counter(crashes=sum(each.crashed for each in ended), hangs=sum(each.code is None for each in ended))
+
+
+def compare_rows(found: pa.Table, wanted: pa.Table) -> Counter[str]:
+    """Lost, doubled, and whether any of the rest differs."""
+    have, want = Counter(found["image_id"].to_pylist()), set(wanted["image_id"].to_pylist())
+    same = found.num_rows == wanted.num_rows and found.equals(wanted)
+    return Counter(
+        lost=len(want - have.keys()), doubled=sum(count > 1 for count in have.values()) + len(have.keys() - want),
+        differ=int(not same),
+    )  # fmt: skip
+
+
+def kill_inference(world: World, number: int, target: str, rng: random.Random) -> Counter[str]:
+    """Kill once at a random moment of the work, then start the same command until it is done."""
+    out, args = world.fresh("killed"), None
+    args = world.predict(out)
+    job, ended = Job(world.folder, world.direct, *args), []
+    while not storage.exists(f"{out}/attempt-0/_START.json") and job.process.poll() is None:
+        time.sleep(0.05)
+    time.sleep(rng.uniform(0, world.args.work_s))
+    hit = job.kill(target, rng)
+    ended.append(job.wait())
+    finished = set(units(out)) if ended[-1].code else set()
+    while ended[-1].code not in (0, None) and len(ended) < 5:
+        ended.append(run(world.folder, world.direct, *args))
+    out_rows = rows_of(out) if ended[-1].code == 0 else world.rows.slice(0, 0)
+    kept = {name.rsplit("/", 1)[-1] for name in units(out)}
+    redone = len({name.rsplit("/", 1)[-1] for name in finished} - kept)
+    print(f"  inference {number}: {target} {'killed' if hit else 'was gone'}, exits {[e.code for e in ended]}, "
+          f"{len(finished)} units kept, {redone} done again", flush=True)  # fmt: skip
+    return tally(ended) + compare_rows(out_rows, world.rows) + Counter(redone_units=redone, missed=int(not hit))
+
+
+def units(out: str) -> list[str]:
+    """Finished unit files."""
+    return [item.path for item in storage.list_files(out, (".parquet",)) if "/unit-" in item.path]
+
+
+def kill_training(world: World, number: int, target: str, rng: random.Random) -> Counter[str]:
+    """The same for a training run of two workers: its ledger, and its losses beside the undisturbed ones."""
+    out = world.fresh("run")
+    job, ended = Job(world.folder, world.direct, *world.train(world.uri("data"), out)), []
+    deadline = time.monotonic() + 60
+    while job.process.poll() is None and time.monotonic() < deadline and not checkpoint.latest(f"{out}/members/0"):
+        time.sleep(0.1)
+    time.sleep(rng.uniform(0, world.args.train_s))
+    hit = job.kill(target, rng)
+    ended.append(job.wait())
+    while ended[-1].code not in (0, None) and len(ended) < 5:
+        ended.append(run(world.folder, world.direct, *world.train(world.uri("data"), out, resume=True)))
+    found = losses(out) if ended[-1].code == 0 else {}
+    newest = checkpoint.latest(f"{out}/members/0")
+    steps = max(world.losses)
+    ledger = checkpoint.read_ledger(newest) if newest else None
+    used = ledger.contains(np.arange(steps * 8 + 64)) if ledger else np.zeros(steps * 8 + 64, bool)
+    lost, doubled = int((~used[: steps * 8]).sum()), int(used[steps * 8 :].sum())
+    far = max((abs(found.get(step, 9e9) - loss) for step, loss in world.losses.items()), default=9e9)
+    print(f"  training {number}: {target} {'killed' if hit else 'was gone'}, exits {[e.code for e in ended]}, "
+          f"losses differ by at most {far:.2g}", flush=True)  # fmt: skip
+    return tally(ended) + Counter(lost=lost, doubled=doubled, differ=int(far > 0.02), missed=int(not hit))
+
+
+def whole_jobs(world: World, name: str, rules: list[Rule]) -> Counter[str]:
+    """Ingest, train and predict through the proxy."""
+    world.proxy.clear()
+    for rule in rules:
+        world.proxy.add(rule)
+    data, out, found = world.fresh("data"), world.fresh("run"), world.fresh("predictions")
+    ended = [
+        run(world.folder, world.through, *world.ingest(data)),
+        run(world.folder, world.through, *world.train(data, out)),
+        run(world.folder, world.through, *world.predict(found)),
+    ]
+    requests, fired = len(world.proxy.log), sum(rule.fired for rule in rules)
+    world.proxy.clear()
+    codes = [each.code for each in ended]
+    print(f"  storage, {name}: exits {codes}, {fired} of {requests} requests went wrong, "
+          f"{', '.join(f'{each.seconds:.0f} s' for each in ended)}", flush=True)  # fmt: skip
+    counts = tally(ended)
+    if codes[0] == 0:
+        counts["differ"] += datasets.open_dataset(data).fingerprint != world.fingerprint
+    if codes[1] == 0:
+        now = losses(out)
+        counts["differ"] += any(abs(now.get(step, 9e9) - loss) > 0.02 for step, loss in world.losses.items())
+    if codes[2] == 0:
+        counts += compare_rows(rows_of(found), world.rows)
+    counts["failed"] += sum(code != 0 for code in codes)
+    for each in ended:
+        if each.code != 0:
+            print("    " + each.said.strip()[-600:].replace("\n", "\n    "), flush=True)
+    return counts
+
+
+def gone(world: World, seconds: float) -> Counter[str]:
+    """No storage at all for a while, in the middle of each job."""
+    counts: Counter[str] = Counter()
+    plans: dict[str, Callable[[], list[str]]] = {
+        "predict": lambda: world.predict(world.fresh("predictions")),
+        "train": lambda: world.train(world.uri("data"), world.fresh("run")),
+        "ingest": lambda: world.ingest(world.fresh("data")),
+    }
+    for name in list(plans)[: 1 if world.args.small else 3]:
+        args = plans[name]()
+        world.proxy.clear()
+        job = Job(world.folder, world.through, *args)
+        time.sleep(0.6 * world.seconds[name])
+        world.proxy.add(Rule("gone"))
+        time.sleep(seconds)
+        world.proxy.clear()
+        ended = [job.wait()]
+        while ended[-1].code not in (0, None) and len(ended) < 3:
+            ended.append(run(world.folder, world.through, *args, *(["--resume"] if name == "train" else [])))
+        print(f"  gone for {seconds:.0f} s, {name}: exits {[each.code for each in ended]}", flush=True)
+        counts += tally(ended)
+        counts["failed"] += ended[-1].code != 0
+        if name == "predict" and ended[-1].code == 0:
+            counts += compare_rows(rows_of(args[-1]), world.rows)
+    return counts
+
+
+def bits(world: World, rng: random.Random) -> Counter[str]:
+    """One bit of a shard, a bundle and a file of predictions: found by verify, and by who would use it."""
+    counts: Counter[str] = Counter()
+    shard = datasets.row_groups(datasets.open_dataset(world.uri("many")), "train")[0].file
+    weights = f"{world.uri('run/bundle')}/members/0/model.safetensors"
+    unit = f"{world.uri('predictions')}/{units(world.uri('predictions'))[0]}"
+    for whole, file, args in (
+        (world.uri("many"), shard, world.predict(world.fresh("bits"))),
+        (world.uri("run/bundle"), weights, world.predict(world.fresh("bits"))),
+        (world.uri("predictions"), unit, None),
+    ):
+        good = storage.read_bytes(file)
+        bad = bytearray(good)
+        # Not in the footer's own statistics: anywhere in what is read.
+        bad[rng.randrange(100, len(bad) - 4000 if len(bad) > 8000 else len(bad) // 2)] ^= 1 << rng.randrange(8)
+        storage.write_bytes(file, bytes(bad))
+        found = run(world.folder, world.direct, "verify", whole)
+        counts["unseen"] += found.code != 2 or file.rsplit("/", 1)[-1] not in found.said
+        ended = [found]
+        if args is None:
+            try:
+                predictions.read(whole)
+                counts["unseen"] += 1
+            except InputError:
+                pass
+        else:
+            ended.append(run(world.folder, world.direct, *args))
+            counts["unseen"] += ended[-1].code != 2
+        counts += tally(ended)
+        storage.write_bytes(file, good)
+    print(f"  bits: {counts['unseen']} of 6 looks did not see the damage", flush=True)
+    return counts
+
+
+def _judge_images(start: int, count: int, folder: str | None, out: Any) -> None:
+    rng, good, words = random.Random(start), hostile.good_images(Path(folder) if folder else None), Counter()
+    for _ in range(count):
+        data, began = hostile.image(rng, good), time.monotonic()
+        words[hostile.count(partial(hostile.judge_image, data))] += 1
+        words["slow"] += time.monotonic() - began > 10
+    out.put(words)
+
+
+def _judge_labels(start: int, count: int, format: str, out: Any) -> None:
+    rng, good, words = random.Random(start), hostile.good_labels(format), Counter()
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(count):
+            images, labels = hostile.write_case(Path(folder), hostile.label(rng, format, good))
+            began = time.monotonic()
+            words[hostile.count(partial(_fine, format, images, labels))] += 1
+            words["slow"] += time.monotonic() - began > 10
+    out.put(words)
+
+
+def _fine(format: str, images: Path, labels: Path) -> str:
+    hostile.judge_labels(format, images, labels)
+    return "fine"
+
+
+def files(work: Callable[..., None], plans: list[tuple[Any, ...]]) -> Counter[str]:
+    """Broken files, some in each of several processes: one that dies takes its own with it, and is counted."""
+    context, words = multiprocessing.get_context("spawn"), Counter[str]()
+    died = 0
+    for plan in plans:
+        out = context.Queue()
+        process = context.Process(target=work, args=(*plan, out))
+        process.start()
+        while process.is_alive() and out.empty():
+            time.sleep(0.1)
+        try:
+            words += out.get(timeout=2)
+        except queue.Empty:
+            died += 1
+        process.join(5)
+    crashes = {word: count for word, count in words.items() if word.startswith("crash")}
+    kinds = {word: count for word, count in words.items() if not word.startswith("crash")}
+    print(
+        f"  files: {dict(sorted(kinds.items()))}",
+        *(f"\n  {key} ({count})" for key, count in crashes.items()),
+        flush=True,
+    )
+    return Counter(crashes=sum(crashes.values()) + died, hangs=words["slow"], files=words.total() - words["slow"])
+
+
+def memory(world: World) -> Counter[str]:
+    """The scoring actor may take no more than it has: fewer images at once, or one sentence."""
+    import resource
+
+    out = world.fresh("memory")
+    job, done = Job(world.folder, world.direct, *world.predict(out)), False
+    deadline = time.monotonic() + 60
+    while not done and job.process.poll() is None and time.monotonic() < deadline:
+        for pid, title in job.processes().items():
+            if title.startswith("ray::MapWorker"):
+                held = int(Path(f"/proc/{pid}/status").read_text().split("VmData:")[1].split()[0]) * 1024
+                if held > 2**29:  # it has imported torch
+                    resource.prlimit(pid, resource.RLIMIT_DATA, (held + 2**23, held + 2**23))
+                    done = True
+        time.sleep(0.05)
+    ended = [job.wait()]
+    print(
+        f"  memory: limit {'set' if done else 'not set'}, exit {ended[0].code}: {ended[0].said.strip()[-300:]}",
+        flush=True,
+    )
+    counts = tally(ended) + Counter(missed=int(not done))
+    if ended[0].code == 0:
+        return counts + compare_rows(rows_of(out), world.rows)
+    return counts + Counter(differ=int(ended[0].code != 2 or "memory" not in ended[0].said))
+
+
+def table(world: World | None, args: argparse.Namespace) -> Iterator[tuple[str, int, Counter[str]]]:
+    """(fault, how many, counts) of each row."""
+    rng, folder = random.Random(args.seed), str(args.photographs) if args.photographs else None
+    if world:
+        yield from _of_jobs(world, args, rng)
+    if "images" in args.only:
+        plans = [(start, args.files // 4, folder) for start in range(4)]
+        yield "mutated images", args.files, files(_judge_images, plans)
+    if "labels" in args.only:
+        plans = [(start, args.files // 4, format) for start, format in enumerate(sorted(hostile.CLASSES))]
+        yield "mutated label files", args.files, files(_judge_labels, plans)
+
+
+def _of_jobs(world: World, args: argparse.Namespace, rng: random.Random) -> Iterator[tuple[str, int, Counter[str]]]:
+    if "inference" in args.only:
+        yield "killed in batch inference", args.kills, _kills(kill_inference, world, args.kills, rng)
+    if "training" in args.only:
+        yield "killed in training", args.train_kills, _kills(kill_training, world, args.train_kills, rng)
+    if "storage" in args.only:
+        plans = {kind: [_rule(kind, 0.05)] for kind in STORAGE}
+        if args.small:
+            plans = {"all kinds": [_rule(kind, 0.05 / len(STORAGE)) for kind in STORAGE]}
+        for name, rules in plans.items():
+            yield f"storage, 5 %: {name}", 1, whole_jobs(world, name, rules)
+    if "gone" in args.only:
+        yield f"storage gone for {args.gone:.0f} s", 1 if args.small else 3, gone(world, args.gone)
+    if "bits" in args.only:
+        yield "flipped bit: shard, bundle, predictions", 3, bits(world, rng)
+    if "memory" in args.only:
+        yield "hard memory limit of an actor", 1, memory(world)
+
+
+def _kills(one: Callable[..., Counter[str]], world: World, count: int, rng: random.Random) -> Counter[str]:
+    names = {kill_inference: ["driver", "actor", "task worker", "raylet"],
+             kill_training: ["train worker", "driver", "raylet", "task worker"]}[one]  # fmt: skip
+    return sum((one(world, number, names[number % 4], rng) for number in range(count)), Counter[str]())
+
+
+def _rule(kind: Kind, share: float) -> Rule:
+    return Rule(kind, share=share, seconds=30, bytes_per_second=2**16, seed=len(kind))
+
+
+@contextmanager
+def worlds(args: argparse.Namespace) -> Iterator[World | None]:
+    """A world, where a row wants one."""
+    if not set(args.only) - {"images", "labels"}:
+        yield None
+        return
+    folder = Path(tempfile.mkdtemp(prefix="faults-"))
+    try:
+        with s3_server() as server, FaultProxy(server["endpoint"]) as proxy:
+            yield World(folder, server, proxy, args)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS), help="rows of the table")
+    parser.add_argument("--photographs", type=Path, help="real images to break as well, below this folder")
+    parser.add_argument("--images", type=int, default=120, help="images to ingest and to train on")
+    parser.add_argument("--many", type=int, default=1200, help="images to predict")
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--kills", type=int, help="of batch inference (20; small: 2)")
+    parser.add_argument("--train-kills", type=int, help="of training (10; small: 1)")
+    parser.add_argument("--files", type=int, help="broken images, and broken label files (2000; small: 800)")
+    parser.add_argument("--gone", type=float, help="seconds without storage (60; small: 5)")
+    parser.add_argument(
+        "--work-s", type=float, default=4.0, help="kills of inference fall within so long from its start"
+    )
+    parser.add_argument("--train-s", type=float, default=3.0, help="kills of training, from its first checkpoint on")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--small", action="store_true", help="under 4 minutes on 2 cores")
+    args = parser.parse_args(argv)
+    for name, (full, small) in {
+        "kills": (20, 2),
+        "train_kills": (10, 1),
+        "files": (2000, 800),
+        "gone": (60, 5),
+    }.items():
+        if getattr(args, name) is None:
+            setattr(args, name, small if args.small else full)
+    return args
+
+
+def main(argv: list[str] | None = None) -> tuple[dict[str, Any], dict[str, float]]:
+    """Print the table and the JSON line; return figures and ratios."""
+    args = parse(argv)
+    assert set(STORAGE) <= set(get_args(Kind))
+    rows, figures = [], {}
+    with worlds(args) as world:
+        for name, count, counts in table(world, args):
+            figures[name] = {"count": count, **{key: counts[key] for key in FIGURES}, **counts}
+            other = ", ".join(f"{key} {value}" for key, value in counts.items() if key not in FIGURES and value)
+            rows.append({"fault": name, "count": count, **{key: counts[key] for key in FIGURES}, "other": other})
+    print(harness.table(rows), flush=True)
+    harness.finish("faults", figures, {})
+    return figures, {}
+
+
+if __name__ == "__main__":
+    main()
