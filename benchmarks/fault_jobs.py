@@ -13,9 +13,10 @@ from pathlib import Path
 
 HANG_S = 240.0
 """A job that takes longer hangs."""
+NOBODY = "nobody"
 TARGETS = {
     "driver": r"jobs\.cli",
-    "task worker": r"^ray::(?!.*(MapWorker|Actor|TrainController|SplitCoordinator|_Keeper|IDLE))",
+    "task worker": r"^ray::(MapBatches|ReadRange|IDLE)",
     "actor": r"^ray::MapWorker",
     "train worker": r"^ray::.*(RayTrainWorker|TrainWorker)",
     "raylet": r"/raylet/raylet ",
@@ -69,19 +70,20 @@ class Job:
         self.seen |= mine
         return {pid: titles[pid] for pid in mine if pid in titles}
 
-    def kill(self, target: str, rng: random.Random, wait_s: float = 5.0) -> bool:
-        """SIGKILL to one process of that kind, as soon as there is one; whether there was."""
+    def kill(self, target: str, rng: random.Random, wait_s: float = 5.0) -> str:
+        """SIGKILL to one process of that kind, as soon as there is one; its title, "nobody" where there was none."""
         deadline = time.monotonic() + wait_s
         while time.monotonic() < deadline and self.process.poll() is None:
-            found = [pid for pid, title in self.processes().items() if re.search(TARGETS[target], title)]
+            found = {pid: title for pid, title in self.processes().items() if re.search(TARGETS[target], title)}
             if found:
+                pid = rng.choice(sorted(found))
                 try:
-                    os.kill(rng.choice(sorted(found)), signal.SIGKILL)
-                    return True
+                    os.kill(pid, signal.SIGKILL)
+                    return found[pid][:40]
                 except ProcessLookupError:
                     continue
             time.sleep(0.02)
-        return False
+        return NOBODY
 
     def wait(self, limit: float = HANG_S) -> Ended:
         """Until it ends; what it leaves running is killed."""

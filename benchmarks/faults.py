@@ -33,7 +33,7 @@ import pyarrow as pa
 from PIL import Image
 
 from benchmarks import harness, hostile
-from benchmarks.fault_jobs import Ended, Job, run
+from benchmarks.fault_jobs import NOBODY, Ended, Job, run
 from infra.local.fault_proxy import FaultProxy, Kind, Rule
 from infra.local.s3_server import Server, environment, make_bucket, s3_server
 from pipeline import checkpoint, datasets, predictions, storage
@@ -153,18 +153,20 @@ def kill_inference(world: World, number: int, target: str, rng: random.Random) -
     job, ended = Job(world.folder, world.direct, *args), []
     while not storage.exists(f"{out}/attempt-0/_START.json") and job.process.poll() is None:
         time.sleep(0.05)
-    time.sleep(rng.uniform(0, world.args.work_s))
+    time.sleep(rng.uniform(0, 0.6 * world.seconds["predict"]))
     hit = job.kill(target, rng)
     ended.append(job.wait())
     finished = set(units(out)) if ended[-1].code else set()
+    if hit != NOBODY and ended[-1].code not in (0, -9):
+        print("    " + ended[-1].said.strip()[-300:].replace("\n", "\n    "), flush=True)
     while ended[-1].code not in (0, None) and len(ended) < 5:
         ended.append(run(world.folder, world.direct, *args))
     out_rows = rows_of(out) if ended[-1].code == 0 else world.rows.slice(0, 0)
     kept = {name.rsplit("/", 1)[-1] for name in units(out)}
     redone = len({name.rsplit("/", 1)[-1] for name in finished} - kept)
-    print(f"  inference {number}: {target} {'killed' if hit else 'was gone'}, exits {[e.code for e in ended]}, "
+    print(f"  inference {number}: killed {hit} ({target}), exits {[e.code for e in ended]}, "
           f"{len(finished)} units kept, {redone} done again", flush=True)  # fmt: skip
-    return tally(ended) + compare_rows(out_rows, world.rows) + Counter(redone_units=redone, missed=int(not hit))
+    return tally(ended) + compare_rows(out_rows, world.rows) + Counter(redone_units=redone, missed=int(hit == NOBODY))
 
 
 def units(out: str) -> list[str]:
@@ -179,7 +181,7 @@ def kill_training(world: World, number: int, target: str, rng: random.Random) ->
     deadline = time.monotonic() + 60
     while job.process.poll() is None and time.monotonic() < deadline and not checkpoint.latest(f"{out}/members/0"):
         time.sleep(0.1)
-    time.sleep(rng.uniform(0, world.args.train_s))
+    time.sleep(rng.uniform(0, 0.2 * world.seconds["train"]))
     hit = job.kill(target, rng)
     ended.append(job.wait())
     while ended[-1].code not in (0, None) and len(ended) < 5:
@@ -191,9 +193,9 @@ def kill_training(world: World, number: int, target: str, rng: random.Random) ->
     used = ledger.contains(np.arange(steps * 8 + 64)) if ledger else np.zeros(steps * 8 + 64, bool)
     lost, doubled = int((~used[: steps * 8]).sum()), int(used[steps * 8 :].sum())
     far = max((abs(found.get(step, 9e9) - loss) for step, loss in world.losses.items()), default=9e9)
-    print(f"  training {number}: {target} {'killed' if hit else 'was gone'}, exits {[e.code for e in ended]}, "
+    print(f"  training {number}: killed {hit} ({target}), exits {[e.code for e in ended]}, "
           f"losses differ by at most {far:.2g}", flush=True)  # fmt: skip
-    return tally(ended) + Counter(lost=lost, doubled=doubled, differ=int(far > 0.02), missed=int(not hit))
+    return tally(ended) + Counter(lost=lost, doubled=doubled, differ=int(far > 0.02), missed=int(hit == NOBODY))
 
 
 def whole_jobs(world: World, name: str, rules: list[Rule]) -> Counter[str]:
