@@ -12,143 +12,35 @@ four minutes (files: ten seconds); ``differ`` counts results that are not those 
 """
 
 import argparse
-import io
-import json
-import multiprocessing
-import os
-import queue
 import random
+import resource
 import shutil
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
-from PIL import Image
 
-from benchmarks import harness, hostile
-from benchmarks.fault_jobs import NOBODY, Ended, Job, run
+from benchmarks import fault_files, harness
+from benchmarks.fault_jobs import NOBODY, Job, run
+from benchmarks.fault_world import World, compare_rows, losses, rows_of, tally
 from infra.local.fault_proxy import FaultProxy, Kind, Rule
-from infra.local.s3_server import Server, environment, make_bucket, s3_server
+from infra.local.s3_server import s3_server
 from pipeline import checkpoint, datasets, predictions, storage
 from pipeline.errors import InputError
 
 FIGURES = ("lost", "doubled", "crashes", "hangs", "differ")
 ROWS = ("inference", "training", "storage", "gone", "bits", "images", "labels", "memory")
 STORAGE: tuple[Kind, ...] = ("status", "reset", "lost", "truncate", "stall", "slow")
-CLASSES = ["background", "square"]
-
-
-class World:
-    """The server, the proxy, the data, and what undisturbed jobs made of them."""
-
-    def __init__(self, folder: Path, server: Server, proxy: FaultProxy, args: argparse.Namespace) -> None:
-        self.folder, self.server, self.proxy, self.args = folder, server, proxy, args
-        self.bucket = make_bucket(server, "faults")
-        # Faults that last seconds: a minute of patience, so that the table does not take hours.
-        quiet = {"OMP_NUM_THREADS": "1", "DUBITO_STORAGE_PATIENCE_S": "90"}
-        self.direct = {**environment(server), **quiet}
-        self.through = {**self.direct, "AWS_ENDPOINT_URL": proxy.endpoint}
-        os.environ.update(self.direct)
-        self._upload()
-        self._count = 0
-        self.fingerprint, self.losses, self.rows, self.seconds = self._undisturbed()
-
-    def uri(self, name: str) -> str:
-        """Below the bucket."""
-        return f"{self.bucket}/{name}"
-
-    def fresh(self, name: str) -> str:
-        """One that nobody has used."""
-        self._count += 1
-        return self.uri(f"{name}-{self._count}")
-
-    def ingest(self, out: str) -> list[str]:
-        """Arguments of the job."""
-        images, masks = self.uri("source/images"), self.uri("source/masks")
-        return ["ingest", "--format", "masks", "--images", images, "--labels", masks, "--classes", ",".join(CLASSES),
-                "--out", out, "--set", "shard_bytes=60000"]  # fmt: skip
-
-    def train(self, data: str, out: str, resume: bool = False) -> list[str]:
-        """Arguments of the job."""
-        path = self.folder / f"{out.rsplit('/', 1)[-1]}.yaml"
-        path.write_text(json.dumps({
-            "task": "segmentation", "data": data, "out": out, "model": {"name": "unet", "width": 4, "depth": 2},
-            "input": {"size": [64, 64], "fit": "letterbox"},
-            "train": {"batch_size": 4, "epochs": self.args.epochs, "validate_every": 6, "workers": 2, "threads": 1},
-        }))  # fmt: skip
-        return ["train", str(path), *(["--resume"] if resume else [])]
-
-    def predict(self, out: str) -> list[str]:
-        """Arguments of the job."""
-        return ["predict", "--bundle", self.uri("run/bundle"), "--data", self.uri("many"), "--out", out]
-
-    def _upload(self) -> None:
-        """Squares on noise with their masks, and as many again as a dataset to predict."""
-        rng = np.random.default_rng(0)
-        for n in range(self.args.images):
-            mask = np.zeros((64, 64), np.uint8)
-            mask[8 + n % 9 : 40, 10 : 30 + n % 13] = 1
-            picture = rng.integers(0, 90, (64, 64, 3)) + 120 * mask[..., None]
-            for kind, pixels in (("images", picture.astype(np.uint8)), ("masks", mask)):
-                stream = io.BytesIO()
-                Image.fromarray(pixels).save(stream, "PNG")
-                storage.write_bytes(self.uri(f"source/{kind}/image{n:04d}.png"), stream.getvalue())
-
-    def _undisturbed(self) -> tuple[str, dict[int, float], pa.Table, dict[str, float]]:
-        seconds = {}
-        many = ["ingest", "--format", "demo", "--out", self.uri("many"), "--set", f"images={self.args.many}"]
-        plans = {
-            "many": many, "ingest": self.ingest(self.uri("data")),
-            "train": self.train(self.uri("data"), self.uri("run")),
-            "predict": self.predict(self.uri("predictions")),
-        }  # fmt: skip
-        for name, args in plans.items():
-            ended = run(self.folder, self.direct, *args)
-            if ended.code != 0:
-                raise RuntimeError(f"the undisturbed {name} failed ({ended.code}):\n{ended.said[-3000:]}")
-            seconds[name] = ended.seconds
-        print("undisturbed: " + ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items()), flush=True)
-        info = datasets.open_dataset(self.uri("data"))
-        return info.fingerprint, losses(self.uri("run")), rows_of(self.uri("predictions")), seconds
-
-
-def losses(run_uri: str) -> dict[int, float]:
-    """Validation loss by step, as the last checkpoint tells it."""
-    newest = checkpoint.latest(f"{run_uri}/members/0")
-    history = json.loads(storage.read_bytes(f"{newest}/progress.json"))["history"]
-    return {row["step"]: row["val_loss"] for row in history if "val_loss" in row}
-
-
-def rows_of(uri: str) -> pa.Table:
-    """Predictions by image_id."""
-    return predictions.read(uri).sort_by("image_id")
-
-
-def tally(ended: list[Ended]) -> Counter[str]:
-    """Crashes and hangs."""
-    return Counter(crashes=sum(each.crashed for each in ended), hangs=sum(each.code is None for each in ended))
-
-
-def compare_rows(found: pa.Table, wanted: pa.Table) -> Counter[str]:
-    """Lost, doubled, and whether any of the rest differs."""
-    have, want = Counter(found["image_id"].to_pylist()), set(wanted["image_id"].to_pylist())
-    same = found.num_rows == wanted.num_rows and found.equals(wanted)
-    return Counter(
-        lost=len(want - have.keys()), doubled=sum(count > 1 for count in have.values()) + len(have.keys() - want),
-        differ=int(not same),
-    )  # fmt: skip
 
 
 def kill_inference(world: World, number: int, target: str, rng: random.Random) -> Counter[str]:
     """Kill once at a random moment of the work, then start the same command until it is done."""
-    out, args = world.fresh("killed"), None
+    out = world.fresh("killed")
     args = world.predict(out)
     job, ended = Job(world.folder, world.direct, *args), []
     while not storage.exists(f"{out}/attempt-0/_START.json") and job.process.poll() is None:
@@ -290,60 +182,8 @@ def bits(world: World, rng: random.Random) -> Counter[str]:
     return counts
 
 
-def _judge_images(start: int, count: int, folder: str | None, out: Any) -> None:
-    rng, good, words = random.Random(start), hostile.good_images(Path(folder) if folder else None), Counter()
-    for _ in range(count):
-        data, began = hostile.image(rng, good), time.monotonic()
-        words[hostile.count(partial(hostile.judge_image, data))] += 1
-        words["slow"] += time.monotonic() - began > 10
-    out.put(words)
-
-
-def _judge_labels(start: int, count: int, format: str, out: Any) -> None:
-    rng, good, words = random.Random(start), hostile.good_labels(format), Counter()
-    with tempfile.TemporaryDirectory() as folder:
-        for _ in range(count):
-            images, labels = hostile.write_case(Path(folder), hostile.label(rng, format, good))
-            began = time.monotonic()
-            words[hostile.count(partial(_fine, format, images, labels))] += 1
-            words["slow"] += time.monotonic() - began > 10
-    out.put(words)
-
-
-def _fine(format: str, images: Path, labels: Path) -> str:
-    hostile.judge_labels(format, images, labels)
-    return "fine"
-
-
-def files(work: Callable[..., None], plans: list[tuple[Any, ...]]) -> Counter[str]:
-    """Broken files, some in each of several processes: one that dies takes its own with it, and is counted."""
-    context, words = multiprocessing.get_context("spawn"), Counter[str]()
-    died = 0
-    for plan in plans:
-        out = context.Queue()
-        process = context.Process(target=work, args=(*plan, out))
-        process.start()
-        while process.is_alive() and out.empty():
-            time.sleep(0.1)
-        try:
-            words += out.get(timeout=2)
-        except queue.Empty:
-            died += 1
-        process.join(5)
-    crashes = {word: count for word, count in words.items() if word.startswith("crash")}
-    kinds = {word: count for word, count in words.items() if not word.startswith("crash")}
-    print(
-        f"  files: {dict(sorted(kinds.items()))}",
-        *(f"\n  {key} ({count})" for key, count in crashes.items()),
-        flush=True,
-    )
-    return Counter(crashes=sum(crashes.values()) + died, hangs=words["slow"], files=words.total() - words["slow"])
-
-
 def memory(world: World) -> Counter[str]:
     """The scoring actor may take no more than it has: fewer images at once, or one sentence."""
-    import resource
-
     out = world.fresh("memory")
     job, done = Job(world.folder, world.direct, *world.predict(out)), False
     deadline = time.monotonic() + 60
@@ -373,10 +213,10 @@ def table(world: World | None, args: argparse.Namespace) -> Iterator[tuple[str, 
         yield from _of_jobs(world, args, rng)
     if "images" in args.only:
         plans = [(start, args.files // 4, folder) for start in range(4)]
-        yield "mutated images", args.files, files(_judge_images, plans)
+        yield "mutated images", args.files, fault_files.read(fault_files.judge_images, plans)
     if "labels" in args.only:
         plans = [(start, args.files // 4, format) for start, format in enumerate(sorted(hostile.CLASSES))]
-        yield "mutated label files", args.files, files(_judge_labels, plans)
+        yield "mutated label files", args.files, fault_files.read(fault_files.judge_labels, plans)
 
 
 def _of_jobs(world: World, args: argparse.Namespace, rng: random.Random) -> Iterator[tuple[str, int, Counter[str]]]:
@@ -434,10 +274,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--train-kills", type=int, help="of training (10; small: 1)")
     parser.add_argument("--files", type=int, help="broken images, and broken label files (2000; small: 800)")
     parser.add_argument("--gone", type=float, help="seconds without storage (60; small: 5)")
-    parser.add_argument(
-        "--work-s", type=float, default=4.0, help="kills of inference fall within so long from its start"
-    )
-    parser.add_argument("--train-s", type=float, default=3.0, help="kills of training, from its first checkpoint on")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--small", action="store_true", help="under 4 minutes on 2 cores")
     args = parser.parse_args(argv)
@@ -455,7 +291,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> tuple[dict[str, Any], dict[str, float]]:
     """Print the table and the JSON line; return figures and ratios."""
     args = parse(argv)
-    assert set(STORAGE) <= set(get_args(Kind))
     rows, figures = [], {}
     with worlds(args) as world:
         for name, count, counts in table(world, args):
