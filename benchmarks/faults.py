@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import fault_files, harness
+from benchmarks import fault_files, harness, hostile
 from benchmarks.fault_jobs import NOBODY, Job, run
 from benchmarks.fault_world import World, compare_rows, losses, rows_of, tally
 from infra.local.fault_proxy import FaultProxy, Kind, Rule
