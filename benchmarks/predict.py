@@ -197,7 +197,7 @@ def rival(weights: str | None, side: int, folder: Path, target: Path, *, batch: 
 
 def settings(small: bool) -> dict[str, dict[str, Any]]:
     """Of the rival; the best takes part."""
-    plans = [(16, True, True), (16, False, True)]
+    plans = [(16, True, True)]
     if not small:
         aparts = [True] if torch.cuda.is_available() else [True, False]
         plans = [(batch, early, apart) for batch in (16, 64) for early in (True, False) for apart in aparts]
@@ -257,11 +257,13 @@ def compare(name: str, root: Path, args: argparse.Namespace, uri: str) -> tuple[
     weights = None if stub else str(Path(uri).parent / "0.safetensors")
     sides = {OURS: Side(partial(ours, uri, StubScorer if stub else score.Scorer), few, whole, root / f"{name}-ours")}
     best, figures = 0.0, dict[str, Any](images=count(whole))
-    for text, setting in settings(args.small).items():
+    plans = settings(args.small)
+    for text, setting in plans.items():
         side = Side(partial(rival, weights, args.side, **setting), few, whole, root / f"{name} {text}")
         side.begin()
-        rate = side.turn()
-        print(f"  {name}, {RIVAL}, {text}: {rate:.1f} img/s", flush=True)
+        rate = side.turn() if len(plans) > 1 else 1.0
+        if len(plans) > 1:
+            print(f"  {name}, {RIVAL}, {text}: {rate:.1f} img/s", flush=True)
         if rate > best:
             best, figures["setting"], sides[RIVAL] = rate, text, side
     sides[OURS].begin()
@@ -291,14 +293,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--size", default="500x375", help="width x height of the JPEGs")
     parser.add_argument("--side", type=int, default=512, help="side of the network's square input in pixels")
     parser.add_argument("--models", nargs="+", default=["stub", "unet_r34"])
-    parser.add_argument("--count", type=int, help="images for the stub (GPU: 40000, else 2000; small: 320)")
-    parser.add_argument("--model-count", type=int, help="images for the U-Net (GPU: 20000, else 160; small: 16)")
+    parser.add_argument("--count", type=int, help="images for the stub (GPU: 40000, else 1000; small: 200)")
+    parser.add_argument("--model-count", type=int, help="images for the U-Net (GPU: 20000, else 64; small: 8)")
     parser.add_argument("--rounds", type=int, help="turns of each side (3; small: 1)")
     parser.add_argument("--small", action="store_true", help="under 2 minutes on 2 cores: few settings, few images")
     args = parser.parse_args(argv)
     cuda = torch.cuda.is_available()
-    args.count = args.count or (320 if args.small else 40_000 if cuda else 2000)
-    args.model_count = args.model_count or (16 if args.small else 20_000 if cuda else 160)
+    args.count = args.count or (200 if args.small else 40_000 if cuda else 1000)
+    args.model_count = args.model_count or (8 if args.small else 20_000 if cuda else 64)
     args.rounds = args.rounds or (1 if args.small else 3)
     return args
 

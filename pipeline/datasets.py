@@ -145,6 +145,8 @@ def ingest(
     if committed is not None:
         _refuse_other(uri, committed, source)
     index = form.index(source["images"], source["labels"], classes, settings)
+    if settings.referenced and any(item.image_uri is None for item in index.sources):
+        raise InputError(f"referenced: format '{format}' makes its images, there is nothing to refer to; leave it out")
     source["listing"] = _listing(index)
     if committed is not None:
         _refuse_other(uri, committed, source)
@@ -242,6 +244,7 @@ def _build(
         "repairs": dict(sorted(repairs.items())),
         "rejects": manifest.reasons(rejects),
         "left_out": assignment.left_out,
+        "referenced": settings.referenced,
         "notes": manifest.notes(sums, context),
         "fingerprint": manifest.fingerprint(digests, context),
         "source": source,

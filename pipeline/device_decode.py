@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg
 
 from pipeline.decode import MAX_BYTES, MAX_PIXELS, DecodeError, Reduced, decode_many
 
@@ -118,6 +117,8 @@ class DeviceDecoder:
         """None in the place of what the device refused: it gives all or nothing, so halves are tried."""
         if not files:
             return []
+        from torchvision.io import ImageReadMode, decode_jpeg  # a second to import, for nothing without a GPU
+
         # Deprecated in favour of a package that has no such function for torch 2.11. Not by ``catch_warnings``,
         # which is not safe in threads; asked for anew each time, since test runners reset the filters.
         warnings.filterwarnings("ignore", "The image decoding and encoding capabilities", DeprecationWarning)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import pyarrow as pa
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline import decode, models
 from pipeline.augment import Augment, Batch, InputSettings
@@ -23,6 +23,7 @@ from pipeline.bundle import Bundle, open_bundle
 from pipeline.device import Compile, Compiled, Precision, autocast, pick_device, place, wants_compile
 from pipeline.device_decode import DeviceDecoder
 from pipeline.errors import InputError
+from pipeline.folding import fold
 from pipeline.lanes import Lanes
 from pipeline.meters import POOL, SAMPLE, UNCALIBRATED, Meters, member_sample
 from pipeline.rows import Rows
@@ -82,7 +83,7 @@ class Predictor:
         self.bundle = open_bundle(bundle) if isinstance(bundle, str) else bundle
         self.device = pick_device(device)
         self.precision: Precision = precision
-        self.members = [place(self.bundle.load_member(k), self.device) for k in range(self.bundle.members)]
+        self.members = [self._load(k) for k in range(self.bundle.members)]
         self.stride = math.lcm(*(int(getattr(module, "stride", 1)) for module in self.members))
         # Frames in coarser steps than the model asks for, so that images of nearly one size share a batch.
         threads = threads or len(os.sched_getaffinity(0))
@@ -100,6 +101,12 @@ class Predictor:
         wanted = fit and wants_compile(self.device, compile, steps)
         self._compiled = [Compiled(module) for module in self.members] if wanted else None
         self._worked = False
+
+    def _load(self, member: int) -> nn.Module:
+        module = place(self.bundle.load_member(member), self.device)
+        if self.device.type != "cpu":  # compiled there, where that pays, with the norms in the same kernels
+            return module
+        return fold(module, 2 * math.lcm(32, int(getattr(module, "stride", 1))))
 
     def _switch_dropout_on(self) -> None:
         for module in self.members:

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import ray
 import ray.data
@@ -27,6 +26,7 @@ from pipeline.meters import Meters
 from pipeline.predict import Predictor, Purpose, task_of
 from pipeline.predictions import Attempt, UnitFile
 from pipeline.telemetry import NoSink, Progress, Sink
+from pipeline.unit_reader import Reader, read_stream, write_stream
 from pipeline.units import Plan, Unit
 
 _READ_CPUS = 0.5
@@ -141,7 +141,7 @@ def _summary(
         meters = summary["meters"] = _merged(bundle, finished)
         summary |= {"metrics": meters.compute()} if wanted.measure == "metrics" else {}
     if wanted.scalars:
-        summary["scalars"] = pa.concat_tables(_read_stream(pa.py_buffer(item.scalars)) for item in finished)
+        summary["scalars"] = pa.concat_tables(read_stream(pa.py_buffer(item.scalars)) for item in finished)
     return summary
 
 
@@ -203,38 +203,6 @@ def _spec(unit: Unit) -> str:
 
 
 @dataclass(frozen=True)
-class Reader:
-    """Runs in tasks: one planned unit -> the same row with its images, as an Arrow stream."""
-
-    data: str
-    columns: tuple[str, ...]
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        """``batch`` is one row: a unit."""
-        spec = json.loads(batch["spec"][0].as_py())
-        sink, fault = pa.BufferOutputStream(), None
-        try:
-            _write_stream(units.read_unit(spec["source"], spec["rows"], self.data, self.columns), sink)
-        except InputError as error:
-            fault = str(error)
-        whole = sink.getvalue()
-        ends = pa.py_buffer(np.array([0, whole.size], np.int64))
-        images = pa.Array.from_buffers(pa.large_binary(), 1, [None, ends, whole])
-        files, faults = [json.dumps(spec["files"])], pa.array([fault], pa.string())
-        return pa.table({"unit": batch["unit"], "files": files, "images": images, "fault": faults})
-
-
-def _write_stream(table: pa.Table, sink: pa.BufferOutputStream) -> None:
-    with pa.ipc.new_stream(sink, table.schema) as stream:
-        stream.write_table(table)
-
-
-def _read_stream(data: pa.Buffer) -> pa.Table:
-    with pa.ipc.open_stream(data) as stream:
-        return stream.read_all()
-
-
-@dataclass(frozen=True)
 class _Wanted:
     """What units bring back beside their files, and how they are predicted."""
 
@@ -267,7 +235,7 @@ class Scorer:
         if fault is not None:
             return _to_row(nothing, fault)
         try:
-            table = _read_stream(batch["images"][0].as_buffer())
+            table = read_stream(batch["images"][0].as_buffer())
             return _to_row(self._score(unit, table, json.loads(batch["files"][0].as_py())), "")
         except InputError as error:
             return _to_row(nothing, str(error))
@@ -285,7 +253,7 @@ class Scorer:
             return predictions.write_unit(uri, folder, unit, scored, digest=digest, sources=sources, metrics=state)
         kept = pa.BufferOutputStream()
         if self.wanted.scalars:
-            _write_stream(scored.select([field.name for field in scored.schema if _is_scalar(field.type)]), kept)
+            write_stream(scored.select([field.name for field in scored.schema if _is_scalar(field.type)]), kept)
         return UnitFile(
             unit, "", len(scored), 0, "", **predictions.summarise(scored), metrics=state,
             scalars=kept.getvalue().to_pybytes(),

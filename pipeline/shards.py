@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import schema, storage
-from pipeline.decode import DecodeError, decode, probe
+from pipeline.decode import MAX_BYTES, DecodeError, decode, probe
 from pipeline.formats import FORMATS
 from pipeline.formats.base import Context, LabelError, Labels, Reject, Source
 from pipeline.splits import place_of
@@ -162,6 +162,8 @@ def _row(source: Source, plan: Plan, context: Context) -> _Row | Reject:
         if labels is None and source.labelled:
             uri = source.label_uri or uri
             label = _fetch(source.label_uri) if source.label_uri else source.label or b""
+            if len(label) > MAX_BYTES:
+                raise LabelError("error", f"label file has more than {MAX_BYTES} bytes")
             labels = FORMATS[plan.format].read(source, info, label, context)
     except (DecodeError, LabelError) as error:
         return Reject(uri, error.reason, error.detail)
@@ -170,7 +172,7 @@ def _row(source: Source, plan: Plan, context: Context) -> _Row | Reject:
         "image_id": source.image_id,
         "uri": source.image_uri or uri,
         "sha256": hashlib.sha256(data).hexdigest(),
-        "image": data,
+        "image": None if context.settings.referenced else data,
         "height": info.height,
         "width": info.width,
         "orientation": info.orientation,
@@ -195,7 +197,7 @@ def _label_source(source: Source) -> str | None:
 def _fetch(uri: str) -> bytes:
     """The object; what fails is a DecodeError with a word of ``schema.STATUSES``."""
     try:
-        return storage.read_bytes(uri)
+        return storage.read_bytes(uri, MAX_BYTES + 1)
     except OSError as error:
         text = " ".join(str(error).split())[:200]
         raise DecodeError(storage.classify(error), f"'{uri}' could not be read: {text}") from None

@@ -169,8 +169,8 @@ def patiently(uri: str, call: Callable[[], T]) -> T:
     return patience.patiently(call, f"'{uri}'")
 
 
-def read_bytes(uri: str) -> bytes:
-    """The whole object.
+def read_bytes(uri: str, most: int | None = None) -> bytes:
+    """The whole object; of a larger one the first ``most`` bytes.
 
     Raises:
         FileNotFoundError, PermissionError, OSError: As the filesystem says; see ``classify``.
@@ -179,7 +179,7 @@ def read_bytes(uri: str) -> bytes:
 
     def read() -> bytes:
         with filesystem.open_input_stream(path) as stream:
-            return stream.read()
+            return stream.read() if most is None else stream.read(most)
 
     return patiently(uri, read)
 

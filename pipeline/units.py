@@ -1,4 +1,4 @@
-"""What is scored, cut into units: a plan that is a pure function of its inputs, and reading one unit of it.
+"""What is scored, cut into units: a plan that is a pure function of its inputs. ``unit_reader`` reads one.
 
 A unit is a slice of a dataset's row group, or a page of the sorted listing of a folder of images. Neither
 the size of the cluster nor what an earlier attempt finished changes the plan, so attempts can share units.
@@ -7,7 +7,6 @@ the size of the cluster nor what an earlier attempt finished changes the plan, s
 import hashlib
 import json
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import groupby
@@ -20,7 +19,7 @@ from pipeline.bundle import Bundle
 from pipeline.datasets import DatasetInfo, open_dataset, row_groups
 from pipeline.errors import InputError
 from pipeline.schema import SCHEMA_VERSION, SPLITS
-from pipeline.shard_reader import RowGroup, read_ids, read_row_group
+from pipeline.shard_reader import read_ids
 
 UNIT_ROWS = 64
 """Images in a unit: what a crash may cost, and the step of the progress bar."""
@@ -30,20 +29,9 @@ FEW_GROUPS = 64
 """A dataset of more row groups than this is not cut further: a slice reads its whole row group."""
 PIECE_PAGES = 256
 """Pages of a listing that are adopted together."""
-FETCH_THREADS = 16
 LABEL_COLUMNS = {"segmentation": ["mask"], "detection": ["boxes"]}
 
 _COLUMNS = ["image_id", "uri", "sha256", "image", "height", "width"]
-_FETCHED = pa.schema(
-    [
-        ("image_id", pa.string()),
-        ("uri", pa.string()),
-        ("sha256", pa.string()),
-        ("image", pa.binary()),
-        ("status", pa.string()),
-        ("error", pa.string()),
-    ]
-)
 
 
 @dataclass(frozen=True)
@@ -222,70 +210,3 @@ def _plan_folder(bundle: Bundle, root: str) -> Plan:
             page = []
     digest = hashlib.sha256("\n".join([root, *(f"{item.size} {item.path}" for item in listed)]).encode())
     return Plan(tuple(units), _inputs(bundle, "folder", digest.hexdigest(), []), None, ())
-
-
-def read_unit(source: dict[str, Any], rows: int, data: str, columns: Sequence[str]) -> pa.Table:
-    """The rows of one unit, with their encoded bytes; runs in tasks.
-
-    Args:
-        source: As planned.
-        rows: As planned.
-        data: URI of the dataset, for a unit of one.
-        columns: Columns to read from a dataset.
-    """
-    if "paths" in source:
-        return _fetch_page(source)
-    group = RowGroup(storage.join(data, source["file"]), source["group"], source["group_rows"], 0)
-    table = read_row_group(group, list(columns)).slice(source["start"], rows)
-    if table.num_rows != rows:
-        raise InputError(f"'{group.file}' has changed since the job began: {table.num_rows} rows where {rows} were")
-    return fetch_referenced(table) if table["image"].null_count else table
-
-
-def _fetch_page(source: dict[str, Any]) -> pa.Table:
-    uris = [storage.join(source["root"], path) for path in source["paths"]]
-    with ThreadPoolExecutor(FETCH_THREADS, "fetch") as pool:
-        found = list(pool.map(fetch, uris, source["sizes"]))
-    columns = {
-        "image_id": source["paths"],
-        "uri": uris,
-        "sha256": [None if data is None else hashlib.sha256(data).hexdigest() for data, _, _ in found],
-        "image": [data for data, _, _ in found],
-        "status": [status for _, status, _ in found],
-        "error": [error for _, _, error in found],
-    }
-    return pa.Table.from_pydict(columns, schema=_FETCHED)
-
-
-def fetch_referenced(table: pa.Table) -> pa.Table:
-    """Fill in the images of rows that only refer to theirs; adds ``status`` and ``error``."""
-    absent = [row for row, value in enumerate(table["image"]) if not value.is_valid]
-    uris = table["uri"].to_pylist()
-    with ThreadPoolExecutor(FETCH_THREADS, "fetch") as pool:
-        found = dict(zip(absent, pool.map(fetch, [uris[row] for row in absent]), strict=True))
-    images = [found[row][0] if row in found else value.as_py() for row, value in enumerate(table["image"])]
-    words = [found[row][1] if row in found else "ok" for row in range(table.num_rows)]
-    errors = [found[row][2] if row in found else None for row in range(table.num_rows)]
-    table = table.set_column(table.column_names.index("image"), "image", pa.array(images, pa.binary()))
-    table = table.append_column("status", pa.array(words, pa.string()))
-    return table.append_column("error", pa.array(errors, pa.string()))
-
-
-def fetch(uri: str, size: int = 0) -> tuple[bytes | None, str, str | None]:
-    """(bytes, "ok", None), or (None, a word of ``schema.STATUSES``, what happened).
-
-    Args:
-        uri: One image.
-        size: Its bytes as listed, if known.
-    """
-    if size > decode.MAX_BYTES:
-        return None, "error", f"image file has {size} bytes; at most {decode.MAX_BYTES} are read"
-    status, text = "error", ""
-    for _ in range(2):  # storage that hiccups once must not cost an image
-        try:
-            return storage.read_bytes(uri), "ok", None
-        except Exception as error:  # whatever a filesystem raises belongs to this image alone
-            status, text = storage.classify(error), " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        if status in ("missing", "forbidden"):
-            break
-    return None, status, text

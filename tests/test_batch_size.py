@@ -14,7 +14,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 def test_pixels_on_a_cpu_are_bounded_by_the_budget_and_by_free_memory(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(batch_size, "free_memory", lambda: math.inf)
     size = BatchSize(CPU)
-    assert [size.images(512, 512), size.images(256, 256), size.images(8, 8), size.images(9999, 9999)] == [8, 32, 256, 1]
+    assert [size.images(512, 512), size.images(256, 256), size.images(8, 8), size.images(9999, 9999)] == [1, 4, 256, 1]
     monkeypatch.setattr(batch_size, "free_memory", lambda: 2.0**30)
     # 0.6 GiB of 4 KiB a pixel: 157,286 pixels; two calls at a time have half of it each.
     assert BatchSize(CPU).images(128, 128) == 9

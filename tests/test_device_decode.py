@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision import io as image_io
 
-from pipeline import decode, device_decode
+from pipeline import decode
 from pipeline.augment import InputSettings
 from pipeline.augment.device_frame import frame_on_device
 from pipeline.augment.layout import lay_out
@@ -113,8 +114,8 @@ def test_a_file_that_the_device_refuses_falls_back_alone(monkeypatch):
             raise RuntimeError("nvjpeg: status 2")
         return real(tensors, mode=mode, device=device)
 
-    real = device_decode.decode_jpeg
-    monkeypatch.setattr(device_decode, "decode_jpeg", picky)
+    real = image_io.decode_jpeg
+    monkeypatch.setattr(image_io, "decode_jpeg", picky)
     files = [PLAIN["420"]] * 5 + [refused] + [PLAIN["422"]] * 2
     found = DeviceDecoder("cpu")(files)
     assert [isinstance(image, torch.Tensor) for image in found] == [True] * 5 + [False] + [True] * 2
@@ -129,7 +130,7 @@ def test_a_device_that_takes_nothing_is_given_up_with_one_warning(monkeypatch, c
         calls.append(len(tensors))
         raise RuntimeError("not compiled with nvJPEG")
 
-    monkeypatch.setattr(device_decode, "decode_jpeg", broken)
+    monkeypatch.setattr(image_io, "decode_jpeg", broken)
     decoder = DeviceDecoder("cpu")
     with caplog.at_level(logging.WARNING):
         for _ in range(3):

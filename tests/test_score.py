@@ -287,63 +287,6 @@ def test_pages_are_bounded_in_images_and_bytes(tmp_path: Path, unet: str, monkey
     assert changed.inputs != plan.inputs
 
 
-@pytest.mark.parametrize(
-    ("error", "word", "tries"),
-    [
-        (FileNotFoundError("gone"), "missing", 1),
-        (PermissionError("no"), "forbidden", 1),
-        (OSError("AWS Error ACCESS_DENIED during GetObject"), "forbidden", 1),
-        (TimeoutError("slow"), "timeout", 2),
-        (OSError("curlCode: 28, Timeout was reached"), "timeout", 2),
-        (RuntimeError("odd"), "error", 2),
-    ],
-)
-def test_what_a_fetch_meets_becomes_a_word(monkeypatch: pytest.MonkeyPatch, error: Exception, word: str, tries: int):
-    calls: list[str] = []
-
-    def fail(uri: str) -> bytes:
-        calls.append(uri)
-        raise error
-
-    monkeypatch.setattr(storage, "read_bytes", fail)
-    data, status, text = units.fetch("/x/a.png")
-    assert (data, status, len(calls)) == (None, word, tries)
-    assert text is not None
-    assert str(error) in text
-
-
-def test_a_fetch_that_fails_once_costs_no_image(monkeypatch: pytest.MonkeyPatch):
-    answers: list[Exception | bytes] = [OSError("reset"), b"image"]
-
-    def flaky(uri: str) -> bytes:
-        answer = answers.pop(0)
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-    monkeypatch.setattr(storage, "read_bytes", flaky)
-    assert units.fetch("/x/a.png") == (b"image", "ok", None)
-
-
-def test_huge_files_are_not_read(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(storage, "read_bytes", lambda uri: pytest.fail("read"))
-    assert units.fetch("/x/a.png", size=2**40)[1] == "error"
-
-
-def test_images_that_are_only_referred_to_are_fetched(tmp_path: Path):
-    (tmp_path / "a.png").write_bytes(png(8, 8, 0))
-    table = pa.table(
-        {
-            "image_id": ["a", "b", "c"],
-            "uri": [str(tmp_path / "a.png"), "/x/b.png", str(tmp_path / "none.png")],
-            "image": pa.array([None, b"packed", None], pa.binary()),
-        }
-    )
-    out = units.fetch_referenced(table)
-    assert out["image"].to_pylist() == [png(8, 8, 0), b"packed", None]
-    assert out["status"].to_pylist() == ["ok", "ok", "missing"]
-
-
 def test_everything_on_s3(s3: str, ray_local: None, unet: str, tmp_path: Path):
     images = storage.join(s3, "score/images")
     for n in range(5):

@@ -52,6 +52,9 @@ class IngestSettings(Settings):
     max_reject_fraction: float = Field(default=0.01, ge=0, le=1)
     shard_bytes: int = Field(default=128 * 2**20, ge=1)
     """Encoded image bytes to aim at in one shard."""
+    referenced: bool = False
+    """Leave the images where they are: rows hold their URI and hash, and every job fetches them as it goes. For
+    archives too large to copy; packed datasets stream faster, and cannot lose an image to somebody who tidies up."""
 
     @field_validator("group")
     @classmethod

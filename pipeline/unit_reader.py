@@ -1,0 +1,96 @@
+"""Reading a unit's encoded images, in tasks: without torch, whose import costs a task more than its reading."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline import referenced, storage
+from pipeline.errors import InputError
+from pipeline.shard_reader import RowGroup, read_row_group
+
+_FETCHED = pa.schema(
+    [
+        ("image_id", pa.string()),
+        ("uri", pa.string()),
+        ("sha256", pa.string()),
+        ("image", pa.binary()),
+        ("status", pa.string()),
+        ("error", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Runs in tasks: one planned unit -> the same row with its images, as an Arrow stream."""
+
+    data: str
+    """URI of the dataset."""
+    columns: tuple[str, ...]
+    """Read from a dataset."""
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """``batch`` is one row: a unit."""
+        spec = json.loads(batch["spec"][0].as_py())
+        sink, fault = pa.BufferOutputStream(), None
+        try:
+            write_stream(read_unit(spec["source"], spec["rows"], self.data, self.columns), sink)
+        except InputError as error:
+            fault = str(error)
+        whole = sink.getvalue()
+        ends = pa.py_buffer(np.array([0, whole.size], np.int64))
+        images = pa.Array.from_buffers(pa.large_binary(), 1, [None, ends, whole])
+        files, faults = [json.dumps(spec["files"])], pa.array([fault], pa.string())
+        return pa.table({"unit": batch["unit"], "files": files, "images": images, "fault": faults})
+
+
+def write_stream(table: pa.Table, sink: pa.BufferOutputStream) -> None:
+    """A table as an Arrow stream."""
+    with pa.ipc.new_stream(sink, table.schema) as stream:
+        stream.write_table(table)
+
+
+def read_stream(data: pa.Buffer) -> pa.Table:
+    """And back, without a copy."""
+    with pa.ipc.open_stream(data) as stream:
+        return stream.read_all()
+
+
+def read_unit(source: dict[str, Any], rows: int, data: str, columns: Sequence[str]) -> pa.Table:
+    """The rows of one unit, with their encoded bytes.
+
+    Args:
+        source: As planned by ``units``.
+        rows: As planned.
+        data: URI of the dataset, for a unit of one.
+        columns: Columns to read from a dataset.
+
+    Raises:
+        InputError: The shard is gone, damaged, or another one than planned.
+    """
+    if "paths" in source:
+        return _fetch_page(source)
+    group = RowGroup(storage.join(data, source["file"]), source["group"], source["group_rows"], 0)
+    table = read_row_group(group, list(columns)).slice(source["start"], rows)
+    if table.num_rows != rows:
+        raise InputError(f"'{group.file}' has changed since the job began: {table.num_rows} rows where {rows} were")
+    return referenced.fill(table) if table["image"].null_count else table
+
+
+def _fetch_page(source: dict[str, Any]) -> pa.Table:
+    uris = [storage.join(source["root"], path) for path in source["paths"]]
+    found = referenced.fetch_all(uris, source["sizes"])
+    columns = {
+        "image_id": source["paths"],
+        "uri": uris,
+        "sha256": [None if item.data is None else hashlib.sha256(item.data).hexdigest() for item in found],
+        "image": [item.data for item in found],
+        "status": [item.status for item in found],
+        "error": [item.error for item in found],
+    }
+    return pa.Table.from_pydict(columns, schema=_FETCHED)
