@@ -43,11 +43,12 @@ class World:
         self._count += 1
         return self.uri(f"{name}-{self._count}")
 
-    def ingest(self, out: str) -> list[str]:
+    def ingest(self, out: str, *options: str) -> list[str]:
         """Arguments of the job."""
         images, masks = self.uri("source/images"), self.uri("source/masks")
+        sets = [part for option in ("shard_bytes=60000", *options) for part in ("--set", option)]
         return ["ingest", "--format", "masks", "--images", images, "--labels", masks, "--classes", ",".join(CLASSES),
-                "--out", out, "--set", "shard_bytes=60000"]  # fmt: skip
+                "--out", out, *sets]  # fmt: skip
 
     def train(self, data: str, out: str, resume: bool = False) -> list[str]:
         """Arguments of the job."""
@@ -59,9 +60,9 @@ class World:
         }))  # fmt: skip
         return ["train", str(path), *(["--resume"] if resume else [])]
 
-    def predict(self, out: str) -> list[str]:
+    def predict(self, out: str, data: str | None = None) -> list[str]:
         """Arguments of the job."""
-        return ["predict", "--bundle", self.uri("run/bundle"), "--data", self.uri("many"), "--out", out]
+        return ["predict", "--bundle", self.uri("run/bundle"), "--data", data or self.uri("many"), "--out", out]
 
     def _upload(self) -> None:
         """Squares on noise with their masks, and as many again as a dataset to predict."""
@@ -118,3 +119,8 @@ def compare_rows(found: pa.Table, wanted: pa.Table) -> Counter[str]:
         lost=len(want - have.keys()), doubled=sum(count > 1 for count in have.values()) + len(have.keys() - want),
         differ=int(not same),
     )  # fmt: skip
+
+
+def units(out: str) -> list[str]:
+    """Finished unit files."""
+    return [item.path for item in storage.list_files(out, (".parquet",)) if "/unit-" in item.path]

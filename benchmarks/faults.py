@@ -25,17 +25,16 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import fault_files, harness, hostile
+from benchmarks import fault_files, fault_storage, harness, hostile
 from benchmarks.fault_jobs import NOBODY, Job, run
-from benchmarks.fault_world import World, compare_rows, losses, rows_of, tally
+from benchmarks.fault_storage import KINDS
+from benchmarks.fault_world import World, compare_rows, losses, rows_of, tally, units
 from infra.local.fault_proxy import FaultProxy, Kind, Rule
 from infra.local.s3_server import s3_server
-from pipeline import checkpoint, datasets, predictions, storage
-from pipeline.errors import InputError
+from pipeline import checkpoint, storage
 
 FIGURES = ("lost", "doubled", "crashes", "hangs", "differ")
-ROWS = ("inference", "training", "storage", "gone", "bits", "images", "labels", "memory")
-STORAGE: tuple[Kind, ...] = ("status", "reset", "lost", "truncate", "stall", "slow")
+ROWS = ("inference", "training", "storage", "referenced", "gone", "bits", "images", "labels", "memory")
 
 
 def kill_inference(world: World, number: int, target: str, rng: random.Random) -> Counter[str]:
@@ -61,11 +60,6 @@ def kill_inference(world: World, number: int, target: str, rng: random.Random) -
     return tally(ended) + compare_rows(out_rows, world.rows) + Counter(redone_units=redone, missed=int(hit == NOBODY))
 
 
-def units(out: str) -> list[str]:
-    """Finished unit files."""
-    return [item.path for item in storage.list_files(out, (".parquet",)) if "/unit-" in item.path]
-
-
 def kill_training(world: World, number: int, target: str, rng: random.Random) -> Counter[str]:
     """The same for a training run of two workers: its ledger, and its losses beside the undisturbed ones."""
     out = world.fresh("run")
@@ -88,98 +82,6 @@ def kill_training(world: World, number: int, target: str, rng: random.Random) ->
     print(f"  training {number}: killed {hit} ({target}), exits {[e.code for e in ended]}, "
           f"losses differ by at most {far:.2g}", flush=True)  # fmt: skip
     return tally(ended) + Counter(lost=lost, doubled=doubled, differ=int(far > 0.02), missed=int(hit == NOBODY))
-
-
-def whole_jobs(world: World, name: str, rules: list[Rule]) -> Counter[str]:
-    """Ingest, train and predict through the proxy."""
-    world.proxy.clear()
-    for rule in rules:
-        world.proxy.add(rule)
-    data, out, found = world.fresh("data"), world.fresh("run"), world.fresh("predictions")
-    ended = [
-        run(world.folder, world.through, *world.ingest(data)),
-        run(world.folder, world.through, *world.train(data, out)),
-        run(world.folder, world.through, *world.predict(found)),
-    ]
-    requests, fired = len(world.proxy.log), sum(rule.fired for rule in rules)
-    world.proxy.clear()
-    codes = [each.code for each in ended]
-    print(f"  storage, {name}: exits {codes}, {fired} of {requests} requests went wrong, "
-          f"{', '.join(f'{each.seconds:.0f} s' for each in ended)}", flush=True)  # fmt: skip
-    counts = tally(ended)
-    if codes[0] == 0:
-        counts["differ"] += datasets.open_dataset(data).fingerprint != world.fingerprint
-    if codes[1] == 0:
-        now = losses(out)
-        counts["differ"] += any(abs(now.get(step, 9e9) - loss) > 0.02 for step, loss in world.losses.items())
-    if codes[2] == 0:
-        counts += compare_rows(rows_of(found), world.rows)
-    counts["failed"] += sum(code != 0 for code in codes)
-    for each in ended:
-        if each.code != 0:
-            print("    " + each.said.strip()[-600:].replace("\n", "\n    "), flush=True)
-    return counts
-
-
-def gone(world: World, seconds: float) -> Counter[str]:
-    """No storage at all for a while, in the middle of each job."""
-    counts: Counter[str] = Counter()
-    plans: dict[str, Callable[[], list[str]]] = {
-        "predict": lambda: world.predict(world.fresh("predictions")),
-        "train": lambda: world.train(world.uri("data"), world.fresh("run")),
-        "ingest": lambda: world.ingest(world.fresh("data")),
-    }
-    for name in list(plans)[: 1 if world.args.small else 3]:
-        args = plans[name]()
-        world.proxy.clear()
-        job = Job(world.folder, world.through, *args)
-        time.sleep(0.6 * world.seconds[name])
-        world.proxy.add(Rule("gone"))
-        time.sleep(seconds)
-        world.proxy.clear()
-        ended = [job.wait()]
-        while ended[-1].code not in (0, None) and len(ended) < 3:
-            ended.append(run(world.folder, world.through, *args, *(["--resume"] if name == "train" else [])))
-        print(f"  gone for {seconds:.0f} s, {name}: exits {[each.code for each in ended]}", flush=True)
-        counts += tally(ended)
-        counts["failed"] += ended[-1].code != 0
-        if name == "predict" and ended[-1].code == 0:
-            counts += compare_rows(rows_of(args[-1]), world.rows)
-    return counts
-
-
-def bits(world: World, rng: random.Random) -> Counter[str]:
-    """One bit of a shard, a bundle and a file of predictions: found by verify, and by who would use it."""
-    counts: Counter[str] = Counter()
-    shard = datasets.row_groups(datasets.open_dataset(world.uri("many")), "train")[0].file
-    weights = f"{world.uri('run/bundle')}/members/0/model.safetensors"
-    unit = f"{world.uri('predictions')}/{units(world.uri('predictions'))[0]}"
-    for whole, file, args in (
-        (world.uri("many"), shard, world.predict(world.fresh("bits"))),
-        (world.uri("run/bundle"), weights, world.predict(world.fresh("bits"))),
-        (world.uri("predictions"), unit, None),
-    ):
-        good = storage.read_bytes(file)
-        bad = bytearray(good)
-        # Not in the footer's own statistics: anywhere in what is read.
-        bad[rng.randrange(100, len(bad) - 4000 if len(bad) > 8000 else len(bad) // 2)] ^= 1 << rng.randrange(8)
-        storage.write_bytes(file, bytes(bad))
-        found = run(world.folder, world.direct, "verify", whole)
-        counts["unseen"] += found.code != 2 or file.rsplit("/", 1)[-1] not in found.said
-        ended = [found]
-        if args is None:
-            try:
-                predictions.read(whole)
-                counts["unseen"] += 1
-            except InputError:
-                pass
-        else:
-            ended.append(run(world.folder, world.direct, *args))
-            counts["unseen"] += ended[-1].code != 2
-        counts += tally(ended)
-        storage.write_bytes(file, good)
-    print(f"  bits: {counts['unseen']} of 6 looks did not see the damage", flush=True)
-    return counts
 
 
 def memory(world: World) -> Counter[str]:
@@ -225,15 +127,17 @@ def _of_jobs(world: World, args: argparse.Namespace, rng: random.Random) -> Iter
     if "training" in args.only:
         yield "killed in training", args.train_kills, _kills(kill_training, world, args.train_kills, rng)
     if "storage" in args.only:
-        plans = {kind: [_rule(kind, 0.05)] for kind in STORAGE}
-        if args.small:
-            plans = {"all kinds": [_rule(kind, 0.05 / len(STORAGE)) for kind in STORAGE]}
-        for name, rules in plans.items():
-            yield f"storage, 5 %: {name}", 1, whole_jobs(world, name, rules)
+        plans = {kind: [_rule(kind, 0.05)] for kind in KINDS}
+        mixed = [_rule(kind, 0.05 / len(KINDS)) for kind in KINDS]
+        for name, rules in ({"all kinds": mixed} if args.small else plans).items():
+            yield f"storage, 5 %: {name}", 1, fault_storage.whole_jobs(world, name, rules)
+    if "referenced" in args.only:
+        mixed = [_rule(kind, 0.05 / len(KINDS)) for kind in KINDS]
+        yield "storage, 5 %: referenced images", 1, fault_storage.referenced(world, mixed)
     if "gone" in args.only:
-        yield f"storage gone for {args.gone:.0f} s", 1 if args.small else 3, gone(world, args.gone)
+        yield f"storage gone for {args.gone:.0f} s", 1 if args.small else 3, fault_storage.gone(world, args.gone)
     if "bits" in args.only:
-        yield "flipped bit: shard, bundle, predictions", 3, bits(world, rng)
+        yield "flipped bit: shard, bundle, predictions", 3, fault_storage.bits(world, rng)
     if "memory" in args.only:
         yield "hard memory limit of an actor", 1, memory(world)
 

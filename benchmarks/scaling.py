@@ -196,12 +196,12 @@ def make_datasets(folder: Path, args: argparse.Namespace) -> dict[int, str]:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, help="of the smallest dataset (1000; small: 256)")
+    parser.add_argument("--images", type=int, help="of the smallest dataset (1000; small: 96)")
     parser.add_argument("--size", help="width x height of the JPEGs (500x375; small: 96x72)")
     parser.add_argument("--rounds", type=int, help="turns of each size (3; small: 1)")
-    parser.add_argument("--small", action="store_true", help="about 2 minutes on 2 cores")
+    parser.add_argument("--small", action="store_true", help="under 2 minutes on 2 cores")
     args = parser.parse_args(argv)
-    for name, (full, small) in {"images": (1000, 256), "size": ("500x375", "96x72"), "rounds": (3, 1)}.items():
+    for name, (full, small) in {"images": (1000, 96), "size": ("500x375", "96x72"), "rounds": (3, 1)}.items():
         if getattr(args, name) is None:
             setattr(args, name, small if args.small else full)
     return args

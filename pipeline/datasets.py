@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from pipeline import manifest, schema, seal, shards, storage
+from pipeline import manifest, preflight, schema, seal, shards, storage
 from pipeline import splits as splitting
 from pipeline.config import first_difference
 from pipeline.errors import InputError, nearest
@@ -39,6 +39,11 @@ class DatasetInfo:
     """``mean`` and ``std`` (R, G, B on the 0 to 1 scale), ``height`` and ``width`` of the train images."""
     meta: dict[str, Any]
     """All of dataset.json."""
+
+    @property
+    def referenced(self) -> bool:
+        """Whether rows only refer to their images."""
+        return bool(self.meta.get("referenced"))
 
     @property
     def num_things(self) -> int:
@@ -210,6 +215,8 @@ def _build(
     if not kept:
         why = "--splits names none of the images" if lists is not None else "there are no images"
         raise InputError(f"the dataset would be empty: {why} ({len(index.sources)} found); check --images and --splits")
+    if not settings.referenced:
+        preflight.disk(uri, sum(item.size for item in kept), f"{len(kept)} images")
     plans = shards.plan(uri, format_name, kept, assignment.split_of, settings.shard_bytes)
     progress = Progress(sink, "ingest", len(kept))
     sums: dict[str, shards.Sums] = {}

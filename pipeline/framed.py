@@ -7,6 +7,7 @@ from typing import Any, Self
 import pyarrow as pa
 import ray
 
+from pipeline import referenced
 from pipeline.augment import InputSettings, crop_offsets
 from pipeline.augment.layout import lay_out
 from pipeline.augment.paste import Paster
@@ -96,7 +97,8 @@ class _Keeper:
 
 
 def _framed_group(group: RowGroup, columns: tuple[str, ...], framing: Framing) -> pa.Table:
-    return framing(read_row_group(group, columns))
+    table = read_row_group(group, columns)
+    return framing(next(referenced.require([table])) if referenced.asked(columns) else table)
 
 
 def require_room(framing: Framing, rows: int, store_bytes: float) -> None:

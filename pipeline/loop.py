@@ -246,6 +246,8 @@ def run_steps(
     plan: Plan,
     progress: Progress,
     look: Callable[[Worker, Journal], None],
+    warned: Callable[[int], bool] = lambda step: False,
+    keep: Callable[[Worker, Journal], None] = lambda worker, journal: None,
 ) -> None:
     """Train until the steps end, or the validation loss stops falling.
 
@@ -256,8 +258,14 @@ def run_steps(
         plan: How long it is.
         progress: Told of every step.
         look: Validates, judges and saves; called on every rank at the same steps, all flags read before.
+        warned: Given the number of each step: whether this machine, or another rank's, will soon be taken away. The
+            same on every rank.
+        keep: Saves without validating, all flags read before; called once, when a warning comes.
+
+    Raises:
+        NonFiniteLossError: A loss is NaN or infinite; what it was computed of is in the error.
     """
-    flags, settings = Flags(), worker.config.train
+    flags, settings, kept = Flags(), worker.config.train, False
     for step in steps:
         if step.resumed_from != plan.resumed_from:
             raise RuntimeError(f"the stream goes on from '{step.resumed_from}', this worker from '{plan.resumed_from}'")
@@ -267,9 +275,9 @@ def run_steps(
         for positions in step.positions:
             worker.ledger.add(positions)
         journal.step += 1
-        ids = [name for batch in step.batches for name in batch.image_ids]
         looks = journal.step % plan.validate_every == 0 or journal.step == plan.steps
-        arrived = [*flags.push(journal.step, loss, ids), *(flags.flush() if looks else ())]
+        saves = not kept and warned(journal.step)
+        arrived = [*flags.push(journal.step, loss, step.batches), *(flags.flush() if looks or saves else ())]
         seconds = time.monotonic() - began
         for at, value in arrived:
             if at % settings.log_every == 0:
@@ -281,3 +289,7 @@ def run_steps(
             look(worker, journal)
             if settings.patience and journal.stale >= settings.patience:
                 break
+        elif saves:
+            share_buffers(worker)
+            keep(worker, journal)
+        kept = kept or saves

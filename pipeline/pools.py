@@ -11,6 +11,8 @@ import ray
 from ray.data import ActorPoolStrategy
 from ray.exceptions import RayTaskError
 
+from pipeline import preflight
+
 SETTLE_S = 5.0
 """How long CPUs of a job that has just ended may take to come back."""
 GPU_CALLS = 3
@@ -57,9 +59,13 @@ def plan(todo: int, actors: int | None, threads: int | None, free_cpus: float) -
     On CPUs each thread of an actor has a unit of its own, since many operations are too short to be shared: with a
     small model two threads with a unit each did 80 images a second, two that shared one 36; with a large one as many.
     Actors that held every CPU would wait for readers that wait for a CPU, for ever.
+
+    Raises:
+        InputError: The cluster has no CPU beside that of one actor.
     """
     total = ray.cluster_resources()
     cpus, gpus = int(total.get("CPU", 1)), int(total.get("GPU", 0))
+    preflight.cpus(1, "an actor that holds the members")
     if gpus:
         size = max(1, min(actors or gpus, todo))
         return Pool(size, 1, 1, threads or max(1, min(16, cpus // gpus - 1)), calls=min(GPU_CALLS, -(-todo // size)))

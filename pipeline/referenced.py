@@ -20,6 +20,11 @@ WANTED = ("uri", "sha256")
 """Columns by which a row's image is found, and known again."""
 
 
+def asked(columns: Sequence[str]) -> bool:
+    """Whether rows with these columns may only refer to their images."""
+    return set(WANTED) <= set(columns)
+
+
 @dataclass(frozen=True)
 class Fetched:
     """One image, or why it is not there."""

@@ -24,6 +24,7 @@ class RowGroup:
     index: int
     rows: int
     num_bytes: int
+    """Of encoded images and masks, whether in the shard or only referred to."""
 
 
 def read_row_group(group: RowGroup, columns: Sequence[str] | None = None) -> pa.Table:
@@ -51,6 +52,21 @@ def read_ids(file: str) -> list[pa.ChunkedArray]:
             rows = [parquet.metadata.row_group(index).num_rows for index in range(parquet.num_row_groups)]
         starts = np.cumsum([0, *rows])
         return [whole.slice(start, count) for start, count in zip(starts, rows, strict=False)]
+
+    return _read_twice(file, read)
+
+
+def groups_of(file: str) -> list[RowGroup]:
+    """The row groups of a shard, by its own footer.
+
+    Raises:
+        InputError: As ``read_row_group``.
+    """
+
+    def read() -> list[RowGroup]:
+        with _opened(file) as parquet:
+            footers = [parquet.metadata.row_group(index) for index in range(parquet.num_row_groups)]
+        return [RowGroup(file, index, each.num_rows, each.total_byte_size) for index, each in enumerate(footers)]
 
     return _read_twice(file, read)
 

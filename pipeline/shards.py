@@ -252,28 +252,27 @@ class _Hashing(io.RawIOBase):
 
 
 def _write_file(uri: str, first: _Row, rest: Iterator[_Row]) -> dict[str, Any]:
-    collected: list[Any] = []
     with storage.publish(uri) as stream:
         hashing = _Hashing(stream)
-        writer = pq.ParquetWriter(hashing, schema.DATASET, metadata_collector=collected, **_options())
+        writer = pq.ParquetWriter(hashing, schema.DATASET, **_options())
         group, num_bytes = [first.values], first.num_bytes
+        sizes: list[list[int]] = []
         for row in rest:
             if len(group) >= ROW_GROUP_ROWS or num_bytes + row.num_bytes > ROW_GROUP_BYTES:
-                _flush(writer, group)
+                sizes.append(_flush(writer, group, num_bytes))
                 group, num_bytes = [], 0
             group.append(row.values)
             num_bytes += row.num_bytes
-        _flush(writer, group)
+        sizes.append(_flush(writer, group, num_bytes))
         writer.close()
-    footer = collected[0]
-    groups = [footer.row_group(index) for index in range(footer.num_row_groups)]
-    sizes = [[group.num_rows, group.total_byte_size] for group in groups]
-    return {**hashing.digest(), "rows": footer.num_rows, "row_groups": sizes}
+    return {**hashing.digest(), "rows": sum(rows for rows, _ in sizes), "row_groups": sizes}
 
 
-def _flush(writer: pq.ParquetWriter, rows: Sequence[dict[str, Any]]) -> None:
+def _flush(writer: pq.ParquetWriter, rows: Sequence[dict[str, Any]], num_bytes: int) -> list[int]:
+    """[rows, bytes of their encoded images and masks, whether those are in the file or only referred to]."""
     table = pa.Table.from_pylist(list(rows), schema.DATASET)
     writer.write_table(table, row_group_size=len(rows))
+    return [len(rows), num_bytes]
 
 
 @cache

@@ -17,6 +17,7 @@ import pyarrow as pa
 import ray.data
 from pydantic import Field, model_validator
 
+from pipeline import referenced
 from pipeline.config import Settings
 from pipeline.datasets import DatasetInfo, row_groups
 from pipeline.ledger import Ledger
@@ -165,16 +166,22 @@ class Expand:
             # One copy of the window, or every ``take`` below would join all of it anew.
             parts = [pa.concat_tables(parts).combine_chunks()]
         chosen = self.order.row_order(epoch, window, rows)[keep]
-        for at in range(0, len(keep), self.block_rows):
+        blocks = self._blocks(parts, chosen, positions[keep], epoch)
+        for block in referenced.require(blocks) if referenced.asked(columns) and not self.cache else blocks:
+            yield self.framing(block) if self.framing and not self.cache else block
+
+    def _blocks(
+        self, parts: list[pa.Table], chosen: np.ndarray, positions: np.ndarray, epoch: int
+    ) -> Iterator[pa.Table]:
+        for at in range(0, len(chosen), self.block_rows):
             part = slice(at, at + self.block_rows)
             block = _gather(parts, chosen[part])
             count = block.num_rows
-            block = (
-                block.append_column("position", pa.array(positions[keep[part]]))
+            yield (
+                block.append_column("position", pa.array(positions[part]))
                 .append_column("epoch", pa.array(np.full(count, epoch, np.int64)))
                 .append_column("resumed_from", pa.array([self.resumed_from] * count, pa.string()))
             )
-            yield self.framing(block) if self.framing and not self.cache else block
 
 
 def _gather(parts: list[pa.Table], rows: np.ndarray) -> pa.Table:
@@ -231,9 +238,9 @@ def dataset(
     return out
 
 
-def training_columns(task: str) -> list[str]:
-    """What a training row carries through the object store: the encoded image and this task's labels."""
-    return [*ROW_COLUMNS, *LABEL_COLUMNS[task]]
+def training_columns(task: str, info: DatasetInfo) -> list[str]:
+    """What is read of a training row: the encoded image, or where it is, and this task's labels."""
+    return [*ROW_COLUMNS, *(referenced.WANTED if info.referenced else ()), *LABEL_COLUMNS[task]]
 
 
 def share(info: DatasetInfo, split: str, rank: int, world: int, columns: list[str]) -> Iterator[pa.Table]:
@@ -248,7 +255,8 @@ def share(info: DatasetInfo, split: str, rank: int, world: int, columns: list[st
     for group in groups:
         a, b = max(low, start), min(high, start + group.rows)
         if a < b:
-            yield read_row_group(group, columns).slice(a - start, b - a)
+            part = read_row_group(group, columns).slice(a - start, b - a)
+            yield from referenced.require([part]) if referenced.asked(columns) else [part]
         start += group.rows
 
 

@@ -1,6 +1,9 @@
 """Ray Train around the loop: the dataset factory, the worker function, checkpoints, ``fit``."""
 
+import dataclasses
+import hashlib
 import json
+import sys
 import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -10,18 +13,23 @@ from typing import Any
 import ray.data
 import ray.train
 import ray.train.torch
+import safetensors.torch
 import torch
 
-from pipeline import checkpoint, pools, storage, stream
+from pipeline import checkpoint, pools, preflight, storage, stream
 from pipeline.datasets import open_dataset, row_groups
 from pipeline.device import fuse
 from pipeline.errors import InputError
+from pipeline.flags import NonFiniteLossError
 from pipeline.framed import Framing, require_room
 from pipeline.loop import Journal, Plan, Worker, build_worker, run_steps, steps_of, validate
 from pipeline.recipe import TrainConfig
 from pipeline.telemetry import BoardSink, NoSink, Progress
 
 COLLECTIVE_TIMEOUT_S = 300
+WARNING_EVERY = 10
+"""Steps from one question whether a machine will be taken away to the next: asking is a barrier of some milliseconds,
+and clouds give half a minute's notice at least."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +60,7 @@ def training_dataset(fit: Fit) -> ray.data.Dataset:
         order,
         stream.plan_rest(ledger, end, global_batch),
         ledger,
-        stream.training_columns(config.task),
+        stream.training_columns(config.task, info),
         config.train.batch_size,
         start.rsplit("/", 1)[-1] if start else "",
         Framing(config.input, config.seed) if config.stream.frames else None,
@@ -60,8 +68,16 @@ def training_dataset(fit: Fit) -> ray.data.Dataset:
     )
 
 
-def _check_stream(config: TrainConfig, gpu: bool) -> None:
+def _check(config: TrainConfig, gpu: bool) -> None:
     """Refuse what this cluster cannot do, before a worker starts."""
+    workers, settings = config.train.workers, config.train
+    preflight.cpus(workers, f"train.workers = {workers}, with a CPU each,")
+    groups = row_groups(open_dataset(config.data), "train")
+    row_bytes = sum(group.num_bytes for group in groups) / max(1, sum(group.rows for group in groups))
+    if config.stream.frames:
+        row_bytes = Framing(config.input, config.seed).row_bytes
+    batches = workers * (config.stream.prefetch + 2)
+    preflight.object_store(batches * settings.batch_size * row_bytes, f"{batches} batches of {settings.batch_size}")
     if config.stream.decode == "device" and not gpu:
         raise InputError(
             f"stream.decode: device wants a GPU for each of {config.train.workers} workers, the cluster has "
@@ -73,9 +89,9 @@ def _check_stream(config: TrainConfig, gpu: bool) -> None:
         require_room(Framing(config.input, config.seed), rows, room)
 
 
-def _look(worker: Worker, journal: Journal, run_uri: str) -> None:
+def _look(worker: Worker, journal: Journal, run_uri: str, start: str) -> None:
     """Validate on all ranks, then report a checkpoint that holds every rank's ledger."""
-    columns = stream.training_columns(worker.config.task)
+    columns = stream.training_columns(worker.config.task, worker.info)
     tables = stream.share(worker.info, "val", worker.rank, worker.world, columns)
     metrics = validate(worker, stream.slices(tables, worker.config.train.batch_size))
     journal.judge(metrics["val_loss"], worker.config.train.min_delta)
@@ -83,21 +99,51 @@ def _look(worker: Worker, journal: Journal, run_uri: str) -> None:
     if worker.rank == 0:
         lines = "".join(json.dumps(row) + "\n" for row in journal.history)
         storage.write_bytes(storage.join(run_uri, "metrics.jsonl"), lines.encode())
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoint.save(
-            Path(folder),
-            worker.rank,
-            worker.ledger,
-            model=worker.module,
-            average=worker.average,
-            optimizer=worker.optimizer,
-            progress=asdict(journal),
-        )
-        ray.train.report(
-            {**metrics, "step": journal.step, "augment": worker.augment.report()},
-            checkpoint=ray.train.Checkpoint.from_directory(folder),
-            checkpoint_dir_name=f"step-{journal.step:08d}",
-        )
+    _publish(worker, journal, metrics, start)
+
+
+def _keep(worker: Worker, journal: Journal, start: str) -> None:
+    """A checkpoint without a validation, since a machine is about to go: it can be resumed from, and is never best."""
+    _publish(worker, journal, {"val_loss": sys.float_info.max}, start)
+
+
+def _publish(worker: Worker, journal: Journal, metrics: dict[str, float], start: str) -> None:
+    """Write this rank's part aside; Ray uploads it while training goes on, and deletes older ones after that."""
+    # What an attempt that died left in a folder must not mix with a later one's, whose ranks saw other rows.
+    attempt = hashlib.sha256(f"{worker.world} from {start}".encode()).hexdigest()[:4]
+    folder = tempfile.mkdtemp(prefix="dubito-checkpoint-")
+    checkpoint.save(
+        Path(folder),
+        worker.rank,
+        worker.ledger,
+        model=worker.module,
+        average=worker.average,
+        optimizer=worker.optimizer,
+        progress=asdict(journal),
+    )
+    ray.train.report(
+        {**metrics, "step": journal.step, "augment": worker.augment.report()},
+        checkpoint=ray.train.Checkpoint.from_directory(folder),
+        checkpoint_dir_name=f"step-{journal.step:08d}-{attempt}",
+        checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
+        delete_local_checkpoint_after_upload=True,
+    )
+
+
+def _warned(step: int) -> bool:
+    """Whether the machine of some rank will soon be taken away: all ranks ask at the same steps, and hear the same."""
+    return step % WARNING_EVERY == 0 and ray.train.get_preemption_info() is not None
+
+
+def save_batches(error: NonFiniteLossError, run_uri: str, rank: int) -> str:
+    """What a step with a loss that is no number was given: images, labels and ids, as the model saw them; its URI."""
+    folder = storage.join(run_uri, f"not-finite-step-{error.step:08d}")
+    for number, batch in enumerate(error.batches):
+        fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+        tensors = {name: value.cpu().contiguous() for name, value in fields.items() if isinstance(value, torch.Tensor)}
+        content = safetensors.torch.save(tensors, {"image_ids": json.dumps(batch.image_ids)})
+        storage.write_bytes(storage.join(folder, f"rank-{rank}-batch-{number}.safetensors"), content)
+    return folder
 
 
 def _restore(worker: Worker) -> tuple[Journal, str]:
@@ -136,14 +182,20 @@ def train_worker(loop_config: dict[str, Fit]) -> None:
     size = config.train.batch_size
     tables: Iterable[Any] = shard.iter_batches(batch_size=size, batch_format="pyarrow", prefetch_batches=1)
     progress = Progress(sink, fit.stage, plan.steps, journal.step, "steps")
-    run_steps(
-        worker,
-        steps_of(worker, tables, config.stream.prefetch),
-        journal,
-        plan,
-        progress,
-        lambda worker, journal: _look(worker, journal, fit.uri),
-    )
+    try:
+        run_steps(
+            worker,
+            steps_of(worker, tables, config.stream.prefetch),
+            journal,
+            plan,
+            progress,
+            lambda worker, journal: _look(worker, journal, fit.uri, resumed_from),
+            _warned,
+            lambda worker, journal: _keep(worker, journal, resumed_from),
+        )
+    except NonFiniteLossError as error:
+        where = save_batches(error, fit.uri, rank)
+        raise RuntimeError(f"{error}; what the model was given is in '{where}'") from error
 
 
 def fit(run: Fit) -> dict[str, Any]:
@@ -160,8 +212,8 @@ def fit(run: Fit) -> dict[str, Any]:
     parent, name = path.rsplit("/", 1)
     storage.make_folder(run.uri)
     options = ray.data.ExecutionOptions(preserve_order=True)
-    gpu = ray.cluster_resources().get("GPU", 0) >= config.train.workers
-    _check_stream(config, gpu)
+    gpu = preflight.gpus(config.train.workers)
+    _check(config, gpu)
     trainer = ray.train.torch.TorchTrainer(
         train_worker,
         train_loop_config={"fit": run},

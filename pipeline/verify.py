@@ -2,13 +2,14 @@
 
 import contextlib
 import hashlib
+import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import ray.data
 
-from pipeline import bundle, datasets, predictions, storage
+from pipeline import bundle, datasets, predictions, referenced, shard_reader, storage
 from pipeline.errors import InputError
 from pipeline.predictions.attempts import MANIFEST
 from pipeline.telemetry import NoSink, Progress, Sink
@@ -27,7 +28,8 @@ def verify(uri: str, sink: Sink | None = None) -> dict[str, Any]:
         sink: Where progress goes.
 
     Returns:
-        ``uri, kind, files, bytes, seconds`` and ``damage``: a list of ``{file, problem}``, sorted by file.
+        ``uri, kind, files, bytes, seconds`` and ``damage``: a list of ``{file, problem}``, sorted by file. The images
+        that a referenced dataset refers to count as its files.
 
     Raises:
         InputError: Nothing is committed there, or what commits it is damaged itself.
@@ -37,19 +39,46 @@ def verify(uri: str, sink: Sink | None = None) -> dict[str, Any]:
     progress, damage = Progress(sink or NoSink(), "verify", len(files), unit="files"), []
     ray.data.DataContext.get_current().enable_progress_bars = False
     items = [{"file": path, "size": entry["size"], "sha256": entry["sha256"]} for path, entry in files.items()]
-    found = ray.data.from_items(items, override_num_blocks=min(len(items), TASKS)).map(_Compare(uri)).iter_rows()
-    for row in found:
+    images, image_bytes = 0, 0
+    for row in _each(items, _Compare(uri)):
         progress.advance(1)
         if row["problem"]:
             damage.append({"file": storage.join(uri, row["file"]), "problem": row["problem"]})
+    if kind == "dataset" and datasets.open_dataset(uri).referenced:
+        bad = {item["file"] for item in damage}
+        shards = [{"file": file} for item in items if (file := storage.join(uri, item["file"])) not in bad]
+        shards = [item for item in shards if "/data/" in item["file"].removeprefix(uri)]
+        for row in _each(shards, _check_images):
+            images, image_bytes = images + row["images"], image_bytes + row["bytes"]
+            damage += [{"file": file, "problem": text} for file, text in json.loads(row["problems"])]
     return {
         "uri": uri,
         "kind": kind,
-        "files": len(files),
-        "bytes": sum(entry["size"] for entry in files.values()),
+        "files": len(files) + images,
+        "bytes": sum(entry["size"] for entry in files.values()) + image_bytes,
         "damage": sorted(damage, key=lambda item: item["file"]),
         "seconds": time.monotonic() - began,
     }
+
+
+def _each(items: list[dict[str, Any]], work: Callable[[dict[str, Any]], dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """``map`` as Ray Data tasks, in any order."""
+    if items:
+        yield from ray.data.from_items(items, override_num_blocks=min(len(items), TASKS)).map(work).iter_rows()
+
+
+def _check_images(row: dict[str, Any]) -> dict[str, Any]:
+    """The images that one shard refers to: fetched, and compared with the hashes that were ingested."""
+    images, size, problems = 0, 0, []
+    for group in shard_reader.groups_of(row["file"]):
+        table = shard_reader.read_row_group(group, ["image", *referenced.WANTED])
+        for at in range(0, table.num_rows, referenced.AHEAD):
+            part = referenced.fill(table.slice(at, referenced.AHEAD))
+            size += sum(len(image) for image in part["image"].to_pylist() if image)
+            found = zip(part["uri"].to_pylist(), part["status"].to_pylist(), part["error"].to_pylist(), strict=True)
+            problems += [(uri, f"{status}: {error}") for uri, status, error in found if status != "ok"]
+        images += table.num_rows
+    return {"images": images, "bytes": size, "problems": json.dumps(problems)}
 
 
 def _files(uri: str) -> tuple[str, Mapping[str, Any]]:

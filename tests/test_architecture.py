@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     ("errors", "schema", "config", "patience", "flags", "ledger"),
     ("storage", "boxes", "telemetry", "seal"),
-    ("buffers",),
+    ("buffers", "preflight"),
     ("jpeg",),
     ("decode", "uncertainty"),
     ("clusters", "device", "device_decode", "lanes", "batch_size", "folding"),
@@ -36,7 +36,7 @@ SIDEWAYS = {("schema", "errors"), ("config", "errors")}
 """``errors`` is what everything, its own layer too, raises."""
 
 RAY = {"telemetry", "datasets", "stream", "predictions", "pools", "train", "score", "evaluate", "calibrate", "ensemble"}
-RAY |= {"verify", "framed"}
+RAY |= {"verify", "framed", "preflight"}
 KORNIA = {"augment", "losses"}
 MAX_FILE_LINES = 320
 MAX_FUNCTION_LINES = 70

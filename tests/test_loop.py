@@ -1,5 +1,6 @@
 """The loop on tensors: no Ray, a list of batches drives it."""
 
+import json
 import logging
 import os
 from pathlib import Path
@@ -9,6 +10,7 @@ import pyarrow as pa
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
 
 from pipeline import checkpoint, datasets, device, flags, loop, schema, stream
 from pipeline.augment import Batch
@@ -248,6 +250,49 @@ def test_a_loss_that_is_not_finite_names_its_images():
         next(worker.module.parameters()).fill_(float("nan"))
     with pytest.raises(flags.NonFiniteLossError, match=r"loss is nan at step 1; images of that step: i0, i1, i2, i3"):
         run(worker, [rows(4)] * 4)
+
+
+def test_the_batch_of_a_loss_that_is_not_finite_is_kept_as_the_model_saw_it(tmp_path):
+    from safetensors.torch import load
+
+    from pipeline.train import save_batches
+
+    worker, tables = worker_of(tree("segmentation")), [rows(4, start=4 * i) for i in range(4)]
+    seen = view_of(worker, tables[0])
+    with torch.no_grad():
+        next(worker.module.parameters()).fill_(float("nan"))
+    with pytest.raises(flags.NonFiniteLossError) as caught:
+        run(worker, tables)
+    folder = save_batches(caught.value, str(tmp_path), 1)
+    (path,) = (tmp_path / "not-finite-step-00000001").iterdir()
+    assert folder == str(path.parent)
+    assert path.name == "rank-1-batch-0.safetensors"
+    kept = load(path.read_bytes())
+    torch.testing.assert_close(kept["images"], seen.images)
+    assert torch.equal(kept["masks"], seen.masks)
+    with safe_open(path, "pt") as file:
+        assert json.loads(file.metadata()["image_ids"]) == seen.image_ids
+
+
+def test_a_warning_keeps_one_checkpoint_with_all_losses_read_and_no_validation():
+    worker, asked, kept, looked = worker_of(tree("segmentation")), [], [], []
+    tables = [rows(4, start=4 * i) for i in range(6)]
+
+    def warned(step: int) -> bool:
+        asked.append(step)
+        return step >= 2
+
+    def keep(worker: loop.Worker, journal: loop.Journal) -> None:
+        losses = [row["step"] for row in journal.history if "loss" in row]
+        kept.append((journal.step, worker.ledger.count(0, 10**9), losses))
+
+    journal = loop.Journal()
+    loop.run_steps(
+        worker, loop.steps_of(worker, tables), journal, loop.Plan(6, 4, ""), Progress(NoSink(), "t", 6),
+        lambda worker, journal: looked.append(journal.step), warned, keep,
+    )  # fmt: skip
+    assert (journal.step, asked, looked) == (6, [1, 2], [4, 6]), "once it is kept nobody asks again"
+    assert kept == [(2, 8, [1, 2])]
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.9])

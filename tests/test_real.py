@@ -21,14 +21,14 @@ def few_steps(config: TrainConfig, folder: Path, steps: int) -> str:
     order = stream.Order.of(groups, 0, 2**26)
     size = config.train.batch_size
     expand = stream.Expand(
-        order, tuple(stream.training_columns(config.task)), 0, steps * size, stream.Ledger().to_bytes(), size, ""
+        order, tuple(stream.training_columns(config.task, info)), 0, steps * size, stream.Ledger().to_bytes(), size, ""
     )
     units = {"id": torch.arange(steps * size).numpy()}
     journal = loop.Journal()
     first: list[float] = []
 
     def look(worker: loop.Worker, journal: loop.Journal) -> None:
-        tables = stream.share(info, "val", 0, 1, stream.training_columns(config.task))
+        tables = stream.share(info, "val", 0, 1, stream.training_columns(config.task, info))
         first.append(loop.validate(worker, stream.slices(tables, size))["val_loss"])
 
     look(worker, journal)

@@ -4,12 +4,17 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
+from tiny import UNET, make_bundle, make_squares, png
 
-from pipeline import referenced, storage
+from pipeline import datasets, predictions, referenced, score, shard_reader, storage, stream
+from pipeline.augment import InputSettings
 from pipeline.errors import InputError
-from tests.tiny import png
+from pipeline.framed import Framing
+from pipeline.ledger import Ledger
+from pipeline.verify import verify
 
 
 @pytest.mark.parametrize(
@@ -97,3 +102,86 @@ def test_a_row_to_train_on_whose_image_is_gone_names_it(tmp_path: Path):
     (tmp_path / "1.png").unlink()
     with pytest.raises(InputError, match=r"image '1\.png' of the dataset is missing at '.*1\.png'.*ingest again"):
         list(referenced.require([table]))
+
+
+# --- whole datasets
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory, ray_local: None) -> dict[str, datasets.DatasetInfo]:
+    """The same images packed and referenced."""
+    found, splits = {}, {"train": range(10), "val": range(10, 15)}
+    for name in ("packed", "referenced"):
+        root = tmp_path_factory.mktemp(name)
+        found[name] = datasets.open_dataset(make_squares(root, splits, referenced=name == "referenced"))
+    return found
+
+
+def test_rows_refer_to_images_and_are_otherwise_those_of_a_packed_dataset(both: dict[str, datasets.DatasetInfo]):
+    here, there = both["packed"], both["referenced"]
+    assert (here.referenced, there.referenced) == (False, True)
+    assert here.fingerprint == there.fingerprint
+    groups = [datasets.row_groups(info, "train") for info in (here, there)]
+    assert [(group.rows, group.num_bytes) for group in groups[0]] == [(g.rows, g.num_bytes) for g in groups[1]]
+    one, other = (pa.concat_tables(map(shard_reader.read_row_group, part)) for part in groups)
+    assert other["image"].null_count == other.num_rows == one.num_rows
+    assert one.drop_columns(["image", "uri"]).equals(other.drop_columns(["image", "uri"]))
+
+
+@pytest.mark.parametrize("framed", [False, True])
+def test_training_rows_are_the_same(both: dict[str, datasets.DatasetInfo], framed: bool):
+    def walk(info: datasets.DatasetInfo) -> pa.Table:
+        order = stream.Order.of(datasets.row_groups(info, "train"), 3, 2**20)
+        columns = tuple(stream.training_columns("segmentation", info))
+        framing = Framing(InputSettings(size=(32, 32)), 3) if framed else None
+        expand = stream.Expand(order, columns, 0, 25, Ledger().to_bytes(), 4, "", framing)
+        return pa.concat_tables(list(expand({"id": np.arange(3 * order.windows)})))
+
+    found = walk(both["referenced"])
+    assert found["position"].to_pylist() == list(range(25))
+    assert found.equals(walk(both["packed"]))
+
+
+def test_validation_rows_are_the_same(both: dict[str, datasets.DatasetInfo]):
+    def rows(info: datasets.DatasetInfo, rank: int) -> pa.Table:
+        columns = stream.training_columns("segmentation", info)
+        return pa.concat_tables(stream.share(info, "val", rank, 2, columns))
+
+    for rank in (0, 1):
+        assert rows(both["referenced"], rank).equals(rows(both["packed"], rank))
+
+
+def test_cached_frames_of_referenced_images(both: dict[str, datasets.DatasetInfo]):
+    def frames(info: datasets.DatasetInfo) -> pa.Table:
+        groups = datasets.row_groups(info, "train")
+        order = stream.Order.of(groups, 3, 2**20)
+        rest = stream.plan_rest(Ledger(), order.rows, 4)
+        framing = Framing(InputSettings(size=(32, 32)), 3)
+        columns = stream.training_columns("segmentation", info)
+        data = stream.dataset(order, rest, Ledger(), columns, 4, "", framing, cached=True)
+        return pa.concat_tables(list(data.iter_batches(batch_size=4, batch_format="pyarrow")))
+
+    assert frames(both["referenced"]).equals(frames(both["packed"]))
+
+
+def test_predictions_say_of_each_image_what_became_of_it_and_verify_names_it(ray_local: None, tmp_path: Path):
+    data = make_squares(tmp_path, {"test": range(8)}, referenced=True)
+    model = make_bundle(tmp_path / "model", UNET)
+    whole = verify(data)
+    assert (whole["damage"], whole["files"]) == ([], 8 + 2), "8 images, a shard, digests.parquet"
+    assert score.predict(model, data, str(tmp_path / "whole"))["statuses"] == {"ok": 8}
+    (tmp_path / "images/image02.png").unlink()
+    (tmp_path / "images/image05.png").write_bytes(png(32, 32, 1))
+    assert score.predict(model, data, str(tmp_path / "out"))["statuses"] == {"ok": 6, "missing": 1, "corrupt": 1}
+    rows = {row["image_id"]: row for row in predictions.read(str(tmp_path / "out")).to_pylist()}
+    assert {name: row["status"] for name, row in rows.items() if row["status"] != "ok"} == {
+        "image02.png": "missing", "image05.png": "corrupt",
+    }  # fmt: skip
+    assert "sha256 differs" in rows["image05.png"]["error"]
+    problems = {Path(item["file"]).name: item["problem"].split(":")[0] for item in verify(data)["damage"]}
+    assert problems == {"image02.png": "missing", "image05.png": "corrupt"}
+
+
+def test_a_format_that_makes_its_images_has_nothing_to_refer_to(tmp_path: Path):
+    with pytest.raises(InputError, match="format 'demo' makes its images"):
+        datasets.ingest("demo", None, None, str(tmp_path / "out"), options={"images": 4, "referenced": True})

@@ -1,5 +1,7 @@
 """Storage on the local filesystem and on a real S3 server: the same calls, the same answers."""
 
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -116,6 +118,45 @@ def test_of_many_committers_one_wins(root: str):
             thread.join()
         assert len(won) == 1
         assert storage.read_bytes(uri) == b"writer %d" % won[0]
+
+
+RACER = """
+import os, sys, time
+from pipeline import storage
+roots, writer, start = sys.argv[1].split(), sys.argv[2], sys.argv[3]
+storage.list_files(roots[0]), storage.list_files(roots[1])  # connected before the race
+print("ready", flush=True)
+while not os.path.exists(start):
+    time.sleep(0.001)
+for root in roots:
+    for race in range(8):
+        if storage.create_once(f"{root}/race-{race}", f"writer {writer}".encode()):
+            print("won", root, race, flush=True)
+"""
+
+
+def test_of_sixteen_processes_that_commit_one_wins_on_s3_and_on_a_local_folder(s3: str, tmp_path: Path):
+    roots, start = [storage.join(s3, "sixteen"), str(tmp_path / "sixteen")], tmp_path / "start"
+    racers = [
+        subprocess.Popen(
+            [sys.executable, "-c", RACER, " ".join(roots), str(writer), str(start)],
+            stdout=subprocess.PIPE, text=True, cwd=Path(__file__).resolve().parents[1],
+        )
+        for writer in range(16)
+    ]  # fmt: skip
+    try:
+        for racer in racers:
+            assert racer.stdout is not None
+            assert racer.stdout.readline() == "ready\n"
+        start.touch()
+        said = [racer.communicate(timeout=60)[0] for racer in racers]
+    finally:
+        for racer in racers:
+            racer.kill()
+    won = {tuple(line.split()[1:]): writer for writer, text in enumerate(said) for line in text.splitlines()}
+    assert sum(len(text.splitlines()) for text in said) == len(won) == 2 * 8, "one winner each"
+    for (root, race), writer in won.items():
+        assert storage.read_bytes(f"{root}/race-{race}") == f"writer {writer}".encode()
 
 
 def test_a_deleted_folder_is_gone_and_deleting_it_again_is_no_error(root: str):

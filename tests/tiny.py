@@ -57,8 +57,11 @@ def encode(pixels: np.ndarray) -> bytes:
     return out.getvalue()
 
 
-def make_squares(root: Path, splits: dict[str, range]) -> str:
-    """A dataset of 32x32 images, a bright square on noise in each: masks and boxes; its URI. Ray must be running."""
+def make_squares(root: Path, splits: dict[str, range], **options: Any) -> str:
+    """A dataset of 32x32 images, a bright square on noise in each: masks and boxes; its URI. Ray must be running.
+
+    ``options`` are those of ingest.
+    """
     rng = np.random.default_rng(0)
     for n in (number for numbers in splits.values() for number in numbers):
         ids = np.zeros((32, 32), np.uint8)
@@ -72,7 +75,7 @@ def make_squares(root: Path, splits: dict[str, range]) -> str:
     (root / "splits.json").write_text(json.dumps(named))
     datasets.ingest(
         "instances", str(root / "images"), str(root / "labels"), str(root / "dataset"),
-        classes=["cell"], splits=str(root / "splits.json"),
+        classes=["cell"], splits=str(root / "splits.json"), options=options,
     )  # fmt: skip
     return str(root / "dataset")
 

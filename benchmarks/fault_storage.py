@@ -1,0 +1,165 @@
+"""Faults of the store: wrong answers, none at all, other bytes than were written."""
+
+import random
+import time
+from collections import Counter
+from collections.abc import Callable
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from benchmarks.fault_jobs import Ended, Job, run
+from benchmarks.fault_world import World, compare_rows, losses, rows_of, tally, units
+from infra.local.fault_proxy import Kind, Rule
+from pipeline import datasets, patience, predictions, storage
+from pipeline.errors import InputError
+
+KINDS: tuple[Kind, ...] = ("status", "reset", "lost", "truncate", "stall", "slow")
+
+
+def whole_jobs(world: World, name: str, rules: list[Rule]) -> Counter[str]:
+    """Ingest, train and predict through the proxy."""
+    data, out, found = world.fresh("data"), world.fresh("run"), world.fresh("predictions")
+    ended = _through(world, name, rules, [world.ingest(data), world.train(data, out), world.predict(found)])
+    return tally(ended) + _compare(world, ended, data, out, found, world.rows)
+
+
+def referenced(world: World, rules: list[Rule]) -> Counter[str]:
+    """The same where the dataset only refers to its images, which prediction and training fetch one by one.
+
+    Then one image is missing, one forbidden and one never answers: rows of predictions and rejects of ingest say so.
+    """
+    packed, data, out, found = (world.fresh(name) for name in ("packed", "data", "run", "predictions"))
+    whole = run(world.folder, world.direct, *world.predict(packed, world.uri("data")))
+    jobs = [world.ingest(data, "referenced=true"), world.train(data, out), world.predict(found, data)]
+    ended = _through(world, "referenced", rules, jobs)
+    counts = tally([whole, *ended]) + _compare(world, ended, data, out, found, rows_of(packed))
+    return counts + _told_apart(world, data)
+
+
+def _told_apart(world: World, data: str) -> Counter[str]:
+    wanted = {"image0003.png": "forbidden", "image0005.png": "timeout", "image0007.png": "missing"}
+    world.proxy.add(Rule("status", path="image0003", status=403, code="AccessDenied"))
+    world.proxy.add(Rule("delay", path="image0005", seconds=60))
+    gone = world.uri("source/images/image0007.png")
+    kept = storage.read_bytes(gone)
+    filesystem, path = storage.arrow(gone)
+    filesystem.delete_file(path)
+    env, out, again = {**world.through, patience.VARIABLE: "5"}, world.fresh("predictions"), world.fresh("data")
+    ended = [
+        run(world.folder, env, *world.predict(out, data)),
+        run(world.folder, env, *world.ingest(again, "referenced=true", "max_reject_fraction=0.2")),
+    ]
+    world.proxy.clear()
+    storage.write_bytes(gone, kept)
+    rows = {row["image_id"]: row["status"] for row in rows_of(out).to_pylist() if row["status"] != "ok"}
+    counts = tally(ended) + Counter(differ=int(rows != wanted))
+    # A file that is not there when ingest lists the images is none of its sources, and its mask has no image.
+    said = {name.rsplit("/", 1)[-1]: reason for name, reason in _rejects(again).items()}
+    del wanted["image0007.png"]
+    counts["differ"] += any(said.get(name) != reason for name, reason in wanted.items())
+    print(f"  told apart: predictions {rows}, rejects {said}", flush=True)
+    return counts
+
+
+def _rejects(data: str) -> dict[str, str]:
+    files = [item.path for item in storage.list_files(f"{data}/rejects", (".parquet",))]
+    tables = [pq.read_table(pa.BufferReader(storage.read_bytes(f"{data}/rejects/{file}"))) for file in files]
+    return {row["uri"]: row["reason"] for table in tables for row in table.to_pylist()}
+
+
+def _through(world: World, name: str, rules: list[Rule], jobs: list[list[str]]) -> list[Ended]:
+    """Jobs one after the other while the proxy keeps to the rules."""
+    world.proxy.clear()
+    for rule in rules:
+        world.proxy.add(rule)
+    ended = [run(world.folder, world.through, *args) for args in jobs]
+    requests, fired = len(world.proxy.log), sum(rule.fired for rule in rules)
+    world.proxy.clear()
+    print(f"  storage, {name}: exits {[each.code for each in ended]}, {fired} of {requests} requests went wrong, "
+          f"{', '.join(f'{each.seconds:.0f} s' for each in ended)}", flush=True)  # fmt: skip
+    for each in ended:
+        if each.code != 0:
+            print("    " + each.said.strip()[-600:].replace("\n", "\n    "), flush=True)
+    return ended
+
+
+def _compare(world: World, ended: list[Ended], data: str, out: str, found: str, rows: pa.Table) -> Counter[str]:
+    """What the three jobs left beside what undisturbed ones did."""
+    codes = [each.code for each in ended]
+    counts = Counter(failed=sum(code != 0 for code in codes))
+    if codes[0] == 0:
+        counts["differ"] += datasets.open_dataset(data).fingerprint != world.fingerprint
+    if codes[1] == 0:
+        now = losses(out)
+        counts["differ"] += any(abs(now.get(step, 9e9) - loss) > 0.02 for step, loss in world.losses.items())
+    return counts + (compare_rows(rows_of(found), rows) if codes[2] == 0 else Counter())
+
+
+def gone(world: World, seconds: float) -> Counter[str]:
+    """No storage at all for a while, in the middle of each job."""
+    counts: Counter[str] = Counter()
+    plans: dict[str, Callable[[str], list[str]]] = {
+        "predict": world.predict,
+        "train": lambda out: world.train(world.uri("data"), out),
+        "ingest": world.ingest,
+    }
+    for name in list(plans)[: 1 if world.args.small else 3]:
+        out = world.fresh(name)
+        args = plans[name](out)
+        world.proxy.clear()
+        job = Job(world.folder, world.through, *args)
+        time.sleep(0.6 * world.seconds[name])
+        world.proxy.add(Rule("gone"))
+        time.sleep(seconds)
+        world.proxy.clear()
+        ended = [job.wait()]
+        while ended[-1].code not in (0, None) and len(ended) < 3:
+            ended.append(run(world.folder, world.through, *args, *(["--resume"] if name == "train" else [])))
+        print(f"  gone for {seconds:.0f} s, {name}: exits {[each.code for each in ended]}", flush=True)
+        counts += tally(ended)
+        counts["failed"] += ended[-1].code != 0
+        if ended[-1].code:
+            print("    " + ended[-1].said.strip()[-600:].replace("\n", "\n    "), flush=True)
+        elif name == "predict":
+            counts += compare_rows(rows_of(out), world.rows)
+        elif name == "ingest":
+            counts["differ"] += datasets.open_dataset(out).fingerprint != world.fingerprint
+        else:
+            now = losses(out)
+            counts["differ"] += any(abs(now.get(step, 9e9) - loss) > 0.02 for step, loss in world.losses.items())
+    return counts
+
+
+def bits(world: World, rng: random.Random) -> Counter[str]:
+    """One bit of a shard, a bundle and a file of predictions: found by verify, and by who would use it."""
+    counts: Counter[str] = Counter()
+    shard = datasets.row_groups(datasets.open_dataset(world.uri("many")), "train")[0].file
+    weights = f"{world.uri('run/bundle')}/members/0/model.safetensors"
+    unit = f"{world.uri('predictions')}/{units(world.uri('predictions'))[0]}"
+    for whole, file, args in (
+        (world.uri("many"), shard, world.predict(world.fresh("bits"))),
+        (world.uri("run/bundle"), weights, world.predict(world.fresh("bits"))),
+        (world.uri("predictions"), unit, None),
+    ):
+        good = storage.read_bytes(file)
+        bad = bytearray(good)
+        # Not in the footer's own statistics: anywhere in what is read.
+        bad[rng.randrange(100, len(bad) - 4000 if len(bad) > 8000 else len(bad) // 2)] ^= 1 << rng.randrange(8)
+        storage.write_bytes(file, bytes(bad))
+        found = run(world.folder, world.direct, "verify", whole)
+        counts["unseen"] += found.code != 2 or file.rsplit("/", 1)[-1] not in found.said
+        ended = [found]
+        if args is None:
+            try:
+                predictions.read(whole)
+                counts["unseen"] += 1
+            except InputError:
+                pass
+        else:
+            ended.append(run(world.folder, world.direct, *args))
+            counts["unseen"] += ended[-1].code != 2
+        counts += tally(ended)
+        storage.write_bytes(file, good)
+    print(f"  bits: {counts['unseen']} of 6 looks did not see the damage", flush=True)
+    return counts

@@ -1,0 +1,47 @@
+"""What the cluster does not have is refused with numbers."""
+
+from pathlib import Path
+
+import pytest
+import ray
+
+from pipeline import pools, preflight
+from pipeline.errors import InputError
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """What Ray says that there is."""
+    there = {"CPU": 4.0, "object_store_memory": 1e9}
+    monkeypatch.setattr(ray, "cluster_resources", lambda: there)
+    return there
+
+
+def test_consumers_may_not_take_every_cpu(cluster: dict[str, float]):
+    preflight.cpus(3, "3 workers")
+    with pytest.raises(InputError, match="4 workers and 1 CPU for reading want 5 CPUs, the cluster has 4;"):
+        preflight.cpus(4, "4 workers")
+    cluster["CPU"] = 1
+    with pytest.raises(InputError, match="an actor .* want 2 CPUs, the cluster has 1;"):
+        pools.plan(10, None, None, 1.0)
+
+
+def test_a_gpu_for_each_worker_or_none_at_all(cluster: dict[str, float]):
+    assert not preflight.gpus(4)
+    cluster["GPU"] = 4
+    assert preflight.gpus(4)
+    with pytest.raises(InputError, match="5 want a GPU each, the cluster has 4; set it to 4"):
+        preflight.gpus(5)
+
+
+def test_rows_on_their_way_fit_into_the_object_stores(cluster: dict[str, float]):
+    preflight.object_store(4.9e8, "batches")
+    with pytest.raises(InputError, match="8 batches hold 0.51 GB on their way, .* have 1.00 GB, of which 50%"):
+        preflight.object_store(5.1e8, "8 batches")
+
+
+def test_a_disk_is_not_filled(tmp_path: Path):
+    preflight.disk(str(tmp_path / "not/there/yet"), 1000, "3 images")
+    with pytest.raises(InputError, match=r"3 images would take 1000000\.00 GB at .*, where .* GB are free"):
+        preflight.disk(str(tmp_path / "not/there/yet"), 1e15, "3 images")
+    preflight.disk("s3://bucket/x", 1e18, "stores that have no end")
