@@ -128,15 +128,16 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=Path, help="folder of photographs; default: scikit-image's samples")
     parser.add_argument("--size", default="500x375", help="width x height of the JPEGs")
-    parser.add_argument("--side", type=int, default=512, help="side of the network's square input in pixels")
+    parser.add_argument("--side", type=int, help="side of the network's square input in pixels (512; small: 128)")
     parser.add_argument("--members", type=int, default=5)
-    parser.add_argument("--count", type=int, help="images (GPU: 20000, else 128; small: 8)")
+    parser.add_argument("--count", type=int, help="images (GPU: 20000, else 128; small: 24)")
     parser.add_argument("--rounds", type=int, help="turns of each side (3; small: 1)")
     parser.add_argument("--no-rival", dest="rival", action="store_false", help="leave Ray's pattern out")
     parser.add_argument("--small", action="store_true", help="under 2 minutes on 2 cores: few images, small input")
     args = parser.parse_args(argv)
-    args.count = args.count or (8 if args.small else 20_000 if single.torch.cuda.is_available() else 128)
+    args.count = args.count or (24 if args.small else 20_000 if single.torch.cuda.is_available() else 128)
     args.rounds = args.rounds or (1 if args.small else 3)
+    args.side = args.side or (128 if args.small else 512)
     return args
 
 

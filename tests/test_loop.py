@@ -275,7 +275,8 @@ def test_the_batch_of_a_loss_that_is_not_finite_is_kept_as_the_model_saw_it(tmp_
 
 
 def test_a_warning_keeps_one_checkpoint_with_all_losses_read_and_no_validation():
-    worker, asked, kept, looked = worker_of(tree("segmentation")), [], [], []
+    settings = {"steps": 6, "batch_size": 4, "log_every": 1}
+    worker, asked, kept, looked = worker_of(tree("segmentation", train=settings)), [], [], []
     tables = [rows(4, start=4 * i) for i in range(6)]
 
     def warned(step: int) -> bool:

@@ -124,7 +124,7 @@ RACER = """
 import os, sys, time
 from pipeline import storage
 roots, writer, start = sys.argv[1].split(), sys.argv[2], sys.argv[3]
-storage.list_files(roots[0]), storage.list_files(roots[1])  # connected before the race
+[storage.create_once(f"{root}/warm-{writer}", b"up") for root in roots]  # connected before the race
 print("ready", flush=True)
 while not os.path.exists(start):
     time.sleep(0.001)
@@ -153,6 +153,7 @@ def test_of_sixteen_processes_that_commit_one_wins_on_s3_and_on_a_local_folder(s
     finally:
         for racer in racers:
             racer.kill()
+            racer.communicate()
     won = {tuple(line.split()[1:]): writer for writer, text in enumerate(said) for line in text.splitlines()}
     assert sum(len(text.splitlines()) for text in said) == len(won) == 2 * 8, "one winner each"
     for (root, race), writer in won.items():

@@ -18,24 +18,29 @@ KEEP_EVERY = 2
 """Steps from one checkpoint to the next."""
 
 
-class Reader:
-    """A training worker without a model: what it has read so far, and what of it checkpoints hold."""
+def reader_class() -> type:
+    """Local, so that it travels by value."""
 
-    def __init__(self, shard: Any) -> None:
-        self.shard, self.rows, self.kept = shard, [], []
+    class Reader:
+        """A training worker without a model: what it has read so far, and what of it checkpoints hold."""
 
-    def read(self, pause_s: float) -> None:
-        """All of its share; a checkpoint of the rows used up to then every ``KEEP_EVERY`` steps."""
-        for step, batch in enumerate(self.shard.iter_batches(batch_size=BATCH, batch_format="pyarrow"), start=1):
-            assert batch.num_rows == BATCH, "a batch that is not full"
-            self.rows += zip(batch["position"].to_pylist(), batch["image_id"].to_pylist(), strict=True)
-            if step % KEEP_EVERY == 0:
-                self.kept.append((step, list(self.rows)))
-            time.sleep(pause_s)
+        def __init__(self, shard: Any) -> None:
+            self.shard, self.rows, self.kept = shard, [], []
 
-    def seen(self) -> tuple[list[Any], list[Any]]:
-        """(everything read, [(step, everything read up to then)])."""
-        return list(self.rows), list(self.kept)
+        def read(self, pause_s: float) -> None:
+            """All of its share; a checkpoint of the rows used up to then every ``KEEP_EVERY`` steps."""
+            for step, batch in enumerate(self.shard.iter_batches(batch_size=BATCH, batch_format="pyarrow"), start=1):
+                assert batch.num_rows == BATCH, "a batch that is not full"
+                self.rows += zip(batch["position"].to_pylist(), batch["image_id"].to_pylist(), strict=True)
+                if step % KEEP_EVERY == 0:
+                    self.kept.append((step, list(self.rows)))
+                time.sleep(pause_s)
+
+        def seen(self) -> tuple[list[Any], list[Any]]:
+            """(everything read, [(step, everything read up to then)])."""
+            return list(self.rows), list(self.kept)
+
+    return Reader
 
 
 def start(info: datasets.DatasetInfo, ledger: Ledger, workers: int, pause_s: float) -> tuple[list[Any], list[Any], int]:
@@ -45,7 +50,7 @@ def start(info: datasets.DatasetInfo, ledger: Ledger, workers: int, pause_s: flo
     rest = stream.plan_rest(ledger, EPOCHS * order.rows, BATCH * workers)
     columns = stream.training_columns("segmentation", info)
     shards = stream.dataset(order, rest, ledger, columns, BATCH, "").streaming_split(workers, equal=True)
-    actor: Any = ray.remote(num_cpus=0.5, max_concurrency=2)(Reader)
+    actor: Any = ray.remote(num_cpus=0.5, max_concurrency=2)(reader_class())
     readers = [actor.remote(shard) for shard in shards]
     return readers, [reader.read.remote(pause_s) for reader in readers], rest.steps
 
