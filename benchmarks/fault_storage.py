@@ -27,7 +27,8 @@ def whole_jobs(world: World, name: str, rules: list[Rule]) -> Counter[str]:
 def referenced(world: World, rules: list[Rule]) -> Counter[str]:
     """The same where the dataset only refers to its images, which prediction and training fetch one by one.
 
-    Then one image is missing, one forbidden and one never answers: rows of predictions and rejects of ingest say so.
+    Then one image is missing, one forbidden, one never answers and one has another bit: rows of predictions and
+    rejects of ingest say so, and verify names the last.
     """
     packed, data, out, found = (world.fresh(name) for name in ("packed", "data", "run", "predictions"))
     whole = run(world.folder, world.direct, *world.predict(packed, world.uri("data")))
@@ -39,10 +40,13 @@ def referenced(world: World, rules: list[Rule]) -> Counter[str]:
 
 def _told_apart(world: World, data: str) -> Counter[str]:
     wanted = {"image0003.png": "forbidden", "image0005.png": "timeout", "image0007.png": "missing"}
+    wanted["image0009.png"] = "corrupt"
     world.proxy.add(Rule("status", path="image0003", status=403, code="AccessDenied"))
     world.proxy.add(Rule("delay", path="image0005", seconds=60))
     gone = world.uri("source/images/image0007.png")
-    kept = storage.read_bytes(gone)
+    flipped = world.uri("source/images/image0009.png")
+    kept, whole = storage.read_bytes(gone), storage.read_bytes(flipped)
+    storage.write_bytes(flipped, whole[:99] + bytes([whole[99] ^ 4]) + whole[100:])
     filesystem, path = storage.arrow(gone)
     filesystem.delete_file(path)
     env, out, again = {**world.through, patience.VARIABLE: "5"}, world.fresh("predictions"), world.fresh("data")
@@ -51,9 +55,11 @@ def _told_apart(world: World, data: str) -> Counter[str]:
         run(world.folder, env, *world.ingest(again, "referenced=true", "max_reject_fraction=0.2")),
     ]
     world.proxy.clear()
+    ended.append(run(world.folder, world.direct, "verify", data))
     storage.write_bytes(gone, kept)
+    storage.write_bytes(flipped, whole)
     rows = {row["image_id"]: row["status"] for row in rows_of(out).to_pylist() if row["status"] != "ok"}
-    counts = tally(ended) + Counter(differ=int(rows != wanted))
+    counts = tally(ended) + Counter(differ=int(rows != wanted), unseen=int("image0009.png" not in ended[-1].said))
     # A file that is not there when ingest lists the images is none of its sources, and its mask has no image.
     said = {name.rsplit("/", 1)[-1]: reason for name, reason in _rejects(again).items()}
     del wanted["image0007.png"]
