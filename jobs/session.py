@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -12,6 +13,9 @@ from pipeline import patience
 from pipeline.errors import DoneError, root_input_error
 from pipeline.telemetry import Terminal, diverted
 
+THREADS_END_S = 3.0
+_OF_RAY_DATA = ("StreamingExecutor", "Prefetcher", "iter_threaded")
+"""Names of threads."""
 OBJECT_STORE_BYTES = 2 * 2**30
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -53,7 +57,15 @@ def ray_session(workers: int = 1) -> Iterator[None]:
     try:
         yield
     finally:
+        _let_finish()
         ray.shutdown()
+
+
+def _let_finish() -> None:
+    """Wait for Ray Data's threads: one that asks Ray after its end makes Ray end the process, before a word is said."""
+    for thread in threading.enumerate():
+        if thread.name.startswith(_OF_RAY_DATA) and thread is not threading.current_thread():
+            thread.join(THREADS_END_S)
 
 
 def run_job(verb: str, story: Callable[[Terminal], None]) -> int:

@@ -60,6 +60,7 @@ class BatchSize:
     def halve(self, pixels: int) -> None:
         """A batch of ``pixels`` did not fit."""
         self._limit, self.measured = min(self._limit, pixels / 2), True
+        log.warning("a batch of %d pixels did not fit into memory: at most %.0f from now on", pixels, self._limit)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -107,6 +107,8 @@ def _by_pillow(data: bytes) -> np.ndarray:
         pixels = _rgb(image)
     except DecodeError:
         raise
+    except MemoryError:  # perhaps no fault of the image
+        raise DecodeError("error", "MemoryError: the decoded image does not fit into this process's memory") from None
     except Exception as error:  # hostile bytes make decoders raise almost anything
         raise DecodeError("corrupt", f"image cannot be decoded: {_text(error)}") from None
     return np.ascontiguousarray(_upright(pixels, orientation))

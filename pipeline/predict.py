@@ -191,7 +191,14 @@ class Predictor:
 
     def _chunk(self, table: pa.Table, chunk: list[int], rows: Rows, meters: Meters | None) -> list[Exception]:
         """Fill the rows of one chunk; returns what the model raised for images that failed alone."""
-        batch, failures = self._collate(table.take(chunk))
+        try:
+            batch, failures = self._collate(table.take(chunk))
+        except MemoryError:
+            if len(chunk) == 1:
+                rows.fail(chunk[0], "error", "MemoryError: the decoded image does not fit into this process's memory")
+                return []
+            halves = (chunk[: len(chunk) // 2], chunk[len(chunk) // 2 :])
+            return [item for half in halves for item in self._chunk(table, half, rows, meters)]
         for at, reason, detail in failures:
             rows.fail(chunk[at], reason, detail)
         bad = {at for at, _, _ in failures}

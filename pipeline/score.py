@@ -18,7 +18,7 @@ import ray
 import ray.data
 import torch
 
-from pipeline import pools, predictions, storage, units
+from pipeline import pools, predictions, restarts, storage, units
 from pipeline.bundle import Bundle, open_bundle
 from pipeline.device import Compile, Precision
 from pipeline.errors import InputError
@@ -26,7 +26,7 @@ from pipeline.meters import Meters
 from pipeline.predict import Predictor, Purpose, task_of
 from pipeline.predictions import Attempt, UnitFile
 from pipeline.telemetry import NoSink, Progress, Sink
-from pipeline.unit_reader import Reader, read_stream, write_stream
+from pipeline.unit_reader import Reader, read_stream, without_image, write_stream
 from pipeline.units import Plan, Unit
 
 _READ_CPUS = 0.5
@@ -172,29 +172,34 @@ def _run(
     blocks = [pa.table({"unit": [unit.number], "spec": [_spec(unit)]}) for unit in todo]
     reader = Reader(plan.info.uri if plan.info is not None else "", plan.columns)
     out = (attempt.uri, attempt.name, attempt.digest) if attempt is not None else None
+    starts = restarts.start()
+    packed = ray.cloudpickle.dumps((Scorer, (bundle, wanted, out, starts)))  # pyright: ignore[reportAttributeAccessIssue]
     rows = (
         ray.data.from_arrow(blocks)
         .map_batches(reader, batch_size=1, batch_format="pyarrow", num_cpus=_READ_CPUS)
         .map_batches(
-            Scorer,
+            restarts.Guarded,
             batch_size=1,
             batch_format="pyarrow",
             compute=pool.strategy,
             num_cpus=pool.cpus,
             num_gpus=pool.gpus or None,
-            fn_constructor_args=(bundle, wanted, out),
+            fn_constructor_args=(packed, starts, restarts.MOST * pool.size),
         )
     )
+    found: Any = iter(rows.iter_rows())
     try:
-        for row in rows.iter_rows():
-            item = _from_row(row)
+        for row in found:
+            item = restarts.from_row(row)
             progress.advance(item.rows)
             yield item
     except Exception as error:
         pools.forget_frames(error)
         raise
     finally:
-        del rows
+        if hasattr(found, "close"):
+            found.close()  # or its threads ask Ray after the session has ended, upon which Ray ends this process
+        del rows, found
         gc.collect()
 
 
@@ -218,10 +223,10 @@ class Scorer:
     Wrong input travels to the driver in the row: Ray loses the type of what an actor raises.
     """
 
-    def __init__(self, bundle: Bundle, wanted: _Wanted, out: tuple[str, str, str] | None) -> None:
+    def __init__(self, bundle: Bundle, wanted: _Wanted, out: tuple[str, str, str] | None, starts: Any) -> None:
         torch.set_num_threads(wanted.options["threads"])
         pools.keep_memory()
-        self.wanted, self.out = wanted, out
+        self.wanted, self.out, self.starts = wanted, out, starts
         self.fault: str | None = None
         try:
             self.predictor = Predictor(bundle, **wanted.options)
@@ -233,19 +238,45 @@ class Scorer:
         unit, fault = batch["unit"][0].as_py(), self.fault or batch["fault"][0].as_py()
         nothing = UnitFile(unit, "", 0, 0, "", {}, 0.0)
         if fault is not None:
-            return _to_row(nothing, fault)
+            return restarts.to_row(nothing, fault)
         try:
             table = read_stream(batch["images"][0].as_buffer())
-            return _to_row(self._score(unit, table, json.loads(batch["files"][0].as_py())), "")
+            found = self._score(unit, table, json.loads(batch["files"][0].as_py()))
+            self.starts.done.remote(unit)
+            return restarts.to_row(found, "")
         except InputError as error:
-            return _to_row(nothing, str(error))
+            return restarts.to_row(nothing, str(error))
+
+    def _ask(self, table: pa.Table) -> tuple[pa.Table, Meters | None]:
+        if self.wanted.measure is None:
+            return self.predictor(table), None
+        return self.predictor.measure(table, self.wanted.measure)
+
+    def _survive(self, unit: int, table: pa.Table) -> tuple[pa.Table, Meters | None]:
+        """As ``_ask``; a unit whose process died before goes image by image, without those that it died of."""
+        count, culprits = ray.get(self.starts.begin.remote(unit))
+        if count > restarts.MOST + 2 * len(culprits):
+            first, last = (table["image_id"][row].as_py() for row in (0, -1))
+            raise InputError(
+                f"the process that predicted the images from '{first}' to '{last}' ended {count - 1} times, "
+                f"{restarts.ADVICE}"
+            )
+        if count < restarts.CAREFUL_FROM:
+            return self._ask(table)
+        rows, meters = [], None
+        for row in range(table.num_rows):
+            ray.get(self.starts.take.remote(unit, row))
+            one = table.slice(row, 1)
+            scored, counted = self._ask(without_image(one, restarts.CULPRIT) if row in culprits else one)
+            rows.append(scored)
+            if meters is not None and counted is not None:
+                meters.merge(counted)
+            meters = meters or counted
+        return pa.concat_tables(rows), meters
 
     def _score(self, unit: int, table: pa.Table, sources: list[str]) -> UnitFile:
-        if self.wanted.measure is None:
-            scored, state = self.predictor(table), b""
-        else:
-            scored, meters = self.predictor.measure(table, self.wanted.measure)
-            state = meters.to_bytes()
+        scored, meters = self._survive(unit, table)
+        state = b"" if meters is None else meters.to_bytes()
         if not scored["image_id"].equals(table["image_id"]):
             raise RuntimeError(f"unit {unit}: rows were lost, doubled or moved while they were predicted")
         if self.out is not None:
@@ -262,19 +293,6 @@ class Scorer:
 
 def _is_scalar(kind: pa.DataType) -> bool:
     return pa.types.is_string(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind)
-
-
-def _to_row(item: UnitFile, fault: str) -> pa.Table:
-    values = {**item.listed(), "uncertainty_sum": item.uncertainty_sum, "fault": fault, "metrics": item.metrics}
-    values |= {"statuses": json.dumps(item.statuses), "scalars": item.scalars}
-    return pa.table({key: [value] for key, value in values.items()})
-
-
-def _from_row(row: dict[str, Any]) -> UnitFile:
-    fault = row.pop("fault")
-    if fault:
-        raise InputError(fault)
-    return UnitFile(**{**row, "statuses": json.loads(row["statuses"])})
 
 
 def _merged(bundle: Bundle, finished: Sequence[UnitFile]) -> Meters:

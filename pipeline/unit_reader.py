@@ -49,6 +49,20 @@ class Reader:
         return pa.table({"unit": batch["unit"], "files": files, "images": images, "fault": faults})
 
 
+def without_image(table: pa.Table, error: str) -> pa.Table:
+    """The same rows, which could not be predicted for that reason."""
+    rows = table.num_rows
+    new = {
+        "image": pa.nulls(rows, pa.binary()),
+        "status": pa.array(["error"] * rows, pa.string()),
+        "error": pa.array([error] * rows, pa.string()),
+    }
+    for name, column in new.items():
+        table = table.drop_columns([name]) if name in table.column_names else table
+        table = table.append_column(name, column)
+    return table
+
+
 def write_stream(table: pa.Table, sink: pa.BufferOutputStream) -> None:
     """A table as an Arrow stream."""
     with pa.ipc.new_stream(sink, table.schema) as stream:

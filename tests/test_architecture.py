@@ -23,7 +23,7 @@ LAYERS = (
     ("framed",),
     ("stream", "meters", "rows"),
     ("predict", "predictions", "checkpoint", "recipe", "units", "unit_reader", "pools"),
-    ("feed",),
+    ("feed", "restarts"),
     ("loop",),
     ("train", "score"),
     ("evaluate", "calibrate", "verify"),
@@ -36,7 +36,7 @@ SIDEWAYS = {("schema", "errors"), ("config", "errors")}
 """``errors`` is what everything, its own layer too, raises."""
 
 RAY = {"telemetry", "datasets", "stream", "predictions", "pools", "train", "score", "evaluate", "calibrate", "ensemble"}
-RAY |= {"verify", "framed", "preflight"}
+RAY |= {"verify", "framed", "preflight", "restarts"}
 KORNIA = {"augment", "losses"}
 MAX_FILE_LINES = 320
 MAX_FUNCTION_LINES = 70

@@ -2,14 +2,19 @@
 
 import os
 import random
+import signal
 import time
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pytest
-from tiny import UNET, make_bundle, png
+from tiny import UNET, encode, make_bundle, png
 
 from benchmarks.fault_jobs import NOBODY, Job, run
-from pipeline import predictions, storage
+from pipeline import predictions, restarts, score, storage, units
+from pipeline.decode import decode
 
 IMAGES = 400
 
@@ -54,3 +59,45 @@ def finished(out: str) -> set[str]:
     """Unit files, whoever wrote them."""
     found = storage.list_files(out, (".parquet",)) if storage.exists(out) else []
     return {item.path for item in found if "/unit-" in item.path}
+
+
+def test_an_image_that_ends_its_process_costs_itself_alone(
+    ray_local: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for number in range(9):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        (tmp_path / f"images/{number}.png").write_bytes(
+            encode(np.full((24, 24, 3), 0 if number == 5 else 99, np.uint8))
+        )
+    model, real = make_bundle(tmp_path / "model", UNET), score.Scorer
+
+    class Dies(real):  # type: ignore[valid-type, misc]
+        """Breaks as a library breaks that is given what it was not made for."""
+
+        def _ask(self, table: pa.Table) -> Any:
+            if any(image and decode(image).max() == 0 for image in table["image"].to_pylist()):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super()._ask(table)
+
+    monkeypatch.setattr(score, "Scorer", Dies)
+    monkeypatch.setattr(units, "UNIT_ROWS", 4)
+    found = score.predict(model, str(tmp_path / "images"), str(tmp_path / "out"))
+    assert found["statuses"] == {"ok": 8, "error": 1}
+    rows = predictions.read(str(tmp_path / "out")).to_pylist()
+    assert [row["image_id"] for row in rows] == [f"{number}.png" for number in range(9)]
+    assert [row["error"] for row in rows if row["status"] == "error"] == [restarts.CULPRIT]
+
+
+def test_starts_and_culprits_are_counted():
+    starts = restarts.Starts()
+    assert [starts.begin(7)[0] for _ in range(3)] == [1, 2, 3]
+    starts.take(7, 1)
+    starts.take(7, 2)
+    assert starts.begin(7) == (4, []), "once may be anybody's fault"
+    starts.take(7, 2)
+    assert starts.begin(7) == (5, [2])
+    assert starts.begin(8) == (1, [])
+    assert [starts.born(), starts.born()] == [1, 2]
+    starts.done(7)
+    assert starts.begin(7) == (1, [])
+    assert starts.born() == 1

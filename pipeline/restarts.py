@@ -1,0 +1,112 @@
+"""What becomes of units whose process died: of a kill, of want of memory, of an image that breaks a library.
+
+Ray starts a dead actor again and gives it the same unit, for ever. So starts of units and of processes are counted:
+what dies again and again is predicted image by image, an image that ended two processes is left out and said so, and
+at last the job ends.
+"""
+
+import json
+import pickle
+from collections import Counter
+from typing import Any
+
+import pyarrow as pa
+import ray
+
+from pipeline.errors import InputError
+from pipeline.predictions.files import UnitFile
+
+CAREFUL_FROM = 3
+"""Start of a unit from which on its images are predicted one by one: the first deaths may be anybody's fault."""
+GUILTY = 2
+"""Deaths with the same image in hand that make it the culprit: other units of that process die with it."""
+MOST = 8
+"""Starts of a unit after which the job ends, and two more for every culprit in it."""
+ADVICE = (
+    "most likely for want of memory; give it more, run fewer actors, or lower the members' input.size or predict.tta"
+)
+CULPRIT = "the process that predicted this image ended, twice: out of memory, or a library that it breaks"
+
+
+class Starts:
+    """Counts, in an actor of its own that outlives those that it counts."""
+
+    def __init__(self) -> None:
+        self._starts: Counter[int] = Counter()
+        self._in_hand: dict[int, int] = {}
+        self._deaths: dict[int, Counter[int]] = {}
+        self._births = 0
+
+    def born(self) -> int:
+        """How many processes were started since a unit was last finished, this one included."""
+        self._births += 1
+        return self._births
+
+    def begin(self, unit: int) -> tuple[int, list[int]]:
+        """(how often the unit was started, this time included; its rows that ended a process ``GUILTY`` times)."""
+        self._starts[unit] += 1
+        row = self._in_hand.pop(unit, None)
+        if row is not None:
+            self._deaths.setdefault(unit, Counter())[row] += 1
+        deaths = self._deaths.get(unit, Counter())
+        return self._starts[unit], sorted(row for row, count in deaths.items() if count >= GUILTY)
+
+    def take(self, unit: int, row: int) -> None:
+        """That row is in hand now."""
+        self._in_hand[unit] = row
+
+    def done(self, unit: int) -> None:
+        """Forget the unit."""
+        self._births = 0
+        del self._starts[unit]
+        self._in_hand.pop(unit, None)
+        self._deaths.pop(unit, None)
+
+
+def start() -> Any:
+    """The actor; it lives as long as something refers to it."""
+    actor: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Starts)
+    return actor.remote()
+
+
+class Guarded:
+    """What Ray starts as an actor: counted before anything large is imported, then what ``packed`` makes.
+
+    Args:
+        packed: Pickled by this job: (class, arguments).
+        starts: The actor that counts.
+        most: Processes that may be started between one finished unit and the next.
+    """
+
+    def __init__(self, packed: bytes, starts: Any, most: int) -> None:
+        births: Any = ray.get(starts.born.remote())
+        self._inner: Any = None
+        self._fault = f"processes that hold the members were started {births} times in vain, {ADVICE}"
+        if births <= most:
+            make, args = pickle.loads(packed)
+            self._inner = make(*args)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """``batch`` is one row: a unit."""
+        if self._inner is None:
+            return to_row(UnitFile(batch["unit"][0].as_py(), "", 0, 0, "", {}, 0.0), self._fault)
+        return self._inner(batch)
+
+
+def to_row(item: UnitFile, fault: str) -> pa.Table:
+    """What the driver hears of a unit; a fault instead of a result: Ray loses the type of what an actor raises."""
+    values = {**item.listed(), "uncertainty_sum": item.uncertainty_sum, "fault": fault, "metrics": item.metrics}
+    values |= {"statuses": json.dumps(item.statuses), "scalars": item.scalars}
+    return pa.table({key: [value] for key, value in values.items()})
+
+
+def from_row(row: dict[str, Any]) -> UnitFile:
+    """And back.
+
+    Raises:
+        InputError: With the fault.
+    """
+    fault = row.pop("fault")
+    if fault:
+        raise InputError(fault)
+    return UnitFile(**{**row, "statuses": json.loads(row["statuses"])})
