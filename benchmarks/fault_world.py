@@ -17,6 +17,8 @@ from infra.local.s3_server import Server, environment, make_bucket
 from pipeline import checkpoint, datasets, predictions, storage
 
 CLASSES = ["background", "square"]
+NOISE = 0.02
+"""Of validation losses between runs: another worker's rows enter a step in another order of sums."""
 
 
 class World:
@@ -99,6 +101,12 @@ def losses(run_uri: str) -> dict[int, float]:
     newest = checkpoint.latest(f"{run_uri}/members/0")
     history = json.loads(storage.read_bytes(f"{newest}/progress.json"))["history"]
     return {row["step"]: row["val_loss"] for row in history if "val_loss" in row}
+
+
+def far_from(world: World, run_uri: str) -> float:
+    """Largest difference of a run's validation losses from those of the undisturbed one."""
+    found = losses(run_uri)
+    return max((abs(found.get(step, 9e9) - loss) for step, loss in world.losses.items()), default=9e9)
 
 
 def rows_of(uri: str) -> pa.Table:

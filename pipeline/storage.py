@@ -243,13 +243,6 @@ def make_folder(uri: str) -> None:
         Path(absolute(uri)).mkdir(parents=True, exist_ok=True)
 
 
-def delete_folder(uri: str) -> None:
-    """Delete a folder and all below it; a missing one is no error."""
-    filesystem, path = arrow(uri)
-    with contextlib.suppress(FileNotFoundError):
-        filesystem.delete_dir(path)
-
-
 def create_once(uri: str, data: bytes) -> bool:
     """Commit ``data`` at ``uri`` if nothing is there yet: the one commit primitive.
 

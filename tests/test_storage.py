@@ -160,15 +160,6 @@ def test_of_sixteen_processes_that_commit_one_wins_on_s3_and_on_a_local_folder(s
         assert storage.read_bytes(f"{root}/race-{race}") == f"writer {writer}".encode()
 
 
-def test_a_deleted_folder_is_gone_and_deleting_it_again_is_no_error(root: str):
-    for name in ("a/1", "a/b/2", "c"):
-        storage.write_bytes(storage.join(root, name), b"x")
-    storage.delete_folder(storage.join(root, "a"))
-    assert [row.path for row in storage.list_files(root)] == ["c"]
-    storage.delete_folder(storage.join(root, "a"))
-    storage.delete_folder(storage.join(root, "never"))
-
-
 def test_a_missing_object_is_classified_missing(root: str):
     with pytest.raises(OSError) as caught:  # noqa: PT011 - what it says differs by filesystem
         storage.read_bytes(storage.join(root, "none.jpg"))
