@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import multiprocessing
 import os
 import platform
 from collections.abc import Callable
@@ -108,3 +109,23 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def apart(work: Callable[..., None], *args: Any) -> Any:
+    """Run ``work(*args, pipe)`` in a fresh process; what it sends through the pipe.
+
+    Raises:
+        RuntimeError: It ended without.
+    """
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=work, args=(*args, there))
+    process.start()
+    there.close()
+    try:
+        return here.recv()
+    except EOFError:
+        process.join()
+        raise RuntimeError(f"{work.__name__} ended with exit code {process.exitcode}; see above") from None
+    finally:
+        process.join()

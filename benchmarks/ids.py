@@ -12,7 +12,6 @@ manifest and its lists weigh. ``lost`` and ``doubled`` count image_ids of what w
 
 import argparse
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -132,26 +131,6 @@ def job(model: str, data: str, out: str, limit: int, pipe: Any) -> None:
     pipe.send({**kept, "seconds": seconds, "peak_mb": peak[0] / 1e6, "before_mb": before / 1e6})
 
 
-def limited(model: str, data: str, out: str, limit: int) -> dict[str, Any]:
-    """Run the job.
-
-    Raises:
-        RuntimeError: It was killed.
-    """
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe(duplex=False)
-    process = context.Process(target=job, args=(model, data, out, limit, there))
-    process.start()
-    there.close()
-    try:
-        return here.recv()
-    except EOFError:
-        process.join()
-        raise RuntimeError(f"the driver ended with exit code {process.exitcode}: more than {limit} bytes?") from None
-    finally:
-        process.join()
-
-
 def count(out: str, shards: int, rows: int) -> dict[str, int]:
     """Image_ids that are not once in what was committed."""
     manifest = predictions.committed(out) or {"lists": []}
@@ -181,7 +160,7 @@ def measure(folder: Path, ids: int, args: argparse.Namespace) -> dict[str, Any]:
         began = time.perf_counter()
         finished = earlier_attempt(model, data, out)
         print(f"  {ids} ids: {finished} units finished before ({time.perf_counter() - began:.0f} s)", flush=True)
-    found = limited(model, data, out, int(args.limit * 2**30))
+    found = harness.apart(job, model, data, out, int(args.limit * 2**30))
     small = [path.stat().st_size for path in (folder / "out").glob("*.json")]
     lists = [path.stat().st_size for path in (folder / "out/_lists").glob("files-*")]
     return {"ids": ids, "shards": shards, **found, **count(out, shards, ids // shards), "manifest_kb": sum(small) / 1e3,

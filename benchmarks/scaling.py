@@ -16,7 +16,6 @@ what a larger dataset takes more than the next smaller one (``images/s more``).
 
 import argparse
 import json
-import multiprocessing
 import os
 import sys
 import tempfile
@@ -155,22 +154,6 @@ def work(uri: str, out: str, rows: int, pipe: Any) -> None:
     pipe.send(found)
 
 
-def apart(uri: str, out: str, rows: int) -> dict[str, dict[str, Any]]:
-    """Run ``work`` in a fresh process, which knows nothing of earlier sizes: job -> what was seen of it."""
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe(duplex=False)
-    process = context.Process(target=work, args=(uri, out, rows, there))
-    process.start()
-    there.close()
-    try:
-        return here.recv()
-    except EOFError:
-        process.join()
-        raise RuntimeError(f"jobs over {rows} images ended with exit code {process.exitcode}; see above") from None
-    finally:
-        process.join()
-
-
 def make_datasets(folder: Path, args: argparse.Namespace) -> dict[int, str]:
     """Factor -> URI of a dataset whose train split has that many times ``args.images``; the smaller in the larger."""
     count = args.images * SCALES[-1]
@@ -217,7 +200,7 @@ def measure(uris: dict[int, str], folder: Path, args: argparse.Namespace) -> dic
     def turn(scale: int) -> float:
         began, out = time.perf_counter(), folder / f"{scale}-{len(runs[scale])}"
         rows = scale * args.images
-        runs[scale].append(apart(uris[scale], str(out), rows))
+        runs[scale].append(harness.apart(work, uris[scale], str(out), rows))
         return rows / (time.perf_counter() - began)
 
     harness.in_turns({str(scale): partial(turn, scale) for scale in uris}, args.rounds)
