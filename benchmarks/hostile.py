@@ -150,12 +150,14 @@ def label(rng: random.Random, format: str, files: dict[str, bytes]) -> dict[str,
     """The label files with one of them broken."""
     name = rng.choice(sorted(files))
     data = files[name]
-    if format == "coco" and rng.random() < 0.7:
-        data = _broken_json(rng, json.loads(data))
-    elif format == "voc" and rng.random() < 0.7:
-        data = _broken_xml(rng, data)
+    other = rng.choice(list(files.values()))
+    if rng.random() < 0.7 and format in ("coco", "voc"):
+        try:
+            data = _broken_json(rng, json.loads(data)) if format == "coco" else _broken_xml(rng, data)
+        except (ValueError, IndexError, RecursionError):  # it was broken before
+            data = _bytes(rng, data, other)
     else:
-        data = _bytes(rng, data, rng.choice(list(files.values())))
+        data = _bytes(rng, data, other)
     return {**files, name: data}
 
 

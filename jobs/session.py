@@ -3,6 +3,8 @@
 import contextlib
 import logging
 import os
+import subprocess
+import sys
 import threading
 import time
 import traceback
@@ -68,6 +70,26 @@ def _let_finish() -> None:
             thread.join(THREADS_END_S)
 
 
+@contextlib.contextmanager
+def _last_word(verb: str, log: Path) -> Iterator[None]:
+    """Somebody who speaks for this process if it ends without a word: Ray ends a driver whose raylet died."""
+    text = (
+        f"dubito {verb}: ended from outside (Ray on this machine died, or a signal came); the same command goes on "
+        f"(train and ensemble: --resume); the story so far is in {log}\n"
+    )
+    speaker = subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", _SPEAK, text], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        yield
+    finally:
+        speaker.communicate(b"done")
+
+
+_SPEAK = "import sys; sys.stdin.buffer.read() == b'done' or sys.stderr.write(sys.argv[1])"
+
+
 def run_job(verb: str, story: Callable[[Terminal], None]) -> int:
     """Run a job's story; returns its exit code.
 
@@ -75,7 +97,7 @@ def run_job(verb: str, story: Callable[[Terminal], None]) -> int:
     """
     log = Path("runs") / "logs" / f"{verb}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
     patience.expect_an_answer_soon()
-    with diverted(log) as terminal:
+    with _last_word(verb, log), diverted(log) as terminal:
         try:
             story(terminal)
             return 0

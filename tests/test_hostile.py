@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from benchmarks import hostile
+from benchmarks import guided, hostile
 from pipeline.decode import DecodeError, decode
 from pipeline.formats import coco
 
@@ -57,6 +57,16 @@ def test_mutated_labels_become_a_row_a_reject_or_a_sentence(tmp_path: Path, form
     assert words["row"] > 100
     assert not words["refused at length"]
     assert words.total() - words["row"] > 20
+
+
+@pytest.mark.parametrize("what", ["decoder", *sorted(hostile.CLASSES)])
+@pytest.mark.parametrize("seconds", [6, pytest.param(60, marks=pytest.mark.long)])
+def test_what_reaches_new_lines_is_broken_further(what: str, seconds: float):
+    found = guided.images(seconds) if what == "decoder" else guided.labels(what, seconds)
+    assert found["crashes"] == []
+    assert found["inputs"] > 10
+    assert found["kept"] > 0, "nothing new was reached: is it looked at?"
+    assert found["slowest_s"] < guided.SLOW_S
 
 
 def test_a_jpeg_of_a_thousand_scans_is_refused_at_once():

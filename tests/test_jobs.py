@@ -1,6 +1,7 @@
 """The command line: exit codes, one sentence for wrong input, no traceback, nothing twice."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -107,3 +108,22 @@ def test_help_names_every_verb_and_starts_nothing():
         assert verb in said.stdout
     assert " ray" not in said.stderr
     assert " torch" not in said.stderr
+
+
+LAST = """
+import os, sys
+from jobs.session import run_job
+sys.exit(run_job("predict", lambda terminal: os._exit(1) if sys.argv[1] == "dies" else terminal.say("done")))
+"""
+
+
+@pytest.mark.parametrize("how", ["dies", "ends"])
+def test_a_process_that_ends_without_a_word_is_spoken_for(tmp_path: Path, how: str):
+    root = str(Path(__file__).resolve().parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", LAST, how], cwd=tmp_path, env={**os.environ, "PYTHONPATH": root},
+        text=True, capture_output=True, check=False,
+    )  # fmt: skip
+    said = "dubito predict: ended from outside (Ray on this machine died, or a signal came); the same command goes on"
+    assert (done.returncode == 1, done.stderr.startswith(said)) == (how == "dies", how == "dies")
+    assert how == "dies" or (done.stdout, done.stderr) == ("done\n", "")
