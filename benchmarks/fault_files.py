@@ -42,14 +42,14 @@ def _fine(format: str, images: Path, labels: Path) -> str:
 
 
 def read(work: Callable[..., None], plans: list[tuple[Any, ...]], limit_s: float = 600) -> Counter[str]:
-    """Each plan in a process of its own; one that dies is a crash, one that is not done in time a hang."""
+    """Each plan in a process of its own, side by side; one that dies is a crash, one not done in time a hang."""
     context, words = multiprocessing.get_context("spawn"), Counter[str]()
-    died = hung = 0
+    died, hung, running, deadline = 0, 0, [], time.monotonic() + limit_s
     for plan in plans:
         out = context.Queue()
-        process = context.Process(target=work, args=(*plan, out))
-        process.start()
-        deadline = time.monotonic() + limit_s
+        running.append((context.Process(target=work, args=(*plan, out)), out))
+        running[-1][0].start()
+    for process, out in running:
         while process.is_alive() and out.empty() and time.monotonic() < deadline:
             time.sleep(0.1)
         if process.is_alive() and out.empty():

@@ -19,6 +19,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,8 @@ def constant(value: Any, rows: int, kind: pa.DataType) -> pa.Array:
     return pa.array([value], kind).take(pa.array([0] * rows))
 
 
-def write_shard(work: tuple[str, int, int]) -> dict[str, Any]:
-    """One shard of referenced rows; its entry in dataset.json."""
+def write_shard(work: tuple[str, int, int], group: int = GROUP) -> dict[str, Any]:
+    """One shard of referenced rows, in row groups of so many; its entry in dataset.json."""
     folder, number, rows = work
     ids = ids_of(number, rows)
     table = nulls(
@@ -65,16 +66,17 @@ def write_shard(work: tuple[str, int, int]) -> dict[str, Any]:
         height=constant(64, rows, pa.int32()), width=constant(64, rows, pa.int32()),
     )  # fmt: skip
     path = f"data/test-{number:05d}.parquet"
-    pq.write_table(table, f"{folder}/{path}", row_group_size=GROUP, write_page_checksum=True)
-    groups = [[min(GROUP, rows - at), 1000 * min(GROUP, rows - at)] for at in range(0, rows, GROUP)]
+    pq.write_table(table, f"{folder}/{path}", row_group_size=group, write_page_checksum=True)
+    groups = [[min(group, rows - at), 1000 * min(group, rows - at)] for at in range(0, rows, group)]
     return {"path": path, "split": "test", "size": 0, "sha256": "", "rows": rows, "row_groups": groups}
 
 
-def write_dataset(folder: Path, ids: int, shards: int) -> str:
-    """A dataset of so many rows; its URI. Ray must be running."""
+def write_dataset(folder: Path, ids: int, shards: int, group: int = GROUP) -> str:
+    """A dataset of so many rows, in row groups of ``group``; its URI. Ray must be running."""
     (folder / "data").mkdir(parents=True)
     each = ids // shards
-    files = list(pools.in_tasks(write_shard, [(str(folder), number, each) for number in range(shards)]))
+    work = partial(write_shard, group=group)
+    files = list(pools.in_tasks(work, [(str(folder), number, each) for number in range(shards)]))
     meta = {
         "schema_version": schema.SCHEMA_VERSION, "name": "ids", "classes": ["thing", "background"], "background": 1,
         "tasks": [], "counts": {"test": {"images": each * shards}}, "fingerprint": f"{ids} ids", "statistics": {},

@@ -126,8 +126,8 @@ def predict_once(uri: str, out: str, rows: int) -> None:
     assert result["statuses"] == {"ok": rows}, result["statuses"]
 
 
-def tiny_bundle(folder: Path) -> str:
-    """One member with random weights; its URI."""
+def tiny_bundle(folder: Path, predict: dict[str, Any] | None = None) -> str:
+    """One member with random weights; its URI. ``predict``: settings of its predictions."""
     folder.mkdir(parents=True)
     torch.manual_seed(0)
     settings = models.parse(MODEL, "benchmark")
@@ -135,6 +135,7 @@ def tiny_bundle(folder: Path) -> str:
     manifest = {
         "task": settings.task, "model": models.describe(settings), "classes": ["thing", "background"], "background": 1,
         "input": {"size": [SIDE, SIDE], "fit": "stretch", "mean": [0.5] * 3, "std": [0.25] * 3},
+        "predict": predict or {},
     }  # fmt: skip
     return bundle.write(str(folder / "bundle"), manifest, [folder / "0.safetensors"]).uri
 

@@ -1,13 +1,13 @@
 """``dubito calibrate``: what a bundle's doubt is worth, from the calibration split; a new bundle, the same weights."""
 
 from jobs.session import ray_session, run_job
-from pipeline.telemetry import Terminal
+from pipeline.telemetry import Voice
 
 
 def run(bundle: str, data: str, out: str, kind: str, risk: float | None, delta: float, sets: list[str]) -> int:
     """Run the job; returns the exit code."""
 
-    def story(terminal: Terminal) -> None:
+    def story(terminal: Voice) -> None:
         from pipeline import bundle as bundles
         from pipeline.config import merge, parse_sets
         from pipeline.recipe import CalibrateSettings

@@ -1,8 +1,11 @@
 """The command line: ``dubito <verb>``. Each verb is one module of this package, imported when it is called."""
 
+import functools
 import importlib
+import inspect
 import sys
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -12,49 +15,90 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="From a bucket of images to models that say what they see, where it is, and when they are wrong.",
 )
+jobs = typer.Typer(no_args_is_help=True, help="What a cluster runs and ran: list, follow, stop.")
+app.add_typer(jobs, name="jobs")
+registry = typer.Typer(no_args_is_help=True, help="Champions: list, show, promote, rollback.")
+app.add_typer(registry, name="registry")
 
 Sets = Annotated[list[str], typer.Option("--set", metavar="a.b=c", help="Override one setting; repeatable.")]
 Uri = Annotated[str, typer.Option(metavar="URI", help="A path, file:// or s3:// URI.")]
+Address = Annotated[
+    str, typer.Option(metavar="URL", envvar="RAY_API_SERVER_ADDRESS", help="Of the cluster's dashboard.")
+]
 
 
-def _run(verb: str, **options: object) -> None:
-    raise typer.Exit(importlib.import_module(f"jobs.{verb}").run(**options))
+def _on_cluster(
+    submit: Annotated[
+        str,
+        typer.Option(metavar="URL", help="Run on the Ray cluster whose dashboard answers there, and follow it."),
+    ] = "",
+    job: Annotated[str, typer.Option(metavar="ID", help="The job's name: the same one twice is one run.")] = "",
+    environment: Annotated[
+        Literal["check", "install", "any"],
+        typer.Option(help="Versions other than constraints.txt's: refuse them, let Ray install, or take them."),
+    ] = "check",
+    driver_cpus: Annotated[float, typer.Option(min=0, help="CPUs for the job's own process; 0: on the head.")] = 0.0,
+    detach: Annotated[bool, typer.Option("--detach", help="Do not follow.")] = False,
+) -> None:
+    """Only the signature counts: the options of every verb that a cluster can run."""
 
 
-@app.command()
+_CLUSTER = [
+    parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+    for parameter in inspect.signature(_on_cluster).parameters.values()
+]
+for _parameter in _CLUSTER:
+    _parameter.annotation.__metadata__[0].rich_help_panel = "On a cluster"
+
+
+def verb(function: Callable[..., None]) -> Callable[..., None]:
+    """Make a command of a function whose signature and docstring say it all; its module's ``run`` does the work.
+
+    With ``--submit`` the same command runs on a cluster.
+    """
+    own = inspect.signature(function)
+
+    @functools.wraps(function)
+    def command(ctx: typer.Context, **options: Any) -> None:
+        where = {parameter.name: options.pop(parameter.name) for parameter in _CLUSTER}
+        if not where["submit"]:
+            given = next((name for name in ("job", "detach") if where[name]), None)
+            if given:
+                raise typer.BadParameter(f"--{given} is of no use without --submit URL")
+            raise typer.Exit(importlib.import_module(f"jobs.{function.__name__}").run(**options))
+        raise typer.Exit(importlib.import_module("jobs.submit").of_command(ctx.command, options, **where))
+
+    context = inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
+    given = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in own.parameters.values()]
+    command.__signature__ = own.replace(parameters=[context, *given, *_CLUSTER])  # type: ignore[attr-defined]
+    return app.command()(command)
+
+
+@verb
 def ingest(
     format: Annotated[str, typer.Option(help="voc, coco, masks, instances or demo.")],
     out: Uri,
     images: Annotated[str, typer.Option(metavar="URI", help="Folder of images.")] = "",
     labels: Annotated[str, typer.Option(metavar="URI", help="Folder (coco: JSON file) of labels.")] = "",
     classes: Annotated[str, typer.Option(help="Class names in the order of their labels: a,b,c")] = "",
-    splits: Annotated[str, typer.Option(help="JSON file {split: [names]}, or a folder of <split>.txt lists.")] = "",
+    splits: Annotated[
+        str, typer.Option(metavar="URI", help="JSON file {split: [names]}, or a folder of <split>.txt lists.")
+    ] = "",
     sets: Sets = [],  # noqa: B006 (typer wants a list)
 ) -> None:
     """Turn images and labels into a dataset: Parquet shards, rejects, dataset.json."""
-    _run(
-        "ingest",
-        format=format,
-        images=images,
-        labels=labels,
-        out=out,
-        classes=classes,
-        splits=splits,
-        sets=sets,
-    )
 
 
-@app.command()
+@verb
 def train(
     config: Annotated[str, typer.Argument(metavar="CONFIG.yaml", help="Settings; see jobs/configs/.")],
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run.")] = False,
     sets: Sets = [],  # noqa: B006
 ) -> None:
     """Train one model; writes OUT/bundle."""
-    _run("train", config=config, resume=resume, sets=sets)
 
 
-@app.command()
+@verb
 def ensemble(
     config: Annotated[str, typer.Argument(metavar="CONFIG.yaml", help="Settings; see jobs/configs/.")],
     members: Annotated[int, typer.Option(min=1, help="Models that differ by seed.")] = 5,
@@ -62,10 +106,9 @@ def ensemble(
     sets: Sets = [],  # noqa: B006
 ) -> None:
     """Train M members side by side into one bundle; writes OUT/bundle."""
-    _run("ensemble", config=config, members=members, resume=resume, sets=sets)
 
 
-@app.command()
+@verb
 def evaluate(
     bundle: Uri,
     data: Uri,
@@ -77,18 +120,9 @@ def evaluate(
     shift_split: Annotated[str, typer.Option(help="Only this split of the shift data.")] = "",
 ) -> None:
     """Score a labelled split; write the metrics of the pool and of every member, and plots."""
-    _run(
-        "evaluate",
-        bundle=bundle,
-        data=data,
-        split=split,
-        out=out,
-        shift_data=shift_data,
-        shift_split=shift_split,
-    )
 
 
-@app.command()
+@verb
 def calibrate(
     bundle: Uri,
     data: Annotated[str, typer.Option(metavar="URI", help="A dataset with a calibration split.")],
@@ -104,10 +138,9 @@ def calibrate(
     ] = [],  # noqa: B006
 ) -> None:
     """Fit calibration and review threshold on the calibration split; write a new bundle of the same weights."""
-    _run("calibrate", bundle=bundle, data=data, out=out, kind=kind, risk=risk, delta=delta, sets=sets)
 
 
-@app.command()
+@verb
 def join(
     bundles: Annotated[list[str], typer.Option("--bundle", metavar="URI", help="A bundle; give it twice or more.")],
     out: Annotated[str, typer.Option(metavar="URI", help="Where the joined bundle goes.")],
@@ -122,10 +155,9 @@ def join(
     ] = [],  # noqa: B006
 ) -> None:
     """Make one ensemble of the members of several bundles, of unlike models too."""
-    _run("join", bundles=bundles, out=out, data=data, risk=risk, delta=delta, sets=sets)
 
 
-@app.command()
+@verb
 def predict(
     bundle: Uri,
     data: Annotated[str, typer.Option(metavar="URI", help="A dataset, or a folder of images.")],
@@ -133,15 +165,27 @@ def predict(
     split: Annotated[str, typer.Option(help="Only this split of a dataset.")] = "",
 ) -> None:
     """Write predictions and uncertainty as Parquet, one row an image."""
-    _run("predict", bundle=bundle, data=data, out=out, split=split)
 
 
-@app.command()
+@verb
 def verify(
     uri: Annotated[str, typer.Argument(metavar="URI", help="A dataset, a bundle, or a folder of predictions.")],
 ) -> None:
     """Read every committed file and compare it with its digest; damage is listed, exit code 2."""
-    _run("verify", uri=uri)
+
+
+@verb
+def retrain(
+    config: Annotated[str, typer.Argument(metavar="CONFIG.yaml", help="See jobs/configs/retrain.yaml.")],
+    force: Annotated[
+        bool, typer.Option("--force", help="Train a challenger without a reason; it is judged all the same.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
+    every: Annotated[str, typer.Option(metavar="6h", help="Stay, and do it every so often: 30m, 6h, 1d.")] = "",
+    cron: Annotated[str, typer.Option(metavar="'0 3 * * *'", help="Stay, and do it when cron would (UTC).")] = "",
+    sets: Sets = [],  # noqa: B006
+) -> None:
+    """New labelled data? Train a challenger, judge it beside the champion, promote it or not."""
 
 
 @app.command()
@@ -149,12 +193,61 @@ def demo(
     out: Annotated[str, typer.Option(metavar="URI", help="Folder to write.")] = "runs/demo",
 ) -> None:
     """The whole path on generated images: data, two ensembles, predictions, doubt, in minutes."""
-    _run("demo", out=out)
+    raise typer.Exit(importlib.import_module("jobs.demo").run(out=out))
 
 
-def main(verb: str | None = None) -> None:
-    """Entry point of ``dubito``; with ``verb``, of ``python -m jobs.<verb>``."""
-    app(args=[verb, *sys.argv[1:]] if verb else None)
+Registry = Annotated[str, typer.Option(metavar="URI", envvar="DUBITO_REGISTRY", help="Of the registry.")]
+
+
+@registry.command("list")
+def list_models(registry: Registry) -> None:
+    """Every model's champion."""
+    raise typer.Exit(importlib.import_module("jobs.registry").show_all(registry))
+
+
+@registry.command("show")
+def show_model(name: str, registry: Registry) -> None:
+    """All champions of a model, and what was decided."""
+    raise typer.Exit(importlib.import_module("jobs.registry").show(registry, name))
+
+
+@registry.command()
+def promote(name: str, bundle: Annotated[str, typer.Argument(metavar="URI")], registry: Registry) -> None:
+    """Make a bundle champion by hand, unjudged."""
+    raise typer.Exit(importlib.import_module("jobs.registry").promote(registry, name, bundle))
+
+
+@registry.command()
+def rollback(
+    name: str,
+    registry: Registry,
+    to: Annotated[int | None, typer.Option(help="Number of the entry; the last other one without.")] = None,
+) -> None:
+    """Make an earlier champion's bundle champion again."""
+    raise typer.Exit(importlib.import_module("jobs.registry").rollback(registry, name, to))
+
+
+@jobs.command("list")
+def list_jobs(address: Address) -> None:
+    """The cluster's jobs, the newest first."""
+    raise typer.Exit(importlib.import_module("jobs.remote").show(address))
+
+
+@jobs.command()
+def follow(job: Annotated[str, typer.Argument(metavar="ID")], address: Address) -> None:
+    """Show what a job says, from its beginning, until it ends; Ctrl-C detaches."""
+    raise typer.Exit(importlib.import_module("jobs.remote").follow(job, address))
+
+
+@jobs.command()
+def stop(job: Annotated[str, typer.Argument(metavar="ID")], address: Address) -> None:
+    """Stop a job. What it has committed stays, and the same command goes on from there."""
+    raise typer.Exit(importlib.import_module("jobs.remote").stop(job, address))
+
+
+def main(name: str | None = None) -> None:
+    """Entry point of ``dubito``; with ``name``, of ``python -m jobs.<name>``."""
+    app(args=[name, *sys.argv[1:]] if name else None)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.session import ray_session, run_job
-from pipeline.telemetry import Terminal
+from pipeline.telemetry import Voice
 
 MEMBERS = 2
 SEED = 1
@@ -18,7 +18,7 @@ TASKS = {"segmentation": "demo.yaml", "detection": "demo_detection.yaml"}
 def run(out: str) -> int:
     """Run the job; returns the exit code."""
 
-    def story(terminal: Terminal) -> None:
+    def story(terminal: Voice) -> None:
         from pipeline import storage
 
         root, began = storage.absolute(out), time.monotonic()
@@ -39,7 +39,7 @@ def run(out: str) -> int:
     return run_job("demo", story)
 
 
-def _data(root: str, terminal: Terminal) -> None:
+def _data(root: str, terminal: Voice) -> None:
     from pipeline import datasets, storage
 
     for name, options in (("data", {}), ("shifted", {"shifted": True, "images": 150})):
@@ -48,7 +48,7 @@ def _data(root: str, terminal: Terminal) -> None:
         datasets.ingest("demo", None, None, storage.join(root, name), options=options, sink=terminal)
 
 
-def _task(root: str, task: str, terminal: Terminal) -> dict[str, Any]:
+def _task(root: str, task: str, terminal: Voice) -> dict[str, Any]:
     """Two members, their bundle, predictions and metrics on the test split and on the shifted images."""
     import contextlib
 
@@ -85,7 +85,7 @@ def _task(root: str, task: str, terminal: Terminal) -> dict[str, Any]:
     return {key: found[key] for key in [*keys, "uncertainty_test", "uncertainty_shifted", "shift_auroc"]}
 
 
-def _table(summary: dict[str, Any], terminal: Terminal) -> None:
+def _table(summary: dict[str, Any], terminal: Voice) -> None:
     seg, det = summary["segmentation"], summary["detection"]
     members = ", ".join(f"{value:.4f}" for value in seg["nll_members"])
     rows = [

@@ -1,13 +1,13 @@
 """``dubito ensemble``: fit M members that differ by seed; one bundle."""
 
 from jobs.session import ray_session, run_job
-from pipeline.telemetry import Terminal
+from pipeline.telemetry import Voice
 
 
 def run(config: str, members: int, resume: bool, sets: list[str], verb: str = "ensemble") -> int:
     """Run the job; returns the exit code."""
 
-    def story(terminal: Terminal) -> None:
+    def story(terminal: Voice) -> None:
         from pipeline.config import load
         from pipeline.recipe import TrainConfig
 

@@ -3,13 +3,13 @@
 import json
 
 from jobs.session import ray_session, run_job
-from pipeline.telemetry import Terminal
+from pipeline.telemetry import Voice
 
 
 def run(bundle: str, data: str, split: str, out: str, shift_data: str = "", shift_split: str = "") -> int:
     """Run the job; returns the exit code."""
 
-    def story(terminal: Terminal) -> None:
+    def story(terminal: Voice) -> None:
         from pipeline import storage
         from pipeline.bundle import open_bundle
         from pipeline.datasets import open_dataset

@@ -3,13 +3,13 @@
 from typing import Any
 
 from jobs.session import ray_session, run_job
-from pipeline.telemetry import Terminal
+from pipeline.telemetry import Voice
 
 
 def run(format: str, images: str, labels: str, out: str, classes: str, splits: str, sets: list[str]) -> int:
     """Run the job; returns the exit code."""
 
-    def story(terminal: Terminal) -> None:
+    def story(terminal: Voice) -> None:
         from pipeline.config import parse_sets
         from pipeline.storage import absolute
 

@@ -1,13 +1,13 @@
 """``dubito join``: one ensemble of the members of several bundles."""
 
 from jobs.session import ray_session, run_job
-from pipeline.telemetry import Terminal
+from pipeline.telemetry import Voice
 
 
 def run(bundles: list[str], out: str, data: str, risk: float | None, delta: float, sets: list[str]) -> int:
     """Run the job; returns the exit code."""
 
-    def story(terminal: Terminal) -> None:
+    def story(terminal: Voice) -> None:
         from pipeline import bundle
         from pipeline.config import merge, parse_sets
         from pipeline.errors import InputError

@@ -11,22 +11,27 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from pipeline import patience
+from jobs import pins
+from pipeline import gauges, patience
 from pipeline.errors import DoneError, root_input_error
-from pipeline.telemetry import Terminal, diverted
+from pipeline.lines import run_of, voice
+from pipeline.telemetry import Voice, diverted
 
 THREADS_END_S = 3.0
 _OF_RAY_DATA = ("StreamingExecutor", "Prefetcher", "iter_threaded")
 """Names of threads."""
 OBJECT_STORE_BYTES = 2 * 2**30
-QUIET = {
+DEFAULTS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
+    # Ray Train takes one report a look, every 2 s by itself: each validation of a short run would cost that.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TOKENIZERS_PARALLELISM": "false",
 }
+"""Environment variables of a job, where it has no others."""
 
 
 @contextlib.contextmanager
@@ -36,7 +41,7 @@ def ray_session(workers: int = 1) -> Iterator[None]:
     The local one counts two logical CPUs a core: its stages wait for one another more than they compute,
     and consumers that hold every CPU would starve Ray Data.
     """
-    for key, value in QUIET.items():
+    for key, value in DEFAULTS.items():
         os.environ.setdefault(key, value)
     import ray
 
@@ -49,6 +54,7 @@ def ray_session(workers: int = 1) -> Iterator[None]:
         cpus = max(2 * (os.cpu_count() or 1), 4, workers + 2)
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         ray.init(
+            address="local",  # not a cluster that somebody else started on this machine
             num_cpus=cpus,
             include_dashboard=False,
             log_to_driver=False,
@@ -90,31 +96,32 @@ def _last_word(verb: str, log: Path) -> Iterator[None]:
 _SPEAK = "import sys; sys.stdin.buffer.read() == b'done' or sys.stderr.write(sys.argv[1])"
 
 
-def run_job(verb: str, story: Callable[[Terminal], None]) -> int:
+def run_job(verb: str, story: Callable[[Voice], int | None], here: bool = True) -> int:
     """Run a job's story; returns its exit code.
 
-    0 done (or done already) · 1 the machine failed: where the log is · 2 wrong input: one sentence.
+    0 done (or done already, or what the story returns) · 1 the machine failed: where the log is · 2 wrong input: one
+    sentence. ``here``: the work is done by this machine, not by a cluster that goes on without it.
     """
     log = Path("runs") / "logs" / f"{verb}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
     patience.expect_an_answer_soon()
-    with _last_word(verb, log), diverted(log) as terminal:
+    gauges.name(verb, run_of(log))
+    with _last_word(verb, log) if here else contextlib.nullcontext(), diverted(log, voice(verb)) as terminal:
         try:
-            story(terminal)
-            return 0
+            pins.check()
+            return story(terminal) or 0
         except DoneError as done:
             terminal.close()
             terminal.say(str(done))
             return 0
         except KeyboardInterrupt:
-            terminal.fail(f"dubito {verb}: interrupted; the same command goes on (train and ensemble: --resume)")
+            goes_on = "; the same command goes on (train and ensemble: --resume)" if here else ""
+            terminal.fail(f"dubito {verb}: interrupted{goes_on}")
             return 130
         except Exception as error:
             wrong = root_input_error(error)
             if wrong is not None:
                 terminal.fail(f"dubito {verb}: {wrong}")
                 return 2
-            with log.open("a") as file:
-                traceback.print_exc(file=file)
             first = " ".join(str(error).split())[:200]
-            terminal.fail(f"dubito {verb}: {type(error).__name__}: {first}; the whole story is in {log}")
+            terminal.fail(f"dubito {verb}: {type(error).__name__}: {first}", traceback.format_exc())
             return 1

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from pipeline import __version__, models, seal, storage
 from pipeline.errors import InputError, nearest
-from pipeline.schema import PREDICTIONS, SCHEMA_VERSION
+from pipeline.schema import BUNDLE_JSON, PREDICTIONS, SCHEMA_VERSION
 
-MANIFEST = "manifest.json"
 _REQUIRED = ("schema_version", "task", "model", "classes", "background", "input", "files")
 _OPTIONAL = {
     "seeds": [],
+    "failed": [],
     "data": {},
     "metrics": {},
     "calibration": None,
@@ -134,7 +134,7 @@ def stage(uri: str, manifest: Mapping[str, Any], members: Sequence[Path | str]) 
         files[member_path(k)] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     versions = {"schema_version": SCHEMA_VERSION, "code_version": __version__}
     whole = {**_OPTIONAL, **versions, **manifest, "files": files}
-    if storage.exists(storage.join(uri, MANIFEST)):
+    if storage.exists(storage.join(uri, BUNDLE_JSON)):
         if open_bundle(uri).manifest["files"] != files:
             raise _another(uri)
     else:
@@ -196,7 +196,7 @@ def commit(bundle: Bundle) -> Bundle:
     Raises:
         InputError: Another bundle is there already.
     """
-    target, content = storage.join(bundle.uri, MANIFEST), _content(bundle.manifest)
+    target, content = storage.join(bundle.uri, BUNDLE_JSON), _content(bundle.manifest)
     if not storage.create_once(target, content) and storage.read_bytes(target) != content:
         raise _another(bundle.uri)
     return open_bundle(bundle.uri)
@@ -226,7 +226,7 @@ def open_bundle(uri: str, task: str | None = None) -> Bundle:
         InputError: No bundle there, one that this version cannot read, or a bundle of another task.
     """
     uri = storage.absolute(uri)
-    target = storage.join(uri, MANIFEST)
+    target = storage.join(uri, BUNDLE_JSON)
     content = storage.read_text(target, "bundle manifest").encode()
     try:
         manifest = json.loads(content)

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from pipeline import manifest, preflight, schema, seal, shards, storage
+from pipeline import gauges, manifest, preflight, schema, seal, shards, storage
 from pipeline import splits as splitting
 from pipeline.config import first_difference
 from pipeline.errors import InputError, nearest
 from pipeline.formats import FORMATS
-from pipeline.formats.base import Context, Index, IngestSettings
+from pipeline.formats.base import Context, Index, IngestSettings, Reject
 from pipeline.shard_reader import RowGroup
 from pipeline.telemetry import NoSink, Progress, Sink
 
@@ -222,7 +222,7 @@ def _build(
     sums: dict[str, shards.Sums] = {}
     digests: list[tuple[str, str, str, str | None]] = []
     files: list[dict[str, Any]] = []
-    for plan_uri, written in _run(plans, index.context):
+    for plan_uri, written in _counted(_run(plans, index.context), rejects):
         progress.advance(written.sources)
         rejects.extend(written.rejects)
         if written.file is not None:
@@ -257,6 +257,20 @@ def _build(
         "source": source,
         "files": files,
     }
+
+
+def _counted(
+    made: Iterator[tuple[str, shards.Written]], rejects: Sequence[Reject]
+) -> Iterator[tuple[str, shards.Written]]:
+    """The same shards, counted for those who watch, as are ``rejects`` of before."""
+    with gauges.running(gauges.source("ingest")) as told:
+        for item in rejects:
+            told.count("dubito_rejects_total", 1, item.reason)
+        for uri, written in made:
+            told.count("dubito_images_total", len(written.digests), "ok")
+            for item in written.rejects:
+                told.count("dubito_rejects_total", 1, item.reason)
+            yield uri, written
 
 
 def _run(plans: list[shards.Plan], context: Context) -> Iterator[tuple[str, shards.Written]]:

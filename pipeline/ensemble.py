@@ -5,22 +5,30 @@ A single model is an ensemble of one: ``dubito train`` runs the same code with M
 
 import json
 import os
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import ray
 
-from pipeline import __version__, bundle, calibrate, models, storage, telemetry, train
+from pipeline import __version__, bundle, calibrate, gauges, models, storage, telemetry, train
 from pipeline.config import first_difference
 from pipeline.datasets import DatasetInfo, open_dataset, row_groups
-from pipeline.errors import DoneError, InputError
+from pipeline.errors import DoneError, InputError, root_input_error
 from pipeline.models import transfer
 from pipeline.recipe import TrainConfig
-from pipeline.schema import SCHEMA_VERSION
+from pipeline.schema import BUNDLE_JSON, SCHEMA_VERSION
 
 POLL_S = 0.5
+Fit = Callable[[train.Fit], dict[str, Any]]
+_NO_INPUT = ("out", "data", "ensemble")
+"""Keys of a config that do not decide what a member becomes: places (the data counts by its fingerprint), retries."""
 
 
-def run(config: TrainConfig, members: int, *, resume: bool, sink: telemetry.Sink) -> bundle.Bundle:
+def run(
+    config: TrainConfig, members: int, *, resume: bool, sink: telemetry.Sink, fit: Fit = train.fit
+) -> bundle.Bundle:
     """Train ``members`` members into ``config.out`` and write ``config.out/bundle``.
 
     Args:
@@ -28,26 +36,30 @@ def run(config: TrainConfig, members: int, *, resume: bool, sink: telemetry.Sink
         members: M, at least 1.
         resume: Go on with an unfinished run of the same inputs.
         sink: Shows the progress of every member.
+        fit: Trains one member.
 
     Raises:
         DoneError: The bundle is there already, made of the same inputs.
         InputError: ``out`` holds something else, or an unfinished run and ``resume`` is False.
     """
-    if members < 1:
-        raise InputError(f"--members {members}: an ensemble needs at least 1 member")
+    least = config.ensemble.min_members or 1
+    if members < least:
+        raise InputError(f"--members {members}: an ensemble needs at least {least} (ensemble.min_members)")
     info = open_dataset(config.data)
     loaded = _check(config, info)
     inputs = {
-        "config": {key: value for key, value in config.resolved().items() if key not in ("out", "data")},
+        "config": {key: value for key, value in config.resolved().items() if key not in _NO_INPUT},
         "members": members,
         "data_fingerprint": info.fingerprint,
         "weights": None if loaded is None else loaded.to_dict(),
         "schema_version": SCHEMA_VERSION,
     }
     _claim(config.out, inputs, resume)
-    results = _fit_members(config, members, _steps(config, info), sink)
-    manifest = _manifest(config, info, members, results) | {"transfer": inputs["weights"]}
-    staged = bundle.stage(_bundle_uri(config.out), manifest, [_weights(result) for result in results])
+    fits = _Members(config, members, _steps(config, info), sink, fit)
+    fits.run()
+    manifest = _manifest(config, info, fits.results, fits.failed) | {"transfer": inputs["weights"]}
+    weights = [_weights(result) for _, result in sorted(fits.results.items())]
+    staged = bundle.stage(_bundle_uri(config.out), manifest, weights)
     if calibrate.possible(config.task, info):
         staged = calibrate.calibrate(staged, config.data, config.calibrate, sink)
     return bundle.commit(staged)
@@ -87,7 +99,7 @@ def _claim(out: str, inputs: dict[str, Any], resume: bool) -> None:
     difference = first_difference(json.loads(storage.read_bytes(uri)), json.loads(data))
     if difference is not None:
         raise InputError(f"'{out}' belongs to a run of other inputs ({difference}); choose another out")
-    if storage.exists(storage.join(_bundle_uri(out), "manifest.json")):
+    if storage.exists(storage.join(_bundle_uri(out), BUNDLE_JSON)):
         raise DoneError(f"'{_bundle_uri(out)}' is done already, from the same inputs")
     if not resume:
         raise InputError(f"'{out}' holds an unfinished run of the same inputs; add --resume to go on with it")
@@ -105,43 +117,89 @@ def _steps(config: TrainConfig, info: DatasetInfo) -> int:
     return -(-end // global_batch)
 
 
-def _fit_members(config: TrainConfig, members: int, steps: int, sink: telemetry.Sink) -> list[dict[str, Any]]:
-    """Each member is a zero-CPU Ray task around one fit; at most ``concurrency`` at a time."""
-    resources = ray.cluster_resources()
-    at_once = concurrency(members, config.train.workers, resources.get("CPU", 1), resources.get("GPU", 0))
-    threads = config.train.threads or max(1, (os.cpu_count() or 1) // (at_once * config.train.workers))
-    board = telemetry.start_board()
-    fit = ray.remote(num_cpus=0, max_retries=0)(train.fit)
-    waiting = list(range(members))
-    running: dict[ray.ObjectRef, int] = {}
-    results: dict[int, dict[str, Any]] = {}
-    while waiting or running:
-        while waiting and len(running) < at_once:
-            k = waiting.pop(0)
-            run = _member(config, k, members, threads, board)
-            sink.update(run.stage, 0, steps, "", "steps")
-            running[fit.remote(run)] = k
-        done, _ = ray.wait(list(running), timeout=POLL_S)
-        _show(board, sink)
-        for ref in done:
-            results[running.pop(ref)] = ray.get(ref)
-    _show(board, sink)
-    return [results[k] for k in range(members)]
+@dataclass
+class _Failed:
+    """A member that was given up."""
+
+    member: int
+    seed: int
+    error: str
+
+
+class _Members:
+    """Fits of the members: each a zero-CPU Ray task, as many at once as there is room for; failed ones are retried.
+
+    A member that failed, or whose task, worker or node died, is taken up again from its last checkpoint: its run has
+    a name of its own.
+    """
+
+    def __init__(self, config: TrainConfig, members: int, steps: int, sink: telemetry.Sink, fit: Fit) -> None:
+        self.config, self.members, self.steps, self.sink = config, members, steps, sink
+        self.board, self.told = telemetry.start_board(), gauges.Recorder(gauges.source("members"))
+        self.task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy="SPREAD")(fit)
+        self.waiting, self.failures = list(range(members)), Counter[int]()
+        self.running: dict[ray.ObjectRef, int] = {}
+        self.results: dict[int, dict[str, Any]] = {}
+        self.failed: list[_Failed] = []
+
+    def run(self) -> None:
+        """Until every member is done or given up."""
+        while self.waiting or self.running:
+            self._start()
+            done, _ = ray.wait(list(self.running), timeout=POLL_S)
+            self._show()
+            for ref in done:
+                self._collect(self.running.pop(ref), ref)
+        self._show()
+
+    def _start(self) -> None:
+        resources, workers = ray.cluster_resources(), self.config.train.workers  # nodes come and go
+        at_once = concurrency(self.members, workers, resources.get("CPU", 1), resources.get("GPU", 0))
+        threads = self.config.train.threads or max(1, (os.cpu_count() or 1) // (at_once * workers))
+        while self.waiting and len(self.running) < at_once:
+            k = self.waiting.pop(0)
+            run = _member(self.config, k, self.members, threads, self.board)
+            self.sink.update(run.stage, 0, self.steps, _retry_note(self.failures[k]), "steps")
+            self.running[self.task.remote(run)] = k
+
+    def _collect(self, k: int, ref: Any) -> None:
+        try:
+            self.results[k] = ray.get(ref)
+        except Exception as error:
+            if root_input_error(error) is not None:
+                raise
+            self.failures[k] += 1
+            self.told.count("dubito_restarts_total", 1, "member")
+            self.told.flush()
+            if self.failures[k] <= self.config.ensemble.retries:
+                self.waiting.append(k)
+                return
+            least = self.config.ensemble.min_members or self.members
+            self.failed.append(_Failed(k, self.config.seed + k, " ".join(str(error).split())[:500]))
+            if self.members - len(self.failed) < least:
+                raise
+
+    def _show(self) -> None:
+        stages: dict[str, Any] = ray.get(self.board.read.remote())
+        for stage, update in sorted(stages.items()):
+            self.sink.update(stage, *update)
+
+
+def _retry_note(failures: int) -> str:
+    return f"taken up again after {failures} failure(s)" if failures else ""
 
 
 def _member(config: TrainConfig, k: int, members: int, threads: int, board: Any) -> train.Fit:
     tree = {**config.to_dict(), "seed": config.seed + k}
     stage = "train" if members == 1 else f"member {k}"
-    return train.Fit(tree, storage.join(config.out, "members", str(k)), stage, threads, board)
+    uri, events = (storage.join(config.out, name, str(k)) for name in ("members", "tensorboard"))
+    return train.Fit(tree, uri, stage, threads, board, events, gauges.source(stage))
 
 
-def _show(board: Any, sink: telemetry.Sink) -> None:
-    stages: dict[str, Any] = ray.get(board.read.remote())
-    for stage, update in sorted(stages.items()):
-        sink.update(stage, *update)
-
-
-def _manifest(config: TrainConfig, info: DatasetInfo, members: int, results: list[dict[str, Any]]) -> dict[str, Any]:
+def _manifest(
+    config: TrainConfig, info: DatasetInfo, fitted: dict[int, dict[str, Any]], failed: list[_Failed]
+) -> dict[str, Any]:
+    results = sorted(fitted.items())
     return {
         "task": config.task,
         "model": models.describe(config.model_settings()),
@@ -149,9 +207,10 @@ def _manifest(config: TrainConfig, info: DatasetInfo, members: int, results: lis
         "background": info.background,
         "input": config.input.to_dict(),
         "predict": config.predict,
-        "seeds": [config.seed + k for k in range(members)],
+        "seeds": [config.seed + k for k, _ in results],
+        "failed": [asdict(each) for each in failed],
         "data": {"name": info.name, "fingerprint": info.fingerprint},
-        "metrics": [result["metrics"] for result in results],
+        "metrics": [result["metrics"] for _, result in results],
         "calibration": None,
         "threshold": None,
         "code_version": __version__,

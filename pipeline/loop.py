@@ -4,7 +4,6 @@ Knows no Ray: a list of batches drives it in a test. ``pipeline.train`` runs it 
 """
 
 import contextlib
-import time
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,8 +22,10 @@ from pipeline.device_decode import DeviceDecoder
 from pipeline.errors import InputError
 from pipeline.feed import Step
 from pipeline.flags import Flags
+from pipeline.journal import Journal, Made, Plan
 from pipeline.models import transfer
-from pipeline.recipe import TrainConfig
+from pipeline.pace import Pace
+from pipeline.recipe import Scale, TrainConfig
 from pipeline.tasks.base import Task
 from pipeline.telemetry import Progress
 
@@ -62,6 +63,11 @@ class Worker:
         """Raw outputs of a model for a batch, in the run's precision."""
         with autocast(self.device, self.config.train.precision):
             return self.task.ask(model, view)
+
+    @property
+    def scale(self) -> Scale:
+        """What a step of this worker group is."""
+        return self.config.train.scaled(self.world)
 
 
 def build_worker(
@@ -210,33 +216,7 @@ def steps_of(worker: Worker, tables: Iterable[pa.Table], prefetch: int = 0) -> G
         return feed.collated(worker.task, tables, train=True, seed=seed, decoder=decoder)
 
     batches = feed.ahead(collated, prefetch) if prefetch else collated()
-    return feed.steps(feed.views(batches, worker.augment, worker.device), settings.batch_size, settings.accumulate)
-
-
-@dataclass
-class Journal:
-    """What rank 0 knows of the run so far; saved in every checkpoint."""
-
-    step: int = 0
-    best: float = float("inf")
-    stale: int = 0
-    history: list[dict[str, Any]] = field(default_factory=list)
-
-    def judge(self, val_loss: float, min_delta: float) -> None:
-        """Count validations without an improvement by more than ``min_delta``."""
-        if val_loss < self.best - min_delta:
-            self.best, self.stale = val_loss, 0
-        else:
-            self.stale += 1
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How long this run is, and from which checkpoint it goes on ('' = from the start)."""
-
-    steps: int
-    validate_every: int
-    resumed_from: str
+    return feed.steps(feed.views(batches, worker.augment, worker.device), settings.batch_size, worker.scale.accumulate)
 
 
 def run_steps(
@@ -248,6 +228,7 @@ def run_steps(
     look: Callable[[Worker, Journal], None],
     warned: Callable[[int], bool] = lambda step: False,
     keep: Callable[[Worker, Journal], None] = lambda worker, journal: None,
+    heard: Callable[[Made], None] = lambda made: None,
 ) -> None:
     """Train until the steps end, or the validation loss stops falling.
 
@@ -261,28 +242,31 @@ def run_steps(
         warned: Given the number of each step: whether this machine, or another rank's, will soon be taken away. The
             same on every rank.
         keep: Saves without validating, all flags read before; called once, when a warning comes.
+        heard: Told of every step: what it took.
 
     Raises:
         NonFiniteLossError: A loss is NaN or infinite; what it was computed of is in the error.
     """
-    flags, settings, kept = Flags(), worker.config.train, False
-    for step in steps:
+    flags, settings, pace, kept = Flags(), worker.config.train, Pace(worker.device), False
+    for step in pace.over(steps):
         if step.resumed_from != plan.resumed_from:
             raise RuntimeError(f"the stream goes on from '{step.resumed_from}', this worker from '{plan.resumed_from}'")
-        began = time.monotonic()
-        lr = optim.lr_at(worker.config.optim, journal.step, plan.steps)
+        lr = plan.lr(worker.config.optim, journal.step) * worker.scale.lr
         loss = train_step(worker, step.batches, lr)
         for positions in step.positions:
             worker.ledger.add(positions)
         journal.step += 1
-        looks = journal.step % plan.validate_every == 0 or journal.step == plan.steps
+        looks = plan.looks(journal.step)
         saves = not kept and warned(journal.step)
         arrived = [*flags.push(journal.step, loss, step.batches), *(flags.flush() if looks or saves else ())]
-        seconds = time.monotonic() - began
-        for at, value in arrived:
-            if at % settings.log_every == 0:
-                rate = optim.lr_at(worker.config.optim, at - 1, plan.steps)
-                journal.history.append({"step": at, "loss": value, "lr": rate, "step_s": seconds})
+        own = sum(len(positions) for positions in step.positions)
+        made = Made(journal.step, own, pace.done(worker.scale.images), pace.waited(), lr, arrived)
+        heard(made)
+        due = [(at, value) for at, value in arrived if at % settings.log_every == 0]
+        speed = pace.rate() if due else 0.0
+        for at, value in due:
+            rate = plan.lr(worker.config.optim, at - 1) * worker.scale.lr
+            journal.note(at, loss=value, lr=rate, step_s=made.seconds, images_s=speed)
         progress.advance(1)
         if looks:
             share_buffers(worker)

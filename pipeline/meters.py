@@ -6,7 +6,7 @@ from typing import Any, Self
 import numpy as np
 
 POOL, UNCALIBRATED, SAMPLE = "pool", "uncalibrated", "sample"
-_OF_CALIBRATION = ("nll", "brier", "ece", "ece_classwise", "laece", "d_ece", "nll_box", "pdq")
+_OF_CALIBRATION = ("nll", "brier", "ece", "ece_classwise", "laece", "d_ece", "nll_score", "nll_box", "pdq")
 
 
 def member_sample(k: int) -> str:

@@ -89,7 +89,7 @@ def _scales(settings: OptimSettings, layers: list[list[str]]) -> dict[str, float
     }
 
 
-def lr_at(settings: OptimSettings, step: int, steps: int) -> float:
+def lr_at(settings: OptimSettings, step: float, steps: float) -> float:
     """Learning rate of step ``step`` (0 is the first) of ``steps``: pure, so resuming needs no state.
 
     Linear warm-up, ``lr * (step + 1) / warmup``; then constant, or half a cosine (Loshchilov & Hutter 2017,

@@ -43,8 +43,13 @@ class Pool:
         )
 
 
-def free_cpus() -> float:
-    """CPUs that nobody holds, once those of a job that has just ended came back."""
+def free_cpus(gpus: int = 1) -> float:
+    """CPUs that nobody holds, once a sleeping cluster woke and those of a job that has just ended came back.
+
+    Args:
+        gpus: To wait for, where the cluster may grow so far.
+    """
+    preflight.wake(gpus)
     deadline = time.monotonic() + SETTLE_S
     while True:
         total, free = ray.cluster_resources().get("CPU", 1), ray.available_resources().get("CPU", 0)

@@ -1,8 +1,11 @@
 """Whether the cluster has what a job is about to ask of it: refused with numbers, before anything waits for ever.
 
 Ray queues what does not fit, without a word; and consumers that hold every CPU wait for readers that wait for a CPU.
+A cluster that grows with its jobs has next to nothing when one begins: it is asked for what is missing, and waited for.
 """
 
+import math
+import os
 import shutil
 from pathlib import Path
 
@@ -17,6 +20,71 @@ STORE_SHARE = 0.5
 """Of the object stores that rows on their way to the workers may fill; Ray Data itself keeps to about half."""
 DISK_SPARE = 2**28
 """Bytes that stay free on a disk."""
+GROWS = "DUBITO_GROWS"
+GROWTH_S = 900.0
+"""How long a growing cluster is waited for: a machine, its image and Ray take some minutes."""
+
+
+def _most(kind: str) -> float:
+    """What a cluster that grows may have of a resource at most, as ``DUBITO_GROWS`` says; 0 where it does not grow.
+
+    Ray's autoscaler knows it, and does not tell (2.60).
+
+    Raises:
+        InputError: The variable cannot be read.
+    """
+    text = os.environ.get(GROWS, "")
+    try:
+        return {name.strip(): float(most) for name, most in (part.split("=") for part in text.split(",") if part)}.get(
+            kind, 0.0
+        )
+    except ValueError:
+        raise InputError(
+            f"{GROWS} = '{text}': wanted what the cluster may have at most, such as CPU=64,GPU=4; mend it where the "
+            "cluster is set up, or take it away"
+        ) from None
+
+
+def _there(kind: str, wanted: float, patience_s: float = GROWTH_S) -> float:
+    """What the cluster has of a resource, once it has grown to ``wanted`` if it can.
+
+    A placement group is how Ray is asked: it is what this job waits for, and goes with it. It holds what came until
+    all is there, then lets it go: the nodes stay for as long as they may be idle.
+
+    Raises:
+        InputError: It may have as much, and did not get it within ``patience_s``.
+    """
+    there = ray.cluster_resources().get(kind, 0)
+    if there >= wanted:
+        return there
+    if _most(kind) < wanted:
+        return max(there, _most(kind))
+    group = ray.util.placement_group([{kind: 1}] * math.ceil(wanted))
+    try:
+        came = group.wait(patience_s)
+    finally:
+        ray.util.remove_placement_group(group)
+    there = ray.cluster_resources().get(kind, 0)
+    if not came and there < wanted:
+        raise InputError(
+            f"the cluster may have {_most(kind):g} {kind}s, was asked for {wanted:g}, and has {there:g} after "
+            f"{patience_s:.0f} s; ask its autoscaler why (ray status), or start the job again later"
+        )
+    return there
+
+
+def wake(gpus: int = 1, patience_s: float = GROWTH_S) -> None:
+    """Let a cluster that sleeps have something to plan with: GPUs where it may have any, and two CPUs.
+
+    Args:
+        gpus: So many, or as many as it may have.
+        patience_s: How long to wait for each.
+
+    Raises:
+        InputError: They did not come.
+    """
+    _there("GPU", min(gpus, _most("GPU")), patience_s)
+    _there("CPU", min(1 + DATA_CPUS, _most("CPU")), patience_s)
 
 
 def cpus(wanted: float, what: str) -> None:
@@ -29,7 +97,7 @@ def cpus(wanted: float, what: str) -> None:
     Raises:
         InputError: Fewer than ``wanted + DATA_CPUS`` are there.
     """
-    there = ray.cluster_resources().get("CPU", 0)
+    there = _there("CPU", wanted + DATA_CPUS)
     if there < wanted + DATA_CPUS:
         raise InputError(
             f"{what} and {DATA_CPUS} CPU for reading want {wanted + DATA_CPUS:g} CPUs, the cluster has {there:g}; "
@@ -43,7 +111,7 @@ def gpus(workers: int) -> bool:
     Raises:
         InputError: There are some, and fewer than workers.
     """
-    there = int(ray.cluster_resources().get("GPU", 0))
+    there = int(_there("GPU", workers))
     if 0 < there < workers:
         raise InputError(
             f"train.workers = {workers} want a GPU each, the cluster has {there}; set it to {there}, or add GPUs"

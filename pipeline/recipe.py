@@ -1,5 +1,6 @@
 """The whole tree of settings of a training run, and what it resolves to."""
 
+from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -17,6 +18,20 @@ from pipeline.storage import absolute
 from pipeline.stream import StreamSettings
 from pipeline.tasks import TASKS
 from pipeline.tasks.base import Task
+
+
+@dataclass(frozen=True)
+class Scale:
+    """An optimiser step of a worker group, beside one of the group that was asked for."""
+
+    accumulate: int
+    """Batches of each worker."""
+    images: int
+    """Of all workers."""
+    ratio: float
+    """``images`` over those of the group that was asked for."""
+    lr: float
+    """Factor of the learning rate."""
 
 
 class LoopSettings(Settings):
@@ -37,6 +52,15 @@ class LoopSettings(Settings):
     min_delta: float = Field(default=0.0, ge=0)
     workers: int = Field(default=1, ge=1)
     """Data-parallel processes; with a GPU, one GPU each."""
+    min_workers: int | None = Field(default=None, ge=1)
+    """Elastic training: go on with so few workers where the cluster has no room for all, and with more once it has;
+    null: wait for all of them."""
+    elastic_batch: Literal["global", "local"] = "global"
+    """With other than ``workers`` workers: keep the images of an optimiser step, by accumulating more batches (as
+    nearly as whole batches allow), or those of a worker."""
+    elastic_lr: Literal["linear", "sqrt", "none"] = "linear"
+    """How the learning rate follows the images of an optimiser step where they change (linear: Goyal et al. 2017,
+    1706.02677; sqrt: Krizhevsky 2014, 1404.5997)."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads of a worker; null = its share of the machine's cores."""
     log_every: int = Field(default=10, ge=1)
@@ -56,6 +80,30 @@ class LoopSettings(Settings):
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give exactly one of epochs and steps")
         return self
+
+    @model_validator(mode="after")
+    def _a_range(self) -> Self:
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ValueError(f"min_workers = {self.min_workers} is more than workers = {self.workers}")
+        return self
+
+    def scaled(self, world: int) -> "Scale":
+        """What an optimiser step is with ``world`` workers."""
+        nominal = self.batch_size * self.accumulate * self.workers
+        wanted = self.accumulate * self.workers / world if self.elastic_batch == "global" else self.accumulate
+        accumulate = max(1, round(wanted))
+        images = self.batch_size * accumulate * world
+        power = {"linear": 1.0, "sqrt": 0.5, "none": 0.0}[self.elastic_lr]
+        return Scale(accumulate, images, images / nominal, (images / nominal) ** power)
+
+
+class EnsembleSettings(Settings):
+    """What happens to members whose training fails."""
+
+    retries: int = Field(default=2, ge=0)
+    """How often a member that failed is taken up again, from its last checkpoint."""
+    min_members: int | None = Field(default=None, ge=1)
+    """A bundle is made of so many members at least, and says which failed; null: of all."""
 
 
 class CalibrateSettings(Settings):
@@ -91,6 +139,7 @@ class TrainConfig(Settings):
     augment: AugmentSettings = Field(default_factory=AugmentSettings)
     optim: OptimSettings = Field(default_factory=OptimSettings)
     train: LoopSettings
+    ensemble: EnsembleSettings = Field(default_factory=EnsembleSettings)
     stream: StreamSettings = Field(default_factory=StreamSettings)
     calibrate: CalibrateSettings = Field(default_factory=CalibrateSettings)
     predict: dict[str, Any] = Field(default_factory=dict)

@@ -8,11 +8,13 @@ at last the job ends.
 import json
 import pickle
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
 import ray
 
+from pipeline import gauges
 from pipeline.errors import InputError
 from pipeline.predictions.files import UnitFile
 
@@ -25,6 +27,7 @@ MOST = 8
 ADVICE = (
     "most likely for want of memory; give it more, run fewer actors, or lower the members' input.size or predict.tta"
 )
+_COUNTS = ("statuses", "decisions")
 CULPRIT = "the process that predicted this image ended, twice: out of memory, or a library that it breaks"
 
 
@@ -58,7 +61,7 @@ class Starts:
     def done(self, unit: int) -> None:
         """Forget the unit."""
         self._births = 0
-        del self._starts[unit]
+        self._starts.pop(unit, None)  # this actor may be a new one
         self._in_hand.pop(unit, None)
         self._deaths.pop(unit, None)
 
@@ -69,6 +72,31 @@ def start() -> Any:
     return actor.remote()
 
 
+def begin(starts: Any, unit: int, source: gauges.Source) -> tuple[int, list[int]]:
+    """``Starts.begin``; what is begun again is counted for those who watch, too."""
+    count, culprits = ray.get(starts.begin.remote(unit))
+    if count > 1:
+        told = gauges.Recorder(source)
+        told.count("dubito_restarts_total", 1, "unit")
+        told.flush()
+    return count, culprits
+
+
+def counted(items: Iterator[UnitFile], source: gauges.Source) -> Iterator[UnitFile]:
+    """Finished units as they are, counted for those who watch: each once, however often it was begun."""
+    doubt, ok = 0.0, 0
+    with gauges.running(source) as told:
+        for item in items:
+            for status, count in item.statuses.items():
+                told.count("dubito_images_total", count, status)
+            for decision, count in item.decisions.items():
+                told.count("dubito_decisions_total", count, decision)
+            doubt, ok = doubt + item.uncertainty_sum, ok + item.statuses.get("ok", 0)
+            if ok:
+                told.set("dubito_uncertainty_mean", doubt / ok)
+            yield item
+
+
 class Guarded:
     """What Ray starts as an actor: counted before anything large is imported, then what ``packed`` makes.
 
@@ -76,27 +104,32 @@ class Guarded:
         packed: Pickled by this job: (class, arguments).
         starts: The actor that counts.
         most: Processes that may be started between one finished unit and the next.
+        source: Whose the metrics are: how long this process waits for units.
     """
 
-    def __init__(self, packed: bytes, starts: Any, most: int) -> None:
+    def __init__(self, packed: bytes, starts: Any, most: int, source: gauges.Source) -> None:
         births: Any = ray.get(starts.born.remote())
         self._inner: Any = None
         self._fault = f"processes that hold the members were started {births} times in vain, {ADVICE}"
         if births <= most:
             make, args = pickle.loads(packed)
             self._inner = make(*args)
+        self._told, self._idle = gauges.Recorder(source), gauges.Idle()
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """``batch`` is one row: a unit."""
         if self._inner is None:
             return to_row(UnitFile(batch["unit"][0].as_py(), "", 0, 0, "", {}, 0.0), self._fault)
-        return self._inner(batch)
+        with self._idle:
+            self._told.count("dubito_wait_seconds_total", self._idle.take())
+            self._told.flush()
+            return self._inner(batch)
 
 
 def to_row(item: UnitFile, fault: str) -> pa.Table:
     """What the driver hears of a unit; a fault instead of a result: Ray loses the type of what an actor raises."""
     values = {**item.listed(), "uncertainty_sum": item.uncertainty_sum, "fault": fault, "metrics": item.metrics}
-    values |= {"statuses": json.dumps(item.statuses), "scalars": item.scalars}
+    values |= {name: json.dumps(getattr(item, name)) for name in _COUNTS} | {"scalars": item.scalars}
     return pa.table({key: [value] for key, value in values.items()})
 
 
@@ -109,4 +142,4 @@ def from_row(row: dict[str, Any]) -> UnitFile:
     fault = row.pop("fault")
     if fault:
         raise InputError(fault)
-    return UnitFile(**{**row, "statuses": json.loads(row["statuses"])})
+    return UnitFile(**{**row, **{name: json.loads(row[name]) for name in _COUNTS}})

@@ -15,6 +15,9 @@ from typing import Final, Literal
 import pyarrow as pa
 
 SCHEMA_VERSION: Final = 1
+BUNDLE_JSON: Final = "manifest.json"
+"""What commits a bundle."""
+
 VOID: Final = 255
 """Mask value that nothing counts: neither losses nor metrics."""
 

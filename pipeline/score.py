@@ -18,7 +18,7 @@ import ray
 import ray.data
 import torch
 
-from pipeline import pools, predictions, restarts, storage, units
+from pipeline import gauges, pools, predictions, restarts, storage, units
 from pipeline.bundle import Bundle, open_bundle
 from pipeline.device import Compile, Precision
 from pipeline.errors import InputError
@@ -97,13 +97,13 @@ def score(
     progress = Progress(sink or NoSink(), "evaluate" if out is None else "predict", plan.rows, 0)
     progress.advance(sum(item.rows for item in adopted.values()))
     todo = [unit for unit in plan.units if unit.number not in adopted]
-    pool = pools.plan(len(todo), actors, threads, pools.free_cpus() if todo else 1)
+    pool = pools.plan(len(todo), actors, threads, pools.free_cpus(actors or 1) if todo else 1)
     steps = opened.members * sum(unit.rows for unit in todo) // (pool.size * units.UNIT_ROWS)
     options = {"threads": pool.threads, "calls": pool.calls, "batch": batch, "precision": precision}
     options |= {"compile": compile, "steps": steps}
-    wanted = _Wanted(measure, scalars and out is None, options)
-    finished = [*adopted.values(), *_run(opened, plan, todo, attempt, wanted, progress, pool)]
-    finished.sort(key=lambda item: item.unit)
+    wanted = _Wanted(measure, scalars and out is None, options, gauges.source(progress.stage))
+    made = restarts.counted(_run(opened, plan, todo, attempt, wanted, progress, pool), wanted.source)
+    finished = sorted([*adopted.values(), *made], key=lambda item: item.unit)
     predictions.check(finished, plan.expected)
     summary = _summary(opened, plan, split, finished, wanted)
     if attempt is not None:
@@ -184,7 +184,7 @@ def _run(
             compute=pool.strategy,
             num_cpus=pool.cpus,
             num_gpus=pool.gpus or None,
-            fn_constructor_args=(packed, starts, restarts.MOST * pool.size),
+            fn_constructor_args=(packed, starts, restarts.MOST * pool.size, wanted.source),
         )
     )
     found: Any = iter(rows.iter_rows())
@@ -215,6 +215,7 @@ class _Wanted:
     scalars: bool
     options: dict[str, Any]
     """Of ``Predictor``."""
+    source: gauges.Source
 
 
 class Scorer:
@@ -254,7 +255,7 @@ class Scorer:
 
     def _survive(self, unit: int, table: pa.Table) -> tuple[pa.Table, Meters | None]:
         """As ``_ask``; a unit whose process died before goes image by image, without those that it died of."""
-        count, culprits = ray.get(self.starts.begin.remote(unit))
+        count, culprits = restarts.begin(self.starts, unit, self.wanted.source)
         if count > restarts.MOST + 2 * len(culprits):
             first, last = (table["image_id"][row].as_py() for row in (0, -1))
             raise InputError(

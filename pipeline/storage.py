@@ -158,6 +158,14 @@ def list_files(uri: str, suffixes: tuple[str, ...] = ()) -> list[Listed]:
     return sorted(kept, key=lambda row: row.path)
 
 
+def names_in(uri: str, *, folders: bool = False) -> list[str]:
+    """Names of the files (or ``folders``) directly in a folder, sorted; none where there is no such folder."""
+    filesystem, root = arrow(uri)
+    found = patiently(uri, lambda: filesystem.get_file_info(pafs.FileSelector(root, allow_not_found=True)))
+    kind = pafs.FileType.Directory if folders else pafs.FileType.File
+    return sorted(info.base_name for info in found if info.type == kind and not info.base_name.endswith(".part"))
+
+
 def _reason(error: OSError) -> str:
     return " ".join(str(error).split())[:300]
 

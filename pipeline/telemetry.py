@@ -11,7 +11,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TextIO
@@ -31,6 +31,22 @@ class Sink(Protocol):
 
     def update(self, stage: str, done: int, total: int, note: str = "", unit: str = "images") -> None:
         """``done`` of ``total`` units of ``stage`` are finished."""
+        ...
+
+
+class Voice(Sink, Protocol):
+    """What a job speaks through: messages for a person or a program, and progress."""
+
+    def say(self, text: str) -> None:
+        """One message."""
+        ...
+
+    def fail(self, text: str, story: str = "") -> None:
+        """One message of what went wrong; ``story`` is the traceback, where there is one."""
+        ...
+
+    def close(self) -> None:
+        """No more progress for now."""
         ...
 
 
@@ -69,8 +85,8 @@ class _Stage:
 class Terminal:
     """Messages and progress for a person. One live bar a stage; plain lines when output is no terminal."""
 
-    def __init__(self, out: TextIO | None = None, err: TextIO | None = None) -> None:
-        self._out, self._err = out or sys.stdout, err or sys.stderr
+    def __init__(self, out: TextIO | None = None, err: TextIO | None = None, log: Path | None = None) -> None:
+        self._out, self._err, self._log = out or sys.stdout, err or sys.stderr, log
         self._console = Console(file=self._out, highlight=False, soft_wrap=True)
         self._live: RichProgress | None = None
         self._bars: dict[str, TaskID] = {}
@@ -82,9 +98,13 @@ class Terminal:
         """One message on standard output."""
         self._console.print(text, markup=False)
 
-    def fail(self, text: str) -> None:
-        """One message on standard error."""
+    def fail(self, text: str, story: str = "") -> None:
+        """One message on standard error; the story goes into the log, which is named."""
         self.close()
+        if story and self._log is not None:
+            with self._log.open("a") as file:
+                file.write(story)
+            text = f"{text}; the whole story is in {self._log}"
         print(text, file=self._err, flush=True)
 
     def update(self, stage: str, done: int, total: int, note: str = "", unit: str = "images") -> None:
@@ -199,18 +219,20 @@ def start_board() -> Any:
         def read(self) -> dict[str, tuple[int, int, str, str]]:
             return self.stages
 
-    return ray.remote(num_cpus=0)(Board).remote()
+    # Started anew where its node dies: whoever reads it waits for that, and hears what is posted from then on.
+    actor: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Board)
+    return actor.remote()
 
 
 @contextlib.contextmanager
-def diverted(log: Path) -> Iterator[Terminal]:
-    """Send file descriptors 1 and 2 to ``log`` and yield a Terminal on the old ones."""
+def diverted(log: Path, make: Callable[[TextIO, TextIO, Path], Voice] = Terminal) -> Iterator[Voice]:
+    """Send file descriptors 1 and 2 to ``log`` and yield what speaks on the old ones, made of them and the log."""
     log.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
     saved = os.dup(1), os.dup(2)
     out, err = (os.fdopen(os.dup(fd), "w", buffering=1) for fd in saved)
-    terminal = Terminal(out, err)
+    terminal = make(out, err, log)
     with log.open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

@@ -16,13 +16,14 @@ import ray.train.torch
 import safetensors.torch
 import torch
 
-from pipeline import checkpoint, pools, preflight, storage, stream
+from pipeline import checkpoint, events, gauges, pools, preflight, storage, stream
 from pipeline.datasets import open_dataset, row_groups
 from pipeline.device import fuse
 from pipeline.errors import InputError
 from pipeline.flags import NonFiniteLossError
 from pipeline.framed import Framing, require_room
-from pipeline.loop import Journal, Plan, Worker, build_worker, run_steps, steps_of, validate
+from pipeline.journal import Journal, Made, Plan
+from pipeline.loop import Worker, build_worker, run_steps, steps_of, validate
 from pipeline.recipe import TrainConfig
 from pipeline.telemetry import BoardSink, NoSink, Progress
 
@@ -34,31 +35,39 @@ and clouds give half a minute's notice at least."""
 
 @dataclass(frozen=True)
 class Fit:
-    """One training run as it is sent to its workers. ``uri`` is the folder that Ray keeps its checkpoints in."""
+    """One training run as it is sent to its workers."""
 
     config: dict[str, Any]
     uri: str
+    """The folder that Ray keeps its checkpoints in."""
     stage: str
     threads: int
     board: Any = None
+    events: str = ""
+    """The folder that TensorBoard reads; '' for none."""
+    source: gauges.Source = gauges.Source()
+    """Whose the metrics are."""
 
     def settings(self) -> TrainConfig:
         """The validated tree."""
         return TrainConfig.parse(self.config, "config")
 
 
-def training_dataset(fit: Fit) -> ray.data.Dataset:
-    """The dataset factory: all that remains of the run, as of the checkpoint that the workers will get."""
+def training_dataset(fit: Fit, world: int | None = None) -> ray.data.Dataset:
+    """All that remains of the run, as of the checkpoint that the workers will get.
+
+    ``world`` is the number of those workers; None: as many as the config asks for.
+    """
     config = fit.settings()
     info = open_dataset(config.data)
     groups = row_groups(info, "train")
     order = stream.Order.of(groups, config.seed, config.stream.window_mb * 2**20)
     start = checkpoint.latest(fit.uri)
     ledger = checkpoint.read_ledger(start) if start else stream.Ledger()
-    end, global_batch = config.length(order.rows)
+    end, _ = config.length(order.rows)
     return stream.dataset(
         order,
-        stream.plan_rest(ledger, end, global_batch),
+        stream.plan_rest(ledger, end, config.train.scaled(world or config.train.workers).images),
         ledger,
         stream.training_columns(config.task, info),
         config.train.batch_size,
@@ -68,10 +77,27 @@ def training_dataset(fit: Fit) -> ray.data.Dataset:
     )
 
 
+class _ForWorkers(ray.train.DataConfig):
+    """Splits what remains of the run over the workers that there are.
+
+    Ray calls a dataset's factory before it knows their number, and this once it does, at each start of the group.
+    """
+
+    def __init__(self, fit: Fit) -> None:
+        super().__init__(["train"], ray.data.ExecutionOptions(preserve_order=True))
+        self._fit = fit
+
+    def configure(self, datasets: dict[str, Any], world_size: int, *args: Any, **kwargs: Any) -> Any:
+        """As Ray asks for it: an iterator of each dataset for each worker."""
+        return super().configure({"train": training_dataset(self._fit, world_size)}, world_size, *args, **kwargs)
+
+
 def _check(config: TrainConfig, gpu: bool) -> None:
     """Refuse what this cluster cannot do, before a worker starts."""
-    workers, settings = config.train.workers, config.train
-    preflight.cpus(workers, f"train.workers = {workers}, with a CPU each,")
+    settings = config.train
+    workers = settings.min_workers or settings.workers
+    name = "workers" if settings.min_workers is None else "min_workers"
+    preflight.cpus(workers, f"train.{name} = {workers}, with a CPU each,")
     groups = row_groups(open_dataset(config.data), "train")
     row_bytes = sum(group.num_bytes for group in groups) / max(1, sum(group.rows for group in groups))
     if config.stream.frames:
@@ -89,22 +115,41 @@ def _check(config: TrainConfig, gpu: bool) -> None:
         require_room(Framing(config.input, config.seed), rows, room)
 
 
-def _look(worker: Worker, journal: Journal, run_uri: str, start: str) -> None:
+def _look(worker: Worker, journal: Journal, fit: Fit, start: str, told: gauges.Recorder) -> None:
     """Validate on all ranks, then report a checkpoint that holds every rank's ledger."""
     columns = stream.training_columns(worker.config.task, worker.info)
     tables = stream.share(worker.info, "val", worker.rank, worker.world, columns)
     metrics = validate(worker, stream.slices(tables, worker.config.train.batch_size))
     journal.judge(metrics["val_loss"], worker.config.train.min_delta)
-    journal.history.append({"step": journal.step, **metrics})
+    journal.note(journal.step, **metrics)
     if worker.rank == 0:
         lines = "".join(json.dumps(row) + "\n" for row in journal.history)
-        storage.write_bytes(storage.join(run_uri, "metrics.jsonl"), lines.encode())
+        storage.write_bytes(storage.join(fit.uri, "metrics.jsonl"), lines.encode())
+        if fit.events:
+            events.publish(fit.events, journal.history, journal.step)
+        told.set("dubito_loss", metrics["val_loss"], "val")
+        told.count("dubito_checkpoints_total", 1, "saved")
     _publish(worker, journal, metrics, start)
 
 
-def _keep(worker: Worker, journal: Journal, start: str) -> None:
+def _keep(worker: Worker, journal: Journal, start: str, told: gauges.Recorder) -> None:
     """A checkpoint without a validation, since a machine is about to go: it can be resumed from, and is never best."""
+    if worker.rank == 0:
+        told.count("dubito_checkpoints_total", 1, "kept")
     _publish(worker, journal, {"val_loss": sys.float_info.max}, start)
+
+
+def _tell(told: gauges.Recorder, rank: int, made: Made, epochs: float) -> None:
+    """What a step adds to the metrics: every rank's own images and waits, the rest of rank 0."""
+    told.count("dubito_images_total", made.images, "ok")
+    told.count("dubito_wait_seconds_total", made.waited_s)
+    if rank == 0:
+        told.count("dubito_steps_total")
+        told.observe("dubito_step_seconds", made.seconds)
+        told.set("dubito_learning_rate", made.lr)
+        told.set("dubito_epochs", epochs)
+        for _, loss in made.losses[-1:]:
+            told.set("dubito_loss", loss, "train")
 
 
 def _publish(worker: Worker, journal: Journal, metrics: dict[str, float], start: str) -> None:
@@ -160,6 +205,17 @@ def _restore(worker: Worker) -> tuple[Journal, str]:
     return Journal(**progress), start.path.rstrip("/").rsplit("/", 1)[-1]
 
 
+def _plan(worker: Worker, journal: Journal, rows: int, resumed_from: str) -> Plan:
+    """What this worker group still has to do of a run over ``rows`` images."""
+    end, nominal_batch = worker.config.length(rows)
+    rest, ratio = stream.plan_rest(worker.ledger, end, worker.scale.images), worker.scale.ratio
+    used = worker.ledger.count(0, rest.stop)
+    return Plan(
+        journal.step + rest.steps, worker.config.validate_every(rows, nominal_batch), resumed_from,
+        nominal=-(-end // nominal_batch), begin=journal.step, nominal_begin=used / nominal_batch, ratio=ratio,
+    )  # fmt: skip
+
+
 def train_worker(loop_config: dict[str, Fit]) -> None:
     """What every Ray Train worker executes."""
     fit = loop_config["fit"]
@@ -172,16 +228,27 @@ def train_worker(loop_config: dict[str, Fit]) -> None:
     worker = build_worker(config, info, device, rank=rank, world=world, threads=fit.threads)
     journal, resumed_from = _restore(worker)
     rows = sum(group.rows for group in row_groups(info, "train"))
-    end, global_batch = config.length(rows)
-    plan = Plan(-(-end // global_batch), config.validate_every(rows, global_batch), resumed_from)
+    plan = _plan(worker, journal, rows, resumed_from)
     if journal.step >= plan.steps or (config.train.patience and journal.stale >= config.train.patience):
         return
+    if rank == 0 and fit.events:
+        events.rewind(fit.events, journal.step)
+    with gauges.Recorder(fit.source) as told:
+        if rank == 0 and resumed_from:
+            told.count("dubito_checkpoints_total", 1, "restored")
+        _train(fit, worker, journal, plan, rows, told)
+
+
+def _train(fit: Fit, worker: Worker, journal: Journal, plan: Plan, rows: int, told: gauges.Recorder) -> None:
+    """All that is left of the run, over an epoch of ``rows`` images."""
+    config, rank, resumed_from = worker.config, worker.rank, plan.resumed_from
     sink = BoardSink(fit.board) if fit.board is not None and rank == 0 else NoSink()
     shard = ray.train.get_dataset_shard("train")
     assert shard is not None, "fit passes the dataset named train"
     size = config.train.batch_size
     tables: Iterable[Any] = shard.iter_batches(batch_size=size, batch_format="pyarrow", prefetch_batches=1)
     progress = Progress(sink, fit.stage, plan.steps, journal.step, "steps")
+    an_epoch = rows / config.length(rows)[1]
     try:
         run_steps(
             worker,
@@ -189,11 +256,13 @@ def train_worker(loop_config: dict[str, Fit]) -> None:
             journal,
             plan,
             progress,
-            lambda worker, journal: _look(worker, journal, fit.uri, resumed_from),
+            lambda worker, journal: _look(worker, journal, fit, resumed_from, told),
             _warned,
-            lambda worker, journal: _keep(worker, journal, resumed_from),
+            lambda worker, journal: _keep(worker, journal, resumed_from, told),
+            lambda made: _tell(told, rank, made, plan.at(made.step) / an_epoch),
         )
     except NonFiniteLossError as error:
+        told.count("dubito_nonfinite_total")
         where = save_batches(error, fit.uri, rank)
         raise RuntimeError(f"{error}; what the model was given is in '{where}'") from error
 
@@ -211,13 +280,13 @@ def fit(run: Fit) -> dict[str, Any]:
     filesystem, path = storage.arrow(run.uri)
     parent, name = path.rsplit("/", 1)
     storage.make_folder(run.uri)
-    options = ray.data.ExecutionOptions(preserve_order=True)
-    gpu = preflight.gpus(config.train.workers)
+    workers, least = config.train.workers, config.train.min_workers
+    gpu = preflight.gpus(least or workers)
     _check(config, gpu)
     trainer = ray.train.torch.TorchTrainer(
         train_worker,
         train_loop_config={"fit": run},
-        scaling_config=ray.train.ScalingConfig(num_workers=config.train.workers, use_gpu=gpu),
+        scaling_config=ray.train.ScalingConfig(num_workers=workers if least is None else (least, workers), use_gpu=gpu),
         run_config=ray.train.RunConfig(
             name=name,
             storage_path=parent,
@@ -227,10 +296,11 @@ def fit(run: Fit) -> dict[str, Any]:
                 num_to_keep=2, checkpoint_score_attribute="val_loss", checkpoint_score_order="min"
             ),
         ),
-        datasets={"train": lambda: training_dataset(run)},
-        dataset_config=ray.train.DataConfig(datasets_to_split=["train"], execution_options=options),
+        datasets={"train": lambda: ray.data.range(1)},  # its place is taken once the workers are counted
+        dataset_config=_ForWorkers(run),
         torch_config=ray.train.torch.TorchConfig(timeout_s=COLLECTIVE_TIMEOUT_S),
     )
-    result = trainer.fit()
+    with gauges.running(run.source):
+        result = trainer.fit()
     best, metrics = min(result.best_checkpoints or [], key=lambda pair: pair[1]["val_loss"])
     return {"checkpoint": storage.join(run.uri, best.path.rstrip("/").rsplit("/", 1)[-1]), "metrics": metrics}

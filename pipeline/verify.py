@@ -9,9 +9,10 @@ from typing import Any
 
 import ray.data
 
-from pipeline import bundle, datasets, predictions, referenced, shard_reader, storage
+from pipeline import datasets, predictions, referenced, shard_reader, storage
 from pipeline.errors import InputError
 from pipeline.predictions.attempts import MANIFEST
+from pipeline.schema import BUNDLE_JSON
 from pipeline.telemetry import NoSink, Progress, Sink
 
 CHUNK = 8 * 2**20
@@ -95,7 +96,9 @@ def _of_dataset(uri: str) -> dict[str, Any]:
 
 
 def _of_bundle(uri: str) -> dict[str, Any]:
-    return bundle.open_bundle(uri).manifest["files"]
+    from pipeline.bundle import open_bundle  # here, since tasks import this module, and torch takes them seconds
+
+    return open_bundle(uri).manifest["files"]
 
 
 def _of_predictions(uri: str) -> dict[str, Any]:
@@ -109,7 +112,7 @@ def _of_predictions(uri: str) -> dict[str, Any]:
 
 _KINDS: dict[str, tuple[str, Callable[[str], dict[str, Any]]]] = {
     "dataset": (datasets.DATASET_JSON, _of_dataset),
-    "bundle": (bundle.MANIFEST, _of_bundle),
+    "bundle": (BUNDLE_JSON, _of_bundle),
     "predictions": (MANIFEST, _of_predictions),
 }
 

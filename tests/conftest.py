@@ -59,7 +59,7 @@ def ray_local(s3: str) -> Iterator[None]:
     """One local Ray; it starts after the S3 server, so that its workers inherit endpoint and keys."""
     import ray
 
-    ray.init(num_cpus=8, include_dashboard=False, object_store_memory=200 * 2**20, log_to_driver=False)
+    ray.init(address="local", num_cpus=8, include_dashboard=False, object_store_memory=200 * 2**20, log_to_driver=False)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_no_progress_timeout_s = 60

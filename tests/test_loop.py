@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -294,6 +295,30 @@ def test_a_warning_keeps_one_checkpoint_with_all_losses_read_and_no_validation()
     )  # fmt: skip
     assert (journal.step, asked, looked) == (6, [1, 2], [4, 6]), "once it is kept nobody asks again"
     assert kept == [(2, 8, [1, 2])]
+
+
+def test_who_watches_hears_of_every_step():
+    config = tree("segmentation", train={"steps": 6, "batch_size": 4, "accumulate": 2, "log_every": 4})
+    worker, heard, fed = worker_of(config), [], []
+
+    def steps():
+        for step in loop.steps_of(worker, [rows(4, start=4 * i) for i in range(12)]):
+            began = time.monotonic()
+            time.sleep(0.03)
+            fed.append(time.monotonic() - began)
+            yield step
+
+    journal = loop.Journal()
+    loop.run_steps(
+        worker, steps(), journal, loop.Plan(6, 9, ""), Progress(NoSink(), "t", 6), lambda *_: None, heard=heard.append
+    )
+    assert [made.step for made in heard] == [1, 2, 3, 4, 5, 6]
+    assert {made.images for made in heard} == {8}
+    assert all(slept <= made.waited_s < made.seconds for made, slept in zip(heard, fed, strict=True))
+    assert [at for made in heard for at, _ in made.losses] == [1, 2, 3, 4, 5, 6], "each loss is heard of once"
+    (row,) = [row for row in journal.history if "loss" in row]
+    total = sum(made.seconds for made in heard)
+    assert (row["step"], row["images_s"]) == (4, pytest.approx(6 * 8 / total))
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.9])

@@ -45,3 +45,25 @@ def test_a_disk_is_not_filled(tmp_path: Path):
     with pytest.raises(InputError, match=r"3 images would take 1000000\.00 GB at .*, where .* GB are free"):
         preflight.disk(str(tmp_path / "not/there/yet"), 1e15, "3 images")
     preflight.disk("s3://bucket/x", 1e18, "stores that have no end")
+
+
+def test_a_cluster_that_can_never_have_as_much_is_not_waited_for(
+    cluster: dict[str, float], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("DUBITO_GROWS", "CPU=6, GPU=2")
+    with pytest.raises(InputError, match="6 workers and 1 CPU for reading want 7 CPUs, the cluster has 6;"):
+        preflight.cpus(6, "6 workers")
+    with pytest.raises(InputError, match=r"train.workers = 3 want a GPU each, the cluster has 2;"):
+        preflight.gpus(3)
+
+
+def test_how_far_a_cluster_grows_has_to_be_readable(cluster: dict[str, float], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("DUBITO_GROWS", "GPU:4")
+    with pytest.raises(InputError, match="DUBITO_GROWS = 'GPU:4': wanted .* such as CPU=64,GPU=4; mend it"):
+        preflight.wake()
+
+
+def test_a_cluster_that_does_not_grow_is_taken_as_it_is(cluster: dict[str, float], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("DUBITO_GROWS", raising=False)
+    preflight.wake(gpus=4)
+    assert preflight.gpus(4) is False

@@ -42,7 +42,7 @@ def few_steps(config: TrainConfig, folder: Path, steps: int) -> str:
     from safetensors.torch import save_file
 
     save_file({k: v.contiguous() for k, v in worker.judged.state_dict().items()}, weights)
-    manifest = ensemble._manifest(config, info, 1, [{"metrics": {"val_loss": first[1]}}])
+    manifest = ensemble._manifest(config, info, {0: {"metrics": {"val_loss": first[1]}}}, [])
     return bundle.write(str(folder / "bundle"), manifest, [weights]).uri
 
 

@@ -60,7 +60,8 @@ def test_a_missing_config_file_says_where_examples_are():
         load("nowhere.yaml", [])
 
 
-CONFIGS = sorted((Path(jobs.__file__).parent / "configs").glob("*.yaml"))
+FOLDER = Path(jobs.__file__).parent / "configs"
+CONFIGS = sorted(path for path in FOLDER.glob("*.yaml") if path.stem != "retrain")
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -77,3 +78,33 @@ def test_there_are_configs_of_both_tasks():
 def test_mixup_is_for_boxes():
     with pytest.raises(InputError, match=r"augment\.mixup blends two images, and masks cannot"):
         with_sets("augment.mixup=0.5")
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_fewer_workers_make_the_same_step_where_whole_batches_allow(world: int):
+    settings = with_sets("train.workers=4", "train.min_workers=1", "train.accumulate=3").train
+    scale = settings.scaled(world)
+    assert scale.images == 4 * scale.accumulate * world
+    assert scale.images == 48, "12 batches of 4 are 12, 6, 4 or 3 on each of 1, 2, 3 or 4 workers"
+    assert scale.ratio == scale.lr == 1
+
+
+@pytest.mark.parametrize(("rule", "factor"), [("linear", 0.25), ("sqrt", 0.5), ("none", 1.0)])
+def test_smaller_steps_have_smaller_rates(rule: str, factor: float):
+    sets = ("train.workers=4", "train.min_workers=1", "train.elastic_batch=local", f"train.elastic_lr={rule}")
+    scale = with_sets(*sets).train.scaled(1)
+    assert (scale.accumulate, scale.images, scale.ratio, scale.lr) == (1, 4, 0.25, factor)
+
+
+def test_the_least_workers_are_not_more_than_all():
+    with pytest.raises(InputError, match="min_workers = 3 is more than workers = 2"):
+        with_sets("train.workers=2", "train.min_workers=3")
+
+
+def test_the_example_of_retraining_is_valid(monkeypatch: pytest.MonkeyPatch):
+    from jobs.retrain import _settings
+
+    monkeypatch.chdir(FOLDER.parents[1])
+    settings, tracking = _settings(str(FOLDER / "retrain.yaml"), [])
+    assert TrainConfig.parse({**settings.recipe, "data": "d", "out": "o"}, "retrain.yaml").task == "detection"
+    assert tracking is None

@@ -74,11 +74,12 @@ def binary() -> str | None:
 
 
 @contextlib.contextmanager
-def s3_server(root: Path | None = None) -> Iterator[Server]:
+def s3_server(root: Path | None = None, host: str = "127.0.0.1") -> Iterator[Server]:
     """Run a server while the block runs.
 
     Args:
         root: Folder of its data, kept afterwards; without one the data lives in a temporary folder.
+        host: Address of this machine on which it answers.
 
     Raises:
         RuntimeError: The binary is not installed, or the server did not start (its log is quoted).
@@ -98,11 +99,11 @@ def s3_server(root: Path | None = None) -> Iterator[Server]:
     config = home / "s3.json"
     config.touch(mode=0o600)
     config.write_text(json.dumps(_identities(key, secret, read_only_key, read_only_secret)))
-    ports = dict(zip(_port_flags(), _free_ports(2 * len(PORTS)), strict=True))
+    ports = dict(zip(_port_flags(), free_ports(2 * len(PORTS), host), strict=True))
     log_path = home / "weed.log"
     with log_path.open("wb") as log:
         process = subprocess.Popen(
-            _command(weed, home, config, ports),
+            _command(weed, home, config, ports, host),
             cwd=home,
             env=_environment(home),
             stdin=subprocess.DEVNULL,
@@ -110,9 +111,9 @@ def s3_server(root: Path | None = None) -> Iterator[Server]:
             stderr=log,
         )
         try:
-            _wait_until_ready(process, ports["-s3.port"], log_path)
+            _wait_until_ready(process, (host, ports["-s3.port"]), log_path)
             yield {
-                "endpoint": f"http://127.0.0.1:{ports['-s3.port']}",
+                "endpoint": f"http://{host}:{ports['-s3.port']}",
                 "key": key,
                 "secret": secret,
                 "read_only_key": read_only_key,
@@ -139,21 +140,21 @@ def _port_flags() -> list[str]:
     return [flag for name in PORTS for flag in (f"-{name}.port", f"-{name}.port.grpc")]
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
     """Ports that were free a moment ago; all are held at once so that they differ."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:
-            each.bind(("127.0.0.1", 0))
+            each.bind((host, 0))
         return [each.getsockname()[1] for each in sockets]
 
 
-def _command(weed: str, home: Path, config: Path, ports: dict[str, int]) -> list[str]:
+def _command(weed: str, home: Path, config: Path, ports: dict[str, int], host: str) -> list[str]:
     # By default it listens on all addresses, sends telemetry, creates buckets on PUT, deletes full ones,
     # and gives each bucket volumes of 1 GiB, so that the 59th bucket fails.
     options = [
-        "-ip=127.0.0.1",
-        "-ip.bind=127.0.0.1",
+        f"-ip={host}",
+        f"-ip.bind={host}",
         f"-dir={home}/data",
         f"-s3.config={config}",
         *(f"{flag}={port}" for flag, port in ports.items()),
@@ -173,9 +174,9 @@ def _environment(home: Path) -> dict[str, str]:
     return kept | {"HOME": str(home), "TMPDIR": str(home), "GOMEMLIMIT": "400MiB"}
 
 
-def _wait_until_ready(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
+def _wait_until_ready(process: subprocess.Popen[bytes], place: tuple[str, int], log: Path) -> None:
     end = time.monotonic() + START_S
-    while not _answers(port):
+    while not _answers(*place):
         if process.poll() is not None:
             raise RuntimeError(f"weed ended with status {process.returncode}:\n{log.read_text()[-2000:]}")
         if time.monotonic() > end:
@@ -183,9 +184,9 @@ def _wait_until_ready(process: subprocess.Popen[bytes], port: int, log: Path) ->
         time.sleep(0.03)
 
 
-def _answers(port: int) -> bool:
+def _answers(host: str, port: int) -> bool:
     """Whether an anonymous request is refused (or answered), which it is once the S3 gateway is up."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=1)
+    connection = http.client.HTTPConnection(host, port, timeout=1)
     try:
         connection.request("GET", "/")
         return connection.getresponse().status in (200, 403)

@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.optimize import isotonic_regression, minimize
 from torch import Tensor
 
 SLOPE = 0.01
@@ -40,6 +39,8 @@ def fit_isotonic(scores: np.ndarray, targets: np.ndarray, weights: np.ndarray | 
     use &= weights > _NOTHING * weights[use].max(initial=0)
     if not use.any():
         return {"x": [0.0, 1.0], "y": [0.0, 1.0]}
+    from scipy.optimize import isotonic_regression  # here, since scipy is slow to import
+
     # One row a score: rows of one score must have one value, whatever their order.
     x, at = np.unique(scores[use].clip(0, 1), return_inverse=True)
     weight = np.bincount(at, weights[use])
@@ -108,6 +109,8 @@ def fit_spread(std: np.ndarray, error: np.ndarray, size: np.ndarray) -> dict[str
         slope = (1 - square / variance) / variance
         value = 0.5 * float(np.mean(np.log(variance) + square / variance))
         return value, np.array([np.mean(slope * own), np.mean(slope) * common])
+
+    from scipy.optimize import minimize  # here, since scipy is slow to import
 
     bounds = [(math.log(low), math.log(high)) for low, high in _LIMITS]
     rms = math.log(float(np.clip(math.sqrt(square.mean()), *_LIMITS[1])))

@@ -23,7 +23,6 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.stats import binom
 
 COVERAGES = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 """Shares of the split that are tried as what is accepted."""
@@ -167,8 +166,10 @@ def p_value(losses: np.ndarray, risk: float, level: float, method: Method = "bet
 def _hoeffding_bentkus(mean: float, n: int, risk: float) -> float:
     if mean >= risk:
         return 1.0
+    from scipy.special import bdtr  # here, since scipy is slow to import
+
     divergence = (1 - mean) * math.log((1 - mean) / (1 - risk)) + (mean * math.log(mean / risk) if mean else 0.0)
-    bentkus = math.e * float(binom.cdf(math.ceil(n * mean - 1e-9), n, risk))
+    bentkus = math.e * float(bdtr(math.ceil(n * mean - 1e-9), n, risk))
     return min(1.0, math.exp(-n * divergence), bentkus)
 
 

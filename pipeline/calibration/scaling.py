@@ -5,7 +5,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from scipy.optimize import minimize
 from torch import Tensor
 
 from pipeline.calibration.sample import FLOOR
@@ -88,9 +87,8 @@ def _fit_temperature(log: np.ndarray, labels: np.ndarray, weights: np.ndarray) -
         value, by_scale, _ = _nll(log, labels, weights, scale, np.zeros(log.shape[1]))
         return value, np.array([-(by_scale * scale).sum()])
 
-    bounds = [(np.log(LIMITS[0]), np.log(LIMITS[1]))]
-    found = minimize(goal, np.zeros(1), jac=True, method="L-BFGS-B", bounds=bounds, options=_PRECISE)
-    return {"temperature": float(np.exp(found.x[0]))}
+    found = _minimum(goal, 1, [(np.log(LIMITS[0]), np.log(LIMITS[1]))])
+    return {"temperature": float(np.exp(found[0]))}
 
 
 def _fit_vector(log: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> dict[str, Any]:
@@ -104,9 +102,16 @@ def _fit_vector(log: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> dic
 
     limit = np.log(LIMITS[1])
     bounds = [(-limit, limit)] * classes + [(None, None)] * classes
-    found = minimize(goal, np.zeros(2 * classes), jac=True, method="L-BFGS-B", bounds=bounds, options=_PRECISE)
-    bias = found.x[classes:] - found.x[classes:].mean()
-    return {"scale": np.exp(found.x[:classes]).tolist(), "bias": bias.tolist()}
+    found = _minimum(goal, 2 * classes, bounds)
+    bias = found[classes:] - found[classes:].mean()
+    return {"scale": np.exp(found[:classes]).tolist(), "bias": bias.tolist()}
+
+
+def _minimum(goal: Any, size: int, bounds: Any) -> np.ndarray:
+    """Where ``goal`` is least, from 0 on."""
+    from scipy.optimize import minimize  # here, since scipy is slow to import
+
+    return minimize(goal, np.zeros(size), jac=True, method="L-BFGS-B", bounds=bounds, options=_PRECISE).x
 
 
 _PRECISE = {"ftol": 1e-12, "gtol": 1e-9, "maxiter": 500}

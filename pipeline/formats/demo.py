@@ -17,7 +17,6 @@ from typing import Any, ClassVar
 import numpy as np
 from PIL import Image, ImageFilter
 from pydantic import Field
-from scipy import ndimage
 
 from pipeline import schema
 from pipeline.errors import InputError
@@ -148,6 +147,8 @@ def _background(settings: DemoSettings, rng: np.random.Generator) -> np.ndarray:
 
 def _ink(sample: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """The (8, 8) sample scaled and turned: a float32 patch, 0 paper to 1 ink, cropped to its label."""
+    from scipy import ndimage  # here, since scipy is slow to import
+
     side, angle = rng.uniform(*DIGIT_PX), np.deg2rad(rng.uniform(-ANGLE, ANGLE))
     extent = int(np.ceil(side * 1.4))
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) * (8.0 / side)

@@ -5,7 +5,7 @@ ones for both sides, and the dataset's figure is computed from the drawn images'
 is about other images of the same kind, not about other seeds of training.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -74,6 +74,40 @@ def paired_mean(
         return {"difference": None, "low": None, "high": None}
     low, high = np.percentile(values, [2.5, 97.5])
     return {"difference": float(difference), "low": float(low), "high": float(high)}
+
+
+def iou_of(rows: Rows, background: int | None = None) -> Callable[[np.ndarray], np.ndarray]:
+    """(D, N) weights of the images of ``rows`` -> (D,) mean over classes of the weighted dataset's IoU."""
+    inter, union = _columns(rows, "iou")
+    return lambda weights: mean_iou(weights @ inter, weights @ union, background)
+
+
+def differences(
+    ids: Sequence[np.ndarray], sides: Sequence[Callable[[np.ndarray], np.ndarray]], resamples: int, seed: int
+) -> np.ndarray:
+    """(1 + resamples,) the first side's figure minus the second's: of the images as they are, then of draws.
+
+    Args:
+        ids: Of each side's images, sorted.
+        sides: (D, N) weights of images -> (D,) figure, NaN where it is not defined.
+        resamples: How often images are drawn again.
+        seed: Of the draws.
+
+    Raises:
+        InputError: The sides are not of the same images.
+    """
+    if not np.array_equal(ids[0], ids[1]):
+        raise InputError(
+            f"a paired comparison wants both sides of the same images: found {len(ids[0])} and {len(ids[1])} images, "
+            "or other ids; evaluate both on one split"
+        )
+    images, rng = len(ids[0]), np.random.default_rng(seed)
+    each = max(1, _CELLS // max(1, images))
+    out = [sides[0](np.ones((1, images))) - sides[1](np.ones((1, images)))]
+    for start in range(0, resamples, each) if images else ():
+        weights = _weights(rng, min(each, resamples - start), images)
+        out.append(sides[0](weights) - sides[1](weights))
+    return np.concatenate(out)
 
 
 def _columns(rows: Rows, figure: Figure) -> tuple[np.ndarray, np.ndarray]:

@@ -157,7 +157,7 @@ class DetectionMetric:
               pixels; ``per_class``, ``per_class50``: of each class, null where it has no true box; ``pr_curves``:
               ``recall`` (101) and ``precision``, a list of as many by class, at IoU .5.
             - Said boxes, at IoU .5: ``precision, recall, f1``; ``confusion``: K + 1 rows (truth) of K + 1 counts
-              (prediction), the last: nothing, boxes matched whatever their class; ``d_ece``.
+              (prediction), the last: nothing, boxes matched whatever their class; ``d_ece, nll_score``.
             - Said boxes: ``laece`` (IoU .1), ``laece0`` (any overlap), ``lrp`` (IoU .1); ``olrp``: LRP at IoU .5 at
               each class's best score; ``detection_calibration`` has their formulas.
             - All boxes, at IoU .5: ``auroc_tp, aupr_tp``: right against wrong by score; ``best_f1``: ``score, f1,

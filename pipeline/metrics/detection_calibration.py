@@ -1,4 +1,4 @@
-"""Do scores say how often, and how well, a box is right: LaECE, LRP, D-ECE, and true against false ones.
+"""Do scores say how often, and how well, a box is right: LaECE, LRP, D-ECE, log score, true against false ones.
 
 The formulas are the papers'. Boxes that a crowd absorbed are not counted.
 """
@@ -15,6 +15,7 @@ LAECE_BINS = 25
 """Equal bins of score, as in the paper."""
 BINS = 15
 """Of D-ECE and the reliability diagram, as everywhere here."""
+_SURE = 1e-6
 _ROW = {HIT_IOU: 0, LOW_IOU: 1, ANY_IOU: 2}
 
 
@@ -146,6 +147,25 @@ def d_ece(judged: Judged) -> float:
     return float(iou(np.nansum(gaps), bins["count"].sum()))
 
 
+def score_nll(judged: Judged) -> float:
+    """Log score of the said boxes' scores as probabilities of being right, IoU 0.5; in nats (Good 1952).
+
+    Mean of ``-ln s`` over the right ones and of ``-ln(1 - s)`` over the wrong ones, s kept 1e-6 away from 0 and 1;
+    NaN where nothing is said.
+    """
+    said, use = judged.said, judged.said.counted[0]
+    score = np.clip(said.score[use], _SURE, 1 - _SURE)
+    lost = -np.log(np.where(said.overlap[0, use] > 0, score, 1 - score))
+    return float(iou(lost.sum(), np.array(len(lost))))
+
+
+def recalls(judged: Judged) -> np.ndarray:
+    """(K,) share of each class's true boxes that are said, IoU 0.5; NaN without a true one."""
+    said, number = judged.said, judged.true.shape[1]
+    right = np.bincount(said.label[said.counted[0] & (said.overlap[0] > 0)], minlength=number)
+    return iou(right, judged.true.sum(0))
+
+
 def figures(judged: Judged) -> dict[str, Any]:
     """All of the above, by name; not finite or None where not defined."""
     errors = {
@@ -156,6 +176,7 @@ def figures(judged: Judged) -> dict[str, Any]:
         "lrp": lrp(judged),
         "olrp": optimal_lrp(judged),
         "d_ece": d_ece(judged),
+        "nll_score": score_nll(judged),
         **ranks(judged),
         "best_f1": best_f1(judged),
         "reliability": reliability(judged.score, judged.overlap),

@@ -15,8 +15,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 from scipy.special import ndtr
 
 from pipeline.metrics.detection_rows import Image, Judged
@@ -97,6 +95,9 @@ def assign(rows: np.ndarray, columns: np.ndarray, quality: np.ndarray, shape: tu
         quality: (P,) in 0..1; pairs of 0 are never assigned.
         shape: Boxes, true boxes.
     """
+    from scipy.sparse import coo_array  # here, since scipy is slow to import
+    from scipy.sparse.csgraph import min_weight_full_bipartite_matching
+
     good = np.flatnonzero(quality > 0)
     some, at = np.unique(rows[good], return_inverse=True)
     if not len(good):

@@ -7,7 +7,6 @@ inside; what depends on one is given as its mean over all orders.
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import digamma
-from scipy.stats import rankdata
 
 
 def auroc(negatives: ArrayLike, positives: ArrayLike) -> float:
@@ -23,7 +22,7 @@ def auroc(negatives: ArrayLike, positives: ArrayLike) -> float:
     low, high = np.asarray(negatives, np.float64), np.asarray(positives, np.float64)
     if not len(low) or not len(high):
         return float("nan")
-    ranks = rankdata(np.concatenate([low, high]))
+    ranks = _ranks(np.concatenate([low, high]))
     above = ranks[len(low) :].sum() - len(high) * (len(high) + 1) / 2
     return float(above / (len(low) * len(high)))
 
@@ -144,7 +143,14 @@ def risk_coverage(scores: ArrayLike, losses: ArrayLike, points: int = 101) -> tu
 
 def spearman(first: ArrayLike, second: ArrayLike) -> float:
     """Correlation of ranks, ties sharing theirs (Spearman 1904); NaN of fewer than two, or of equal values."""
-    ranks = [rankdata(np.asarray(each, np.float64)) for each in (first, second)]
+    ranks = [_ranks(np.asarray(each, np.float64)) for each in (first, second)]
     a, b = (each - each.mean() if len(each) else each for each in ranks)
     scale = np.sqrt((a @ a) * (b @ b))
     return float(np.clip(a @ b / scale, -1, 1)) if scale else float("nan")
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """From 1 on, ties sharing the mean of theirs."""
+    from scipy.stats import rankdata  # here, since scipy is slow to import
+
+    return rankdata(values)

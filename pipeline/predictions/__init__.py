@@ -11,7 +11,7 @@ from pipeline.predictions.adoption import Piece
 from pipeline.predictions.attempts import Attempt, check, commit, committed, start
 from pipeline.predictions.files import UnitFile, count_statuses, summarise, write_unit
 from pipeline.predictions.lists import listed, read_list
-from pipeline.predictions.reader import read
+from pipeline.predictions.reader import read, read_each
 
 __all__ = [
     "Attempt",
@@ -23,6 +23,7 @@ __all__ = [
     "count_statuses",
     "listed",
     "read",
+    "read_each",
     "read_list",
     "start",
     "summarise",

@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 import secrets
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,6 +37,8 @@ class UnitFile:
     """State of the unit's metrics, where the job has truth."""
     scalars: bytes = field(default=b"", repr=False)
     """The rows' numbers as an Arrow stream, where they are wanted and there is no file."""
+    decisions: dict[str, int] = field(default_factory=dict)
+    """Rows by decision; without a review threshold there is none."""
 
     def listed(self) -> dict[str, Any]:
         """As the manifest lists it."""
@@ -55,12 +58,10 @@ def unit_number(name: str) -> int:
 
 
 def summarise(table: pa.Table) -> dict[str, Any]:
-    """Counts by status, and the sum of ``uncertainty`` over the rows that have one."""
-    statuses: dict[str, int] = {}
-    for word in table["status"].to_pylist():
-        statuses[word] = statuses.get(word, 0) + 1
+    """Counts by status and by decision, and the sum of ``uncertainty`` over the rows that have one."""
     return {
-        "statuses": statuses,
+        "statuses": dict(Counter(table["status"].to_pylist())),
+        "decisions": dict(Counter(table["decision"].drop_null().to_pylist())),
         "uncertainty_sum": float(np.nansum(np.asarray(table["uncertainty"].drop_null(), np.float64))),
     }
 
@@ -124,6 +125,7 @@ def _unit_file(name: str, data: bytes, summary: dict[str, Any], metrics: bytes) 
         sha256=hashlib.sha256(data).hexdigest(),
         statuses=summary["statuses"],
         uncertainty_sum=summary["uncertainty_sum"],
+        decisions=summary.get("decisions", {}),
         metrics=metrics,
     )
 

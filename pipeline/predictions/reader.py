@@ -1,6 +1,6 @@
 """Reading committed predictions: what the manifest names, and nothing else."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -35,6 +35,22 @@ def read(uri: str, columns: Sequence[str] | None = None, *, verify: bool = True)
     with ThreadPoolExecutor(THREADS) as pool:
         tables = list(pool.map(lambda entry: _read_file(uri, entry, names, verify), listed(uri, manifest)))
     return pa.concat_tables(tables).replace_schema_metadata(None)
+
+
+def read_each(uri: str, columns: Sequence[str]) -> Iterator[pa.Table]:
+    """The committed rows one file at a time, these columns alone, so that memory does not grow with the folder.
+
+    Files are not compared with their digests (that would read all of them: ``dubito verify`` does).
+
+    Raises:
+        InputError: Nothing is committed there, or a file is missing.
+    """
+    uri = storage.absolute(uri)
+    manifest = committed(uri)
+    if manifest is None:
+        raise InputError(f"no committed predictions at '{uri}'; check the path, or finish them with dubito predict")
+    for entry in listed(uri, manifest):
+        yield _read_file(uri, entry, list(columns), verify=False)
 
 
 def _read_file(uri: str, entry: Mapping[str, Any], columns: list[str] | None, verify: bool) -> pa.Table:

@@ -1,16 +1,13 @@
-"""Loss curves of a run: a PNG, and the same numbers as TensorBoard events."""
+"""Loss curves of a run as a picture."""
 
 import io
 import json
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from tensorboardX import SummaryWriter
 
 from pipeline import storage
 
@@ -22,12 +19,8 @@ def read_history(run_uri: str) -> list[dict[str, Any]]:
 
 
 def write(out: str, members: int) -> str:
-    """Loss curves of a finished run: ``plots/loss.png``, and TensorBoard events; returns the plot's URI."""
-    histories = []
-    for k in range(members):
-        run_uri = storage.join(out, "members", str(k))
-        histories.append(read_history(run_uri))
-        write_events(histories[-1], storage.join(out, "tensorboard", str(k)))
+    """Loss curves of a finished run: ``plots/loss.png``; returns its URI."""
+    histories = [read_history(storage.join(out, "members", str(k))) for k in range(members)]
     uri = storage.join(out, "plots", "loss.png")
     storage.write_bytes(uri, loss_plot(histories))
     return uri
@@ -51,16 +44,3 @@ def loss_plot(histories: list[list[dict[str, Any]]]) -> bytes:
     figure.savefig(out, format="png", dpi=100)
     plt.close(figure)
     return out.getvalue()
-
-
-def write_events(history: list[dict[str, Any]], folder_uri: str) -> None:
-    """TensorBoard events of one member, into ``folder_uri``."""
-    with tempfile.TemporaryDirectory() as folder:
-        writer = SummaryWriter(folder)
-        for row in history:
-            for name, value in row.items():
-                if name != "step":
-                    writer.add_scalar(name, value, row["step"])
-        writer.close()
-        for file in Path(folder).iterdir():
-            storage.write_bytes(storage.join(folder_uri, file.name), file.read_bytes())

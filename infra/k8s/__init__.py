@@ -1,0 +1,1 @@
+"""Kubernetes manifests for KubeRay, and the program that writes them."""

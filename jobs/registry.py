@@ -1,0 +1,72 @@
+"""``dubito registry``: champions, and what was decided."""
+
+from collections.abc import Callable
+from typing import Any
+
+from jobs.session import run_job
+from pipeline.errors import InputError
+from pipeline.telemetry import Voice
+
+
+def show_all(registry: str) -> int:
+    """Every model's champion; returns the exit code."""
+
+    def story(terminal: Voice) -> None:
+        from pipeline import registry as champions
+
+        names = champions.names(registry)
+        for name in names:
+            terminal.say(f"{name}: {_line(champions.champion(registry, name))}")
+        if not names:
+            terminal.say(f"no champion in '{registry}'")
+
+    return run_job("registry", story, here=False)
+
+
+def show(registry: str, name: str) -> int:
+    """All champions of a model and all decisions; returns the exit code."""
+
+    def story(terminal: Voice) -> None:
+        from pipeline import registry as champions
+
+        every, decided = champions.entries(registry, name), champions.decisions(registry, name)
+        if not every and not decided:
+            raise InputError(
+                f"no model '{name}' in '{registry}'; known: {', '.join(champions.names(registry)) or 'none'}"
+            )
+        for entry in every:
+            terminal.say(_line(entry))
+        for each in decided:
+            word = "promoted" if each["promote"] else "refused"
+            terminal.say(f"{each['time']}  run {each['run']}  {word}  bundle {each['challenger']['id']}")
+            for reason in each["reasons"]:
+                terminal.say(f"    {reason}")
+
+    return run_job("registry", story, here=False)
+
+
+def _line(entry: Any) -> str:
+    return f"{entry.number:>4}  {entry.time}  {entry.kind:9}  bundle {entry.bundle_id}  {entry.bundle}"
+
+
+def promote(registry: str, name: str, bundle: str) -> int:
+    """Make a bundle champion; returns the exit code."""
+    return _change(name, lambda champions: champions.promote(registry, name, bundle))
+
+
+def rollback(registry: str, name: str, to: int | None) -> int:
+    """Make an earlier one champion; returns the exit code."""
+    return _change(name, lambda champions: champions.rollback(registry, name, to))
+
+
+def _change(name: str, change: Callable[[Any], Any]) -> int:
+    def story(terminal: Voice) -> None:
+        from pipeline import registry as champions
+
+        try:
+            made = change(champions)
+        except champions.OvertakenError as error:
+            raise InputError(f"{error}; look at it, and give the command again") from None
+        terminal.say(f"champion {made.number} of '{name}' is bundle {made.bundle_id} ({'; '.join(made.reasons)})")
+
+    return run_job("registry", story, here=False)

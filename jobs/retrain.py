@@ -1,0 +1,59 @@
+"""``dubito retrain``: new labelled data? A challenger, judged beside the champion; once, or on a schedule."""
+
+from typing import Any
+
+from jobs.session import ray_session, run_job
+from pipeline.telemetry import Voice
+
+
+def run(config: str, force: bool, dry_run: bool, every: str, cron: str, sets: list[str]) -> int:
+    """Run the job; returns the exit code."""
+    if every or cron:
+        from jobs import schedule
+
+        given = ["retrain", config, *(["--force"] if force else []), *(f"--set={each}" for each in sets)]
+        return schedule.serve("retrain", lambda now: given, every, cron)
+
+    def story(terminal: Voice) -> None:
+        from jobs import tracking
+        from pipeline import retrain
+
+        settings, log = _settings(config, sets)
+        if log is not None:
+            tracking.require()
+        with ray_session(settings.recipe.get("train", {}).get("workers", 1)):
+            made = retrain.run(settings, force=force, dry_run=dry_run, sink=terminal)
+        terminal.close()
+        for sentence in made.said:
+            terminal.say(sentence)
+        if log is not None and made.decision is not None:
+            bundle = made.decision["challenger"]["bundle"]
+            name = tracking.log(log, made.run, settings.to_dict(), made.decision, bundle)
+            terminal.say(f"mlflow run {name} in experiment '{log.experiment}'")
+
+    return run_job("retrain", story)
+
+
+def _settings(path: str, sets: list[str]) -> tuple[Any, Any]:
+    """The retraining's settings with absolute URIs, and MLflow's if there are any."""
+    from jobs.tracking import TrackingSettings
+    from pipeline.config import load
+    from pipeline.retrain import RetrainConfig
+    from pipeline.storage import absolute
+
+    tree = load(path, sets)
+    log = tree.pop("mlflow", None)
+    recipe = tree.get("recipe")
+    if isinstance(recipe, str):
+        tree["recipe"] = load(recipe, [])
+    for key in ("data", "out"):
+        tree["recipe"] = {name: value for name, value in (tree.get("recipe") or {}).items() if name != key}
+    settings = RetrainConfig.parse(tree, path)
+    places = {key: absolute(getattr(settings, key)) for key in ("registry", "work", "data")}
+    return settings.model_copy(update=places), None if log is None else TrackingSettings.parse(log, path)
+
+
+if __name__ == "__main__":
+    from jobs.cli import main
+
+    main("retrain")
