@@ -1,6 +1,7 @@
 """What is new, changed and gone between two datasets, from their digests; and whether two share images."""
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +12,12 @@ import pyarrow.parquet as pq
 from pipeline import storage
 from pipeline.datasets import DatasetInfo, row_groups
 from pipeline.errors import InputError
-from pipeline.shard_reader import read_row_group
+from pipeline.shard_reader import RowGroup, read_row_group
 
 DIGESTS = "digests.parquet"
 SHOWN = 3
+THREADS = 16
+"""Row groups whose hashes are read at a time."""
 pc: Any = pyarrow.compute  # its functions are made when it is imported
 
 
@@ -119,4 +122,9 @@ def require_apart(test: DatasetInfo, test_split: str, learned: DatasetInfo, spli
 
 def _images(info: DatasetInfo, split: str) -> pa.Table:
     columns = ["image_id", "sha256"]
-    return pa.concat_tables([read_row_group(group, columns).select(columns) for group in row_groups(info, split)])
+
+    def read(group: RowGroup) -> pa.Table:
+        return read_row_group(group, columns).select(columns)
+
+    with ThreadPoolExecutor(THREADS, "hashes") as pool:  # each waits for storage, for a few kB
+        return pa.concat_tables(pool.map(read, row_groups(info, split)))
