@@ -1,12 +1,13 @@
 # Everything sets itself up in .venv: Python 3.11 or later and make are all that a machine needs.
 #   make demo        the whole path on generated data: train, score, doubt; a few minutes on 2 cores
-#   make test        lint and all tests but the long ones
+#   make test        lint and all tests but the long ones; JOBS=8: so many side by side, where they may be
 #   make test-long   the long tests
 #   make lint        ruff and pyright
 #   make venv        only the set-up
 
 PYTHON ?= $(shell for p in python3.11 python3.12 python3 python3.13 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { command -v $$p; break; }; done)
+JOBS ?= 2
 BIN := .venv/bin
 STAMP := .venv/.installed
 # Twice quiet: errors only.
@@ -20,8 +21,10 @@ export RAY_USAGE_STATS_ENABLED := 0
 demo: $(STAMP)
 	@$(BIN)/dubito demo
 
+# What runs on Ray has all cores to itself; the rest goes side by side.
 test: lint
-	@$(BIN)/python -m pytest -q -m "not long"
+	@$(BIN)/python -m pytest -q -m "not long and not ray" -n $(JOBS) --dist loadfile
+	@$(BIN)/python -m pytest -q -m "not long and ray"
 
 test-long: $(STAMP)
 	@$(BIN)/python -m pytest -q -m long

@@ -71,15 +71,17 @@ def driver(folder: Path, model: str, counts: tuple[int, int]) -> dict[str, float
     """What a unit takes of the driver, by the difference of two jobs."""
     few, many = (job(folder / str(count), model, count) for count in counts)
     more = {key: (many[key] - few[key]) / (counts[1] - counts[0]) for key in few}
-    starts, began = restarts.start(), time.perf_counter()
-    for unit in range(counts[1]):
-        starts.begin.remote(unit)
-        starts.done.remote(unit)
-    ray.get(starts.begin.remote(0))  # calls are answered in order
+    with restarts.counting() as starts:
+        began = time.perf_counter()
+        for unit in range(counts[1]):
+            starts.begin.remote(unit)
+            starts.done.remote(unit)
+        ray.get(starts.begin.remote(0))  # calls are answered in order
+        counted_s = time.perf_counter() - began
     return {
         "ms a unit scored": 1e3 * more["scored CPU"], "units a second here": 1 / more["scored s"],
         "ms a unit before the first": 1e3 * more["scored first"],
         "ms a unit adopted": 1e3 * more["adopted CPU"], "adopted a second here": 1 / more["adopted s"],
         "bytes of lists a unit": more["lists"],
-        "units a second that are counted": counts[1] / (time.perf_counter() - began),
+        "units a second that are counted": counts[1] / counted_s,
     }  # fmt: skip

@@ -13,7 +13,6 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 from pipeline import seal, storage
-from pipeline.bundle import open_bundle
 from pipeline.errors import InputError
 
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
@@ -151,6 +150,8 @@ def promote(registry: str, name: str, bundle: str) -> Entry:
         InputError: No such bundle, or it is the champion already.
         OvertakenError: Somebody else made one at the same moment.
     """
+    from pipeline.bundle import open_bundle  # here, since torch takes seconds, and listing champions needs none
+
     opened, last = open_bundle(bundle), champion(registry, name)
     if last is not None and last.bundle_id == opened.id:
         raise InputError(f"bundle '{opened.uri}' (id {opened.id}) is the champion of '{name}' already")
@@ -175,6 +176,8 @@ def rollback(registry: str, name: str, number: int | None = None) -> Entry:
         InputError: There is none such, its bundle is gone, or it is the champion already.
         OvertakenError: Somebody else made one at the same moment.
     """
+    from pipeline.bundle import open_bundle
+
     every = entries(registry, name)
     if not every:
         raise InputError(f"'{name}' has no champion in '{registry}'; there is nothing to go back to")

@@ -5,6 +5,7 @@ what dies again and again is predicted image by image, an image that ended two p
 at last the job ends.
 """
 
+import contextlib
 import json
 import pickle
 from collections import Counter
@@ -66,10 +67,19 @@ class Starts:
         self._deaths.pop(unit, None)
 
 
-def start() -> Any:
-    """The actor; it lives as long as something refers to it."""
+@contextlib.contextmanager
+def counting() -> Iterator[Any]:
+    """The actor, while the block runs.
+
+    It is ended by hand: Ray never gives up an actor whose handle was pickled by somebody else, as in ``packed``.
+    """
     actor: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Starts)
-    return actor.remote()
+    starts = actor.remote()
+    try:
+        yield starts
+    finally:
+        if ray.is_initialized():
+            ray.kill(starts)
 
 
 def begin(starts: Any, unit: int, source: gauges.Source) -> tuple[int, list[int]]:

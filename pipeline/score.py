@@ -168,12 +168,20 @@ def _run(
     """Score the units; yields each as it is finished, in no order."""
     if not todo:
         return
+    out = (attempt.uri, attempt.name, attempt.digest) if attempt is not None else None
+    with restarts.counting() as starts:
+        packed = ray.cloudpickle.dumps((Scorer, (bundle, wanted, out, starts)))  # pyright: ignore[reportAttributeAccessIssue]
+        args = (packed, starts, restarts.MOST * pool.size, wanted.source)
+        yield from _stream(plan, todo, args, progress, pool)
+
+
+def _stream(
+    plan: Plan, todo: Sequence[Unit], args: tuple[Any, ...], progress: Progress, pool: pools.Pool
+) -> Iterator[UnitFile]:
+    """Units through readers and actors; ``args`` are those of ``Guarded``."""
     # One block a unit; a source of rows in memory spares the range operator and its task for each unit.
     blocks = [pa.table({"unit": [unit.number], "spec": [_spec(unit)]}) for unit in todo]
     reader = Reader(plan.info.uri if plan.info is not None else "", plan.columns)
-    out = (attempt.uri, attempt.name, attempt.digest) if attempt is not None else None
-    starts = restarts.start()
-    packed = ray.cloudpickle.dumps((Scorer, (bundle, wanted, out, starts)))  # pyright: ignore[reportAttributeAccessIssue]
     rows = (
         ray.data.from_arrow(blocks)
         .map_batches(reader, batch_size=1, batch_format="pyarrow", num_cpus=_READ_CPUS)
@@ -184,7 +192,7 @@ def _run(
             compute=pool.strategy,
             num_cpus=pool.cpus,
             num_gpus=pool.gpus or None,
-            fn_constructor_args=(packed, starts, restarts.MOST * pool.size, wanted.source),
+            fn_constructor_args=args,
         )
     )
     found: Any = iter(rows.iter_rows())

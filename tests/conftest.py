@@ -25,6 +25,14 @@ torch.set_num_threads(1)
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what needs Ray, whose processes take all cores: such tests run one by one, the others side by side."""
+    for item in items:
+        if "ray_local" in getattr(item, "fixturenames", ()) or "cluster" in item.path.parts:
+            item.add_marker("ray")
+
+
 @pytest.fixture(scope="session")
 def real_images() -> Path:
     """Folder of the real images; tests that need it are skipped where it is absent."""

@@ -9,6 +9,7 @@ from benchmarks import feed
 from benchmarks.feed_rivals import repeated
 
 
+@pytest.mark.long
 def test_every_side_delivers_every_image_and_the_same_pixels(ray_local: None, capsys: pytest.CaptureFixture[str]):
     arguments = "--small --sizes 96x80 --count 32 --batch 16 --side 64 --seconds 0 --rounds 1"
     feed.main(arguments.split())

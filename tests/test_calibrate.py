@@ -28,6 +28,12 @@ def unet(tmp_path_factory: pytest.TempPathFactory) -> str:
     return make_bundle(tmp_path_factory.mktemp("unet"), {**UNET, "dropout": 0.3}, seeds=(3, 4))
 
 
+@pytest.fixture(scope="module")
+def calibrated(data: str, unet: str) -> bundles.Bundle:
+    """With a temperature, and a threshold that is easily kept."""
+    return calibrate.calibrate(bundles.open_bundle(unet), data, settings(risk=0.999, delta=0.5))
+
+
 def settings(**values: object) -> CalibrateSettings:
     return CalibrateSettings.parse(values, "test")
 
@@ -37,33 +43,35 @@ def predicted(bundle: bundles.Bundle, data: str, out: Path, split: str = "test")
     return predictions.read(str(out)).to_pylist()
 
 
-def test_a_temperature_lowers_the_loss_and_changes_no_mask(tmp_path: Path, data: str, unet: str):
-    before = bundles.open_bundle(unet)
-    made = calibrate.calibrate(before, data, settings())
+def test_a_temperature_lowers_the_loss_and_changes_no_mask(
+    tmp_path: Path, data: str, unet: str, calibrated: bundles.Bundle
+):
+    before, made = bundles.open_bundle(unet), calibrated
     fitted = made.manifest["calibration"]
     assert (fitted["kind"], fitted["n"], fitted["pixels"]) == ("temperature", 12, 12 * 32 * 32)
     assert fitted["fitted_on"]["split"] == "calibration"
     assert made.id != before.id
-    metrics = score.score(made, data, split="calibration", measure="metrics")["metrics"]
-    raw = score.score(before, data, split="calibration", measure="metrics")["metrics"]
+    where = {"split": "calibration", "measure": "metrics"}
+    metrics = score.score(made, data, out=str(tmp_path / "new"), **where)["metrics"]
+    raw = score.score(before, data, out=str(tmp_path / "old"), **where)["metrics"]
     assert metrics["nll"] < raw["nll"]
     assert metrics["uncalibrated"]["nll"] == pytest.approx(raw["nll"], rel=1e-6)
     assert metrics["members"] == raw["members"]
     assert metrics["iou"] == raw["iou"]
-    rows, old = predicted(made, data, tmp_path / "new"), predicted(before, data, tmp_path / "old")
+    rows, old = (predictions.read(str(tmp_path / name)).to_pylist() for name in ("new", "old"))
+    assert len(rows) == 12
     assert [row["mask"] for row in rows] == [row["mask"] for row in old]
     for name in ("mutual_information_mean", "expected_entropy_mean", "member_dice"):
         assert [row[name] for row in rows] == [row[name] for row in old], "members are not calibrated"
     assert all(row["entropy_mean"] != was["entropy_mean"] for row, was in zip(rows, old, strict=True))
 
 
-def test_the_threshold_is_obeyed_and_written(tmp_path: Path, data: str, unet: str):
-    loose = calibrate.calibrate(bundles.open_bundle(unet), data, settings(risk=0.999, delta=0.5))
-    threshold = loose.manifest["threshold"]
+def test_the_threshold_is_obeyed_and_written(tmp_path: Path, data: str, unet: str, calibrated: bundles.Bundle):
+    threshold = calibrated.manifest["threshold"]
     assert (threshold["risk"], threshold["delta"], threshold["n"]) == (0.999, 0.5, 12)
     assert threshold["score"] == "entropy_mean"
     assert threshold["value"] is not None
-    rows = predicted(loose, data, tmp_path / "loose", "calibration")
+    rows = predicted(calibrated, data, tmp_path / "loose", "calibration")
     accepted = [row["uncertainty"] <= threshold["value"] for row in rows]
     assert [row["decision"] == "accept" for row in rows] == accepted
     assert np.mean(accepted) == pytest.approx(threshold["accepted"])

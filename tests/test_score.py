@@ -1,7 +1,9 @@
 """Scoring on Ray: every image exactly once, whatever stops the job; and the metrics of the same pass."""
 
+import contextlib
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from pipeline.bundle import open_bundle
 from pipeline.errors import InputError
 from pipeline.evaluate import evaluate
 from pipeline.predict import Predictor
+from pipeline.telemetry import NoSink
 
 ROWS = 22
 SCORER = score.Scorer
@@ -312,6 +315,31 @@ def test_a_pool_leaves_a_cpu_to_the_readers_whatever_others_hold(ray_local: None
     for free in (0.0, 1.0, 1.5, 2.0, 3.0, 4.0, 6.5, 8.0):
         pool = pools.plan(100, 4, None, free)
         assert pool.size == 1 or pool.size * pool.cpus + 1 <= free, free
+
+
+def processes(name: str) -> set[str]:
+    """Folders in /proc of Ray's processes of that name."""
+    found = set()
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            if (folder / "cmdline").read_bytes().startswith(f"ray::{name}".encode()):
+                found.add(folder.name)
+    return found
+
+
+def test_no_process_of_a_job_outlives_it(tmp_path: Path, unet: str, ray_local: None):
+    before, seen = processes("Starts"), set()
+
+    class Looks(NoSink):
+        def update(self, *args: Any, **kwargs: Any) -> None:
+            seen.update(processes("Starts") - before)
+
+    score.score(unet, folder_of(tmp_path / "images", 5), sink=Looks())
+    assert seen, "the test looks for a name that no process has"
+    deadline = time.monotonic() + 20
+    while processes("Starts") & seen and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not processes("Starts") & seen
 
 
 def test_a_failed_run_gives_its_cpus_back_even_while_its_error_is_kept(
