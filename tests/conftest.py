@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -21,6 +22,11 @@ os.environ.update(
     }
 )
 torch.set_num_threads(1)
+# How long an example takes says more of the other processes of this machine than of the code.
+hypothesis.settings.register_profile(
+    "dubito", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow], print_blob=True
+)
+hypothesis.settings.load_profile("dubito")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 

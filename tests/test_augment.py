@@ -82,7 +82,7 @@ def test_hue_turns_the_colour_differences_and_keeps_luma():
     assert (got - source).abs().max() > 0.01
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(index=st.permutations(range(8)), count=st.integers(1, 8))
 def test_no_image_depends_on_its_batch(index: list[int], count: int):
     batch, input = make_batch(8, (24, 24))

@@ -142,7 +142,7 @@ def test_image_and_mask_are_resampled_once_each(monkeypatch):
     assert rows == {"bilinear": len(batch), "nearest": len(batch)}
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 10_000), turn=st.sampled_from([0.0, 35.0]), shear=st.sampled_from([0.0, 12.0]))
 def test_boxes_agree_with_boxes_drawn_into_the_mask(seed: int, turn: float, shear: float):
     """A box painted into a mask, warped, and measured again is the box moved by its corners."""

@@ -38,7 +38,7 @@ def listed(batch: Batch, *which: int) -> list[tuple[int, bool, list[float]]]:
     return sorted(row for row in found if row[0] >= 0)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 10_000), name=st.sampled_from(sorted(GEOMETRY)), fit=st.sampled_from(["letterbox", "crop"]))
 def test_boxes_masks_and_painted_rectangles_of_a_mosaic_agree(seed: int, name: str, fit: str):
     batch, input, colours = painted_batch(5, (48, 48), fit, seed)
@@ -201,7 +201,7 @@ def test_rows_that_are_not_mixed_owe_nothing_to_their_batch():
     assert all((out.images[n] - plain.images[n]).abs().max() > 0.05 for n in mixed)
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(index=st.permutations(range(7)), seed=st.integers(0, 1000))
 def test_the_order_of_the_batch_plays_no_part(index: list[int], seed: int):
     batch, input = make_batch(7, (24, 24), seed=seed)
@@ -264,7 +264,7 @@ def test_images_without_boxes_and_batches_without_any():
     assert unlabelled.images.isfinite().all()
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(seed=st.integers(0, 1000), count=st.integers(2, 7))
 def test_lists_are_as_long_as_the_longest_and_kept_boxes_come_first(seed: int, count: int):
     batch, input, _ = painted_batch(count, (32, 32), "letterbox", seed)

@@ -41,7 +41,7 @@ def same(one: Batch, other: Batch, atol: float = 1e-4):
             torch.testing.assert_close(first.cpu(), second.cpu(), atol=atol, rtol=0, msg=field.name)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(height=st.integers(1, 40), width=st.integers(1, 40), seed=st.integers(0, 100))
 def test_grid_is_that_of_affine_grid(height: int, width: int, seed: int):
     theta = torch.from_numpy(np.random.default_rng(seed).normal(size=(3, 2, 3))).float()

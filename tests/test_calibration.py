@@ -82,7 +82,7 @@ def test_the_estimate_has_no_bias():
     assert error < 0.05 * wanted
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.permutations(range(6)), st.integers(1, 5), st.integers(50, 400))
 def test_neither_order_nor_sharding_matters(order: list[int], cut: int, size: int):
     rows = overconfident(6, side=12)

@@ -177,7 +177,7 @@ def test_the_members_own_covariances_are_added_to_that_between_them(fuse):
 
 
 @BOTH
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 2**31), copies=st.integers(1, 6), noise=st.integers(1, 8))
 def test_copies_of_a_member_are_that_member_without_spread(fuse, seed: int, copies: int, noise: int):
     one = suppressed(some_members(seed, 1, 20, 3, noise)[0])
@@ -191,7 +191,7 @@ def test_copies_of_a_member_are_that_member_without_spread(fuse, seed: int, copi
 
 
 @BOTH
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 2**31), order=st.permutations(range(4)))
 def test_the_order_of_members_does_not_matter(fuse, seed: int, order: list[int]):
     members = some_members(seed, 4)
@@ -199,7 +199,7 @@ def test_the_order_of_members_does_not_matter(fuse, seed: int, order: list[int])
 
 
 @BOTH
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 2**31), shift=st.integers(-64, 64), power=st.integers(-3, 3))
 def test_boxes_move_and_grow_with_the_members(fuse, seed: int, shift: int, power: int):
     members, scale = some_members(seed, 4), 2.0**power
@@ -213,7 +213,7 @@ def test_boxes_move_and_grow_with_the_members(fuse, seed: int, shift: int, power
 
 
 @BOTH
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 2**31), count=st.integers(1, 6), objects=st.integers(0, 25), iou=st.sampled_from([0.3, 0.55, 1])
 )
@@ -240,7 +240,7 @@ def test_bounds(fuse, seed: int, count: int, objects: int, iou: float):
         assert found.scores.sum().item() == pytest.approx(sum(m.scores.sum().item() for m in members) / count, rel=1e-5)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 2**31), st.integers(1, 6))
 def test_both_agree_on_boxes_that_lie_apart(seed: int, count: int):
     far = torch.arange(12)[:, None] * torch.tensor([300.0, 0, 300, 0])
@@ -274,7 +274,7 @@ def brute(members: list[MemberBoxes], iou: float) -> list[tuple[int, list[tuple[
     return clusters
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 2**31), st.integers(1, 5))
 def test_bsas_equals_a_loop(seed: int, count: int):
     members = some_members(seed, count, noise=8)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import guided, hostile
@@ -32,7 +32,7 @@ def test_mutated_images_become_a_row_or_a_reject(real_or_none: Path | None, part
     assert words["corrupt"] > 50
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=150)
 @given(st.data())
 def test_whatever_follows_a_known_beginning(data: st.DataObject):
     good = hostile.good_images()

@@ -82,7 +82,7 @@ def test_precision_times_overlap_is_a_target_too():
     assert np.abs(mapped(fit_isotonic(scores, overlap), grid) - 0.75 * grid**2).mean() < 0.02
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     rows=st.lists(st.tuples(st.integers(0, 50), st.floats(0, 1), st.floats(0, 5)), max_size=60),
     kind=st.sampled_from([torch.float32, torch.float64]),
@@ -256,7 +256,7 @@ def test_a_sample_that_holds_all_boxes_is_all_boxes():
         np.testing.assert_array_equal(values[order], wanted[at])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.permutations(range(8)), st.integers(0, 8), st.integers(1, 60))
 def test_neither_order_nor_sharding_changes_the_sample(order: list[int], cut: int, size: int):
     rows = images(8)

@@ -138,7 +138,7 @@ def test_without_a_true_box_there_is_no_precision():
 
 
 @pytest.mark.parametrize("task", ["segmentation", "detection"])
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(data=st.data())
 def test_merging_does_not_depend_on_how_rows_are_split(task, data):
     items = pixels(7, 7) if task == "segmentation" else _random_boxes(7, 7, CLASSES)

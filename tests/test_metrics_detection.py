@@ -55,7 +55,7 @@ def _pycocotools(images: list[dict], classes: int) -> tuple[np.ndarray, list[Any
     return judge.eval["precision"][..., -1], [each for each in judge.evalImgs if each and each["aRng"] == [0, 1e10]]
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     seed=st.integers(0, 10**6), images=st.integers(1, 8), classes=st.integers(1, 4), grid=st.sampled_from([0.0, 8.0])
 )
@@ -82,7 +82,7 @@ def test_all_three_average_precisions_agree(seed, images, classes, grid):
     json.dumps(figures, allow_nan=False)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 10**6), classes=st.integers(1, 3), grid=st.sampled_from([0.0, 16.0]))
 def test_boxes_are_matched_as_coco_matches_them(seed, classes, grid):
     pytest.importorskip("pycocotools")
@@ -232,7 +232,7 @@ def test_nothing_found_and_nothing_true_are_the_worst():
     assert (got["precision"], got["f1"], got["lrp"], got["pdq"], got["boxes"]) == (0, 0, 1, 0, 0)
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(parts=st.lists(st.integers(0, 2), min_size=9, max_size=9), order=st.permutations(range(3)))
 def test_no_split_of_the_images_changes_anything(parts, order):
     rows = box_images(7, 9, 3)

@@ -61,7 +61,7 @@ def _whole(box: np.ndarray, std: np.ndarray, truth: np.ndarray, height: int, wid
 EDGE = st.floats(0, 60, width=32)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     box=st.tuples(EDGE, EDGE, st.floats(1, 60), st.floats(1, 60)),
     std=st.tuples(*[st.sampled_from([0.0, 0.3, 1.0, 3.0, 9.0, 25.0])] * 4),
@@ -111,7 +111,7 @@ def test_beyond_the_image_nothing_is_asked():
     assert inside == pytest.approx(_whole(truth[0], np.full(4, 3.0), truth[0], 100, 100))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 10**6), boxes=st.integers(1, 9), true=st.integers(1, 9), some=st.floats(0, 1))
 def test_the_assignment_is_the_hungarian_one(seed, boxes, true, some):
     rng = np.random.default_rng(seed)

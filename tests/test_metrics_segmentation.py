@@ -237,7 +237,7 @@ def test_calibration_error_of_known_confidence_and_accuracy():
     assert (got["auroc_error"], got["aurc"]) == (0.5, pytest.approx(0.6))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 2**31), st.integers(2, 5), st.sampled_from([0.1, 1.0, 10.0, 60.0]))
 def test_the_pool_is_never_worse_than_its_mean_member_in_nll_and_brier(seed, members, sharpness):
     each = [pixels(seed + m, 2, sharpness) for m in range(members)]

@@ -66,7 +66,7 @@ def test_auroc_of_counts_equals_that_of_rows(groups):
     assert got == pytest.approx(auroc(bins[hit == 0], bins[hit == 1]), nan_ok=True)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), min_size=1, max_size=3))
 def test_average_precision_of_counts_is_the_mean_over_orders_of_ties(groups):
     metrics = pytest.importorskip("sklearn.metrics")
@@ -81,7 +81,6 @@ def test_average_precision_of_counts_is_the_mean_over_orders_of_ties(groups):
     assert got == pytest.approx(np.mean(areas))
 
 
-@settings(deadline=None)
 @given(counts)
 def test_risk_coverage_area_is_the_mean_over_orders_of_ties(groups):
     """Group by group: the mean over orders of a running mean is the running mean of the group's mean loss."""

@@ -46,7 +46,7 @@ positions = st.lists(st.integers(0, 200), max_size=60)
 
 
 @given(positions, positions)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_ledger_is_a_set(a: list[int], b: list[int]):
     left, right = Ledger(), Ledger()
     left.add(np.array(a, np.int64))
@@ -63,7 +63,7 @@ def test_ledger_is_a_set(a: list[int], b: list[int]):
 
 
 @given(positions, st.integers(1, 150), st.integers(1, 16))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_rest_is_whole_steps(used: list[int], end: int, global_batch: int):
     ledger = Ledger()
     ledger.add(np.array(used, np.int64))

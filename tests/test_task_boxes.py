@@ -31,7 +31,7 @@ def shown(output: Output, look: View, size: tuple[int, int]) -> tuple[Output, tu
     ), seen
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 2**31), st.sampled_from([(32, 32), (32, 64)]))
 def test_views_of_a_symmetric_detector_are_that_detector(seed, size):
     task = detection(size=size, predict={"tta": ALL.to_dict()})

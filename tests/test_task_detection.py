@@ -27,7 +27,7 @@ def test_detection_columns_are_those_of_the_schema():
         assert sum(row["probabilities"]) == pytest.approx(1, abs=1e-6)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 2**31), st.integers(2, 5))
 def test_copies_of_a_detector_are_that_detector_with_all_votes(seed, copies):
     task = detection()

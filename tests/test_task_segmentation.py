@@ -24,7 +24,7 @@ def test_segmentation_columns_are_those_of_the_schema():
     }  # fmt: skip
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 2**31), st.integers(1, 5), st.sampled_from([0.1, 2.0, 50.0]))
 def test_copies_of_a_member_are_that_member_without_mutual_information(seed, copies, sharpness):
     task = segmentation(size=(8, 12))
@@ -37,7 +37,7 @@ def test_copies_of_a_member_are_that_member_without_mutual_information(seed, cop
     assert many["member_dice"] == [1, 1]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 2**31), st.integers(2, 5), st.sampled_from([0.1, 2.0, 50.0]))
 def test_members_that_differ_have_information_and_entropy_adds_up(seed, members, sharpness):
     task = segmentation(size=(8, 12))
@@ -190,7 +190,7 @@ def test_segmentation_is_measured_at_the_images_own_size():
         task.measure(prediction, batch, table.drop_columns(["mask"]), metric)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.integers(0, 2**31), st.integers(2, 4), st.sampled_from([0.5, 5.0, 60.0]))
 def test_pool_is_never_worse_than_the_mean_member(seed, members, sharpness):
     task = segmentation(size=(8, 12))

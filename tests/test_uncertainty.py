@@ -18,7 +18,7 @@ def _members(seed: int, members: int, classes: int, sharpness: float) -> torch.T
     return (logits.double() * sharpness).softmax(2)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(0, 2**31), st.integers(1, 6), st.integers(2, 6), st.sampled_from([0.1, 1.0, 10.0, 100.0]))
 def test_mutual_information_is_the_mean_divergence_from_the_pool(seed, members, classes, sharpness):
     p = _members(seed, members, classes, sharpness)

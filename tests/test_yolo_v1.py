@@ -121,7 +121,7 @@ def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 @given(seed=st.integers(0, 10**6), each=st.integers(1, 3), num_boxes=st.integers(0, 8))
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40, derandomize=True)
 def test_the_loss_equals_plain_loops(seed, each, num_boxes):
     random = generator(seed)
     raw = torch.randn(2, 6, 5 * each + 3, generator=random)
@@ -265,7 +265,7 @@ def test_two_shards_give_the_gradient_of_the_whole_batch():
     h=st.floats(0.1, 100),
     sign=st.sampled_from([1, -1]),
 )
-@settings(max_examples=50, deadline=None, derandomize=True)
+@settings(max_examples=50, derandomize=True)
 def test_a_perfect_prediction_gives_the_box_back(x, y, w, h, sign):
     s = int(y // STRIDE) * 3 + int(x // STRIDE)
     raw = torch.zeros(1, 6, 13)
