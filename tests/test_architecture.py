@@ -1,6 +1,8 @@
 """Imports point one way, Ray and Kornia stay at the rim, files and functions stay small."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -175,3 +177,24 @@ def test_a_long_function_is_found():
     body = "\n".join(f"    x{line} = {line}" for line in range(MAX_FUNCTION_LINES))
     assert long_functions(ast.parse(f"def f():\n{body}\n")) == [("f", MAX_FUNCTION_LINES + 1)]
     assert long_functions(ast.parse(f"def f():\n{body.removesuffix(body.splitlines()[-1])}\n")) == []
+
+
+WITHOUT_TORCH = (
+    "pipeline.unit_reader",
+    "pipeline.stream",
+    "pipeline.registry",
+    "pipeline.verify",
+    "pipeline.datasets",
+    "pipeline.predictions",
+    "pipeline.shards",
+    "pipeline.referenced",
+    "pipeline.restarts",
+    "pipeline.pools",
+)
+"""What reading tasks, and commands that only look, import: torch costs each of their processes two seconds."""
+
+
+def test_reading_tasks_import_no_torch():
+    program = "import sys, importlib\nimportlib.import_module(sys.argv[1])\nsys.exit('torch' in sys.modules)"
+    started = [(name, subprocess.Popen([sys.executable, "-c", program, name], cwd=ROOT)) for name in WITHOUT_TORCH]
+    assert [name for name, process in started if process.wait(120) != 0] == []
