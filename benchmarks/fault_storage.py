@@ -12,10 +12,11 @@ import pyarrow.parquet as pq
 from benchmarks.fault_jobs import Ended, Job, run
 from benchmarks.fault_world import NOISE, World, compare_rows, far_from, rows_of, tally, units
 from infra.local.fault_proxy import Kind, Rule
-from pipeline import datasets, patience, predictions, storage
+from pipeline import datasets, predictions, storage
 from pipeline.bundle import open_bundle
 from pipeline.errors import InputError
 from pipeline.shard_reader import read_row_group
+from pipeline.storage import retry
 
 KINDS: tuple[Kind, ...] = ("status", "reset", "lost", "truncate", "stall", "slow")
 
@@ -55,7 +56,7 @@ def _told_apart(world: World, data: str) -> Counter[str]:
     storage.write_bytes(flipped, whole[:99] + bytes([whole[99] ^ 4]) + whole[100:])
     filesystem, path = storage.arrow(gone)
     filesystem.delete_file(path)
-    env, out, again = {**world.through, patience.VARIABLE: "5"}, world.fresh("predictions"), world.fresh("data")
+    env, out, again = {**world.through, retry.VARIABLE: "5"}, world.fresh("predictions"), world.fresh("data")
     ended = [
         run(world.folder, env, *world.predict(out, data)),
         run(world.folder, env, *world.ingest(again, "referenced=true", "max_reject_fraction=0.2")),

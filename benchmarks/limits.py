@@ -36,9 +36,10 @@ from benchmarks.scaling import tiny_bundle
 from infra.local.fault_proxy import FaultProxy
 from infra.local.s3_server import environment, make_bucket, s3_server
 from jobs.session import ray_session
-from pipeline import bundle, datasets, manifest, schema, seal, stream
+from pipeline import bundle, datasets, manifest, schema, stream
 from pipeline import units as planning
 from pipeline.ledger import Ledger
+from pipeline.storage import checksum
 
 GROUPS = 5
 """Row groups of a shard of 128 MB, of images of 100 kB."""
@@ -61,7 +62,7 @@ def meta_of(groups: int) -> dict[str, Any]:
          "rows": ids.GROUP * GROUPS, "row_groups": [[ids.GROUP, 26214400]] * GROUPS}
         for number in range(groups // GROUPS)
     ]  # fmt: skip
-    return seal.seal({
+    return checksum.seal({
         "schema_version": schema.SCHEMA_VERSION, "name": "limits", "classes": ["thing", "background"], "background": 1,
         "tasks": [], "counts": {"train": {"images": groups * ids.GROUP}}, "fingerprint": "limits", "statistics": {},
         "files": files,

@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from jobs import pins
-from pipeline import gauges, patience
+from pipeline import gauges
 from pipeline.errors import DoneError, root_input_error
 from pipeline.lines import run_of, voice
+from pipeline.storage import retry
 from pipeline.telemetry import Voice, diverted
 
 THREADS_END_S = 3.0
@@ -103,7 +104,7 @@ def run_job(verb: str, story: Callable[[Voice], int | None], here: bool = True) 
     sentence. ``here``: the work is done by this machine, not by a cluster that goes on without it.
     """
     log = Path("runs") / "logs" / f"{verb}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
-    patience.expect_an_answer_soon()
+    retry.expect_an_answer_soon()
     gauges.name(verb, run_of(log))
     with _last_word(verb, log) if here else contextlib.nullcontext(), diverted(log, voice(verb)) as terminal:
         try:

@@ -15,9 +15,10 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from pipeline import __version__, models, seal, storage
+from pipeline import __version__, models, storage
 from pipeline.errors import InputError, nearest
 from pipeline.schema import BUNDLE_JSON, PREDICTIONS, SCHEMA_VERSION
+from pipeline.storage import checksum
 
 _REQUIRED = ("schema_version", "task", "model", "classes", "background", "input", "files")
 _OPTIONAL = {
@@ -208,7 +209,7 @@ def _made(uri: str, manifest: dict[str, Any]) -> Bundle:
 
 
 def _content(manifest: Mapping[str, Any]) -> bytes:
-    return json.dumps(seal.seal(manifest), indent=1, sort_keys=True, allow_nan=False).encode()
+    return json.dumps(checksum.seal(manifest), indent=1, sort_keys=True, allow_nan=False).encode()
 
 
 def _another(uri: str) -> InputError:
@@ -233,7 +234,7 @@ def open_bundle(uri: str, task: str | None = None) -> Bundle:
     except (ValueError, RecursionError):
         raise InputError(f"'{target}' is not JSON; write the bundle again") from None
     _check(target, manifest)
-    seal.check(manifest, target, "write the bundle again")
+    checksum.check(manifest, target, "write the bundle again")
     if task is not None and manifest["task"] != task:
         raise InputError(
             f"bundle of another task: wanted {task}, '{uri}' is for {manifest['task']}; choose another bundle"

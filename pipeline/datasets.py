@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from pipeline import gauges, manifest, preflight, schema, seal, shards, storage
+from pipeline import gauges, manifest, preflight, schema, shards, storage
 from pipeline import splits as splitting
 from pipeline.config import first_difference
 from pipeline.errors import InputError, nearest
 from pipeline.formats import FORMATS
 from pipeline.formats.base import Context, Index, IngestSettings, Reject
 from pipeline.shard_reader import RowGroup
+from pipeline.storage import checksum
 from pipeline.telemetry import NoSink, Progress, Sink
 
 DATASET_JSON = "dataset.json"
@@ -66,7 +67,7 @@ def open_dataset(uri: str) -> DatasetInfo:
             f"dataset '{uri}' has schema version {meta.get('schema_version')}, this program reads "
             f"{schema.SCHEMA_VERSION}; ingest it again"
         )
-    seal.check(meta, storage.join(uri, DATASET_JSON), "ingest again")
+    checksum.check(meta, storage.join(uri, DATASET_JSON), "ingest again")
     return DatasetInfo(
         uri=uri,
         name=meta["name"],
@@ -157,7 +158,7 @@ def ingest(
         _refuse_other(uri, committed, source)
         return manifest.summary(uri, committed, time.monotonic() - began, already=True)
     meta = _build(uri, format, index, lists, source, settings, sink or NoSink())
-    if not storage.create_once(storage.join(uri, DATASET_JSON), _json(seal.seal(meta))):
+    if not storage.create_once(storage.join(uri, DATASET_JSON), _json(checksum.seal(meta))):
         raise InputError(f"'{uri}' was committed by somebody else meanwhile; choose another --out")
     return manifest.summary(uri, meta, time.monotonic() - began, already=False)
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from pipeline import changes, drift, ensemble, exams, judge, lock, registry, storage
+from pipeline import changes, drift, ensemble, exams, judge, registry, storage
 from pipeline.bundle import open_bundle
 from pipeline.changes import Changes
 from pipeline.config import Settings
@@ -23,6 +23,7 @@ from pipeline.drift import DriftSettings
 from pipeline.errors import DoneError, InputError
 from pipeline.judge import JudgeSettings
 from pipeline.recipe import TrainConfig
+from pipeline.storage import lease
 from pipeline.telemetry import NoSink, Sink
 
 LABELLED = ("train", "val", "calibration")
@@ -111,7 +112,7 @@ def run(config: RetrainConfig, *, force: bool = False, dry_run: bool = False, si
     decision = registry.decision(config.registry, config.name, name)
     if decision is None:
         where = registry.folder(config.registry, config.name)
-        with lock.hold(storage.join(where, "locks"), f"retrain run {name}", config.lock_s):
+        with lease.hold(storage.join(where, "locks"), f"retrain run {name}", config.lock_s):
             decision = _decide(config, news, name, sink)
     return _act(config, news, name, decision)
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from pipeline import lock, registry, storage
+from pipeline import registry, storage
 from pipeline.errors import InputError
+from pipeline.storage import lease
 from tests import tiny
 
 
@@ -125,32 +126,32 @@ def test_decisions_are_kept_once_and_looks_are_counted(tmp_path: Path):
 
 def test_the_lock_is_held_by_one_renewed_and_given_back(tmp_path: Path):
     where = str(tmp_path / "locks")
-    with lock.hold(where, "run a", 1.0):
+    with lease.hold(where, "run a", 1.0):
         time.sleep(1.6)  # renewed meanwhile
         with pytest.raises(InputError, match="run a holds the lock '.*' on .* since .* UTC, until .* at least"):
-            with lock.hold(where, "run b", 1.0):
+            with lease.hold(where, "run b", 1.0):
                 raise AssertionError
-    with lock.hold(where, "run b", 1.0):
+    with lease.hold(where, "run b", 1.0):
         pass
-    with pytest.raises(ZeroDivisionError), lock.hold(where, "run c", 60.0):
+    with pytest.raises(ZeroDivisionError), lease.hold(where, "run c", 60.0):
         raise ZeroDivisionError
-    with lock.hold(where, "run d", 1.0):
+    with lease.hold(where, "run d", 1.0):
         pass
 
 
 def test_the_lock_of_a_dead_holder_is_taken_over_when_it_expires(tmp_path: Path):
     where = str(tmp_path / "locks")
-    lock._acquire(where, "dead", "run a", 0.8)
+    lease._acquire(where, "dead", "run a", 0.8)
     with pytest.raises(InputError, match="run a holds the lock"):
-        lock._acquire(where, "other", "run b", 1.0)
+        lease._acquire(where, "other", "run b", 1.0)
     time.sleep(0.9)
-    assert lock._acquire(where, "other", "run b", 1.0) == 2
+    assert lease._acquire(where, "other", "run b", 1.0) == 2
 
 
 def _hold(where: str, gate: Any, found: Any) -> None:
     gate.wait()
     try:
-        with lock.hold(where, "a run", 30.0):
+        with lease.hold(where, "a run", 30.0):
             found.put("held")
             time.sleep(2)
     except InputError:

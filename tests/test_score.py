@@ -14,11 +14,12 @@ import pytest
 import ray
 from tiny import DETECTOR, UNET, encode, make_bundle, png
 
-from pipeline import datasets, pools, predictions, score, seal, shard_reader, storage, units
+from pipeline import datasets, pools, predictions, score, shard_reader, storage, units
 from pipeline.bundle import open_bundle
 from pipeline.errors import InputError
 from pipeline.evaluate import evaluate
 from pipeline.predict import Predictor
+from pipeline.storage import checksum
 from pipeline.telemetry import NoSink
 
 ROWS = 22
@@ -218,7 +219,7 @@ def refusals(tmp_path: Path, data: str) -> dict[str, tuple[Callable[[], Any], st
     (tmp_path / "empty").mkdir()
     (tmp_path / "boxless").mkdir()
     meta = json.loads(storage.read_bytes(f"{data}/dataset.json"))
-    (tmp_path / "boxless/dataset.json").write_text(json.dumps(seal.seal({**meta, "tasks": ["segmentation"]})))
+    (tmp_path / "boxless/dataset.json").write_text(json.dumps(checksum.seal({**meta, "tasks": ["segmentation"]})))
     images, out = folder_of(tmp_path / "images", 1), str(tmp_path / "p")
     return {
         "class": (lambda: evaluate(others, data, "test"), "label 0 is 'nucleus' in bundle .* and 'cell' in"),

@@ -10,8 +10,9 @@ import pytest
 from tiny import make_squares
 
 from infra.local.fault_proxy import FaultProxy, Kind, Rule
-from pipeline import datasets, patience, shard_reader, storage
+from pipeline import datasets, shard_reader, storage
 from pipeline.errors import InputError
+from pipeline.storage import retry
 
 
 @pytest.fixture
@@ -61,7 +62,7 @@ def test_of_racing_commits_through_faults_one_wins_and_knows_it(proxy: FaultProx
 def test_storage_that_is_gone_for_a_while_is_waited_for(proxy: FaultProxy, s3: str, monkeypatch: pytest.MonkeyPatch):
     uri = storage.join(s3, "back-again")
     storage.write_bytes(uri, b"x")
-    monkeypatch.setenv(patience.VARIABLE, "20")
+    monkeypatch.setenv(retry.VARIABLE, "20")
     proxy.add(Rule("gone"))
     threading.Timer(2, proxy.rules.clear).start()
     began = time.monotonic()
@@ -71,17 +72,17 @@ def test_storage_that_is_gone_for_a_while_is_waited_for(proxy: FaultProxy, s3: s
 
 
 def test_patience_ends(proxy: FaultProxy, s3: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv(patience.VARIABLE, "1")
+    monkeypatch.setenv(retry.VARIABLE, "1")
     proxy.add(Rule("gone"))
     with pytest.raises(InputError, match="could not be listed: .*endpoint"):
         storage.list_files(storage.join(s3, "nowhere"))
 
 
 def test_a_first_call_that_is_never_answered_is_given_up_early(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(patience, "_state", {"limit": None, "answered": False})
-    monkeypatch.setattr(patience, "FIRST_S", 0.5)
-    monkeypatch.setenv(patience.VARIABLE, "30")
-    patience.expect_an_answer_soon()
+    monkeypatch.setattr(retry, "_state", {"limit": None, "answered": False})
+    monkeypatch.setattr(retry, "FIRST_S", 0.5)
+    monkeypatch.setenv(retry.VARIABLE, "30")
+    retry.expect_an_answer_soon()
     calls: list[int] = []
 
     def fail() -> None:
@@ -90,7 +91,7 @@ def test_a_first_call_that_is_never_answered_is_given_up_early(monkeypatch: pyte
 
     began = time.monotonic()
     with pytest.raises(OSError, match="NETWORK"):
-        patience.patiently(fail, "here")
+        retry.patiently(fail, "here")
     assert time.monotonic() - began < 5
     assert len(calls) > 1
 
@@ -104,7 +105,7 @@ def test_what_will_not_change_is_not_tried_again(error: Exception):
         raise error
 
     with pytest.raises(type(error)):
-        patience.patiently(fail, "here")
+        retry.patiently(fail, "here")
     assert calls == [1]
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from tiny import UNET, make_bundle, make_squares
 
-from pipeline import bundle, datasets, predictions, score, seal, shard_reader
+from pipeline import bundle, datasets, predictions, score, shard_reader
 from pipeline.errors import InputError
+from pipeline.storage import checksum
 from pipeline.verify import compare, verify
 
 pytestmark = pytest.mark.usefixtures("ray_local")
@@ -111,15 +112,15 @@ def test_what_commits_is_sealed_itself(copy: Path, kind: str, name: str):
 
 
 def test_a_seal_survives_json_and_tells_a_change():
-    sealed = seal.seal({"b": (1, 2.5), "a": {3: None}, "ü": "é"})
+    sealed = checksum.seal({"b": (1, 2.5), "a": {3: None}, "ü": "é"})
     read = json.loads(json.dumps(sealed, indent=2))
-    seal.check(read, "here", "again")
-    assert seal.seal(read) == read
+    checksum.check(read, "here", "again")
+    assert checksum.seal(read) == read
     for change in ({"b": [1, 2.5000001]}, {"c": 0}, {"digest": "0"}):
         with pytest.raises(InputError, match="'here' is not as it was committed .* damaged or edited; again"):
-            seal.check({**read, **change}, "here", "again")
+            checksum.check({**read, **change}, "here", "again")
     with pytest.raises(InputError):
-        seal.check({"b": 1}, "here", "again")
+        checksum.check({"b": 1}, "here", "again")
 
 
 def test_sizes_and_digests_are_compared(tmp_path: Path):

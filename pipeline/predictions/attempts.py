@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline import seal, storage
+from pipeline import storage
 from pipeline.config import first_difference
 from pipeline.errors import InputError
 from pipeline.predictions.adoption import Mapper, Piece, adopt, list_attempts
 from pipeline.predictions.files import UnitFile, count_statuses
 from pipeline.predictions.lists import FOLDER, write_lists
 from pipeline.schema import SCHEMA_VERSION
+from pipeline.storage import checksum
 
 MANIFEST, START = "_MANIFEST.json", "_START.json"
 
@@ -64,7 +65,7 @@ def start(
 
 
 def _json(content: Mapping[str, Any]) -> bytes:
-    return json.dumps(seal.seal(content), indent=1).encode()
+    return json.dumps(checksum.seal(content), indent=1).encode()
 
 
 def attempt_number(name: str) -> int:
@@ -162,7 +163,7 @@ def committed(uri: str, inputs: Mapping[str, Any] | None = None) -> dict[str, An
         if isinstance(error, InputError):
             raise
         raise InputError(f"'{target}' is not a manifest of predictions; choose another folder") from None
-    seal.check(manifest, target, "predict again to another folder")
+    checksum.check(manifest, target, "predict again to another folder")
     difference = first_difference(found, dict(inputs)) if inputs is not None else None
     if difference:
         raise InputError(

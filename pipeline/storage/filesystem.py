@@ -21,9 +21,9 @@ import fsspec
 import pyarrow as pa
 from pyarrow import fs as pafs
 
-from pipeline import patience
 from pipeline.errors import InputError, nearest
-from pipeline.patience import classify as classify
+from pipeline.storage import retry
+from pipeline.storage.retry import classify as classify
 
 T = TypeVar("T")
 SCHEMES = ("file", "s3", "gs", "memory")
@@ -174,7 +174,7 @@ def patiently(uri: str, call: Callable[[], T]) -> T:
     """``call()``, which touches ``uri``; made again while a remote store hiccups or does not answer at all."""
     if scheme_of(uri) in ("file", "memory"):
         return call()
-    return patience.patiently(call, f"'{uri}'")
+    return retry.patiently(call, f"'{uri}'")
 
 
 def read_bytes(uri: str, most: int | None = None) -> bytes:
@@ -279,7 +279,7 @@ def create_once(uri: str, data: bytes) -> bool:
             try:
                 return read_bytes(uri) == data
             except FileNotFoundError:
-                if not patience.transient(error):
+                if not retry.transient(error):
                     text = _reason(OSError(str(error)))
                     raise PermissionError(f"'{uri}' could not be committed: {text}") from error
                 raise OSError(f"'{uri}' could not be committed: {_reason(OSError(str(error)))}") from error
