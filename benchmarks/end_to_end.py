@@ -19,7 +19,7 @@ from PIL import Image
 from benchmarks import feed as images
 from benchmarks import harness
 from pipeline import datasets, feed, loop
-from pipeline.telemetry import NoSink
+from pipeline.runtime.progress import NoSink
 from pipeline.train import Fit, training_dataset
 
 MODELS: dict[str, dict[str, Any]] = {

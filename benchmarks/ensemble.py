@@ -24,7 +24,7 @@ from benchmarks import harness
 from benchmarks import predict as single
 from jobs.session import ray_session
 from pipeline import predictions, score
-from pipeline.telemetry import NoSink
+from pipeline.runtime.progress import NoSink
 
 ONE, OURS, RIVAL = "one pass", "a predict a member", "Ray's documented pattern a member"
 

@@ -30,8 +30,8 @@ from benchmarks import harness
 from benchmarks.scaling import descendants, tiny_bundle
 from jobs.session import ray_session
 from pipeline import bundle, datasets, pools, predictions, schema, score, units
+from pipeline.runtime.progress import NoSink
 from pipeline.storage import checksum
-from pipeline.telemetry import NoSink
 
 GROUP = 256
 LEFT = 4

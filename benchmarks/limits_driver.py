@@ -12,7 +12,7 @@ from benchmarks import ids
 from pipeline import restarts, score
 from pipeline.predictions.adoption import list_attempts
 from pipeline.predictions.attempts import MANIFEST
-from pipeline.telemetry import NoSink
+from pipeline.runtime.progress import NoSink
 
 
 def cpu_s() -> float:

@@ -21,7 +21,7 @@ from pipeline import datasets, ensemble, predictions, schema, score
 from pipeline.errors import DoneError
 from pipeline.metrics.ranking import auroc
 from pipeline.recipe import TrainConfig
-from pipeline.telemetry import Terminal, diverted
+from pipeline.runtime.progress import Terminal, diverted
 
 CLASSES = ["background", "vessel"]
 CONFIG: dict[str, Any] = {

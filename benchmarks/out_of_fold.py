@@ -24,7 +24,7 @@ from pipeline.config import load, merge
 from pipeline.errors import DoneError
 from pipeline.metrics.ranking import spearman
 from pipeline.recipe import TrainConfig
-from pipeline.telemetry import Terminal, diverted
+from pipeline.runtime.progress import Terminal, diverted
 
 
 def fold_data(folder: Path, out: Path, fold: int, folds: int, seed: int, terminal: Terminal) -> str:

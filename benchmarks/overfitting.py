@@ -21,7 +21,7 @@ from pipeline.config import merge
 from pipeline.errors import DoneError
 from pipeline.evaluate import evaluate
 from pipeline.recipe import TrainConfig
-from pipeline.telemetry import Terminal, diverted
+from pipeline.runtime.progress import Terminal, diverted
 
 GEOMETRY = {"hflip": 0.5, "vflip": 0.5, "quarter_turns": 0.5, "rotate": 15, "scale": [0.75, 1.33]}
 LIGHT = {"brightness": 0.2, "contrast": 0.2}

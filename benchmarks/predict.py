@@ -33,7 +33,7 @@ from benchmarks import feed as images
 from benchmarks import harness
 from jobs.session import ray_session
 from pipeline import bundle, models, predictions, schema, score
-from pipeline.telemetry import NoSink
+from pipeline.runtime.progress import NoSink
 
 CLASSES = ["background", "first", "second", "third"]
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

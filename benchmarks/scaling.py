@@ -35,7 +35,7 @@ from benchmarks import harness
 from benchmarks.images import make, photographs
 from jobs.session import ray_session
 from pipeline import bundle, datasets, models, score
-from pipeline.telemetry import NoSink
+from pipeline.runtime.progress import NoSink
 from pipeline.train import Fit, fit
 
 SCALES = (1, 4, 16)

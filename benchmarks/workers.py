@@ -45,7 +45,7 @@ from benchmarks.images import make, photographs
 from benchmarks.scaling import BATCH, MODEL, SIDE, tiny_bundle
 from jobs.session import ray_session
 from pipeline import datasets, schema, score, units
-from pipeline.telemetry import NoSink
+from pipeline.runtime.progress import NoSink
 from pipeline.train import Fit, training_dataset
 
 PARTS = 5

@@ -1,7 +1,7 @@
 """``dubito calibrate``: what a bundle's doubt is worth, from the calibration split; a new bundle, the same weights."""
 
 from jobs.session import ray_session, run_job
-from pipeline.telemetry import Voice
+from pipeline.runtime.progress import Voice
 
 
 def run(bundle: str, data: str, out: str, kind: str, risk: float | None, delta: float, sets: list[str]) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.session import ray_session, run_job
-from pipeline.telemetry import Voice
+from pipeline.runtime.progress import Voice
 
 MEMBERS = 2
 SEED = 1

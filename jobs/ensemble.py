@@ -1,7 +1,7 @@
 """``dubito ensemble``: fit M members that differ by seed; one bundle."""
 
 from jobs.session import ray_session, run_job
-from pipeline.telemetry import Voice
+from pipeline.runtime.progress import Voice
 
 
 def run(config: str, members: int, resume: bool, sets: list[str], verb: str = "ensemble") -> int:

@@ -3,7 +3,7 @@
 import json
 
 from jobs.session import ray_session, run_job
-from pipeline.telemetry import Voice
+from pipeline.runtime.progress import Voice
 
 
 def run(bundle: str, data: str, split: str, out: str, shift_data: str = "", shift_split: str = "") -> int:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from jobs.session import ray_session, run_job
-from pipeline.telemetry import Voice
+from pipeline.runtime.progress import Voice
 
 
 def run(format: str, images: str, labels: str, out: str, classes: str, splits: str, sets: list[str]) -> int:

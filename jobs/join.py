@@ -1,7 +1,7 @@
 """``dubito join``: one ensemble of the members of several bundles."""
 
 from jobs.session import ray_session, run_job
-from pipeline.telemetry import Voice
+from pipeline.runtime.progress import Voice
 
 
 def run(bundles: list[str], out: str, data: str, risk: float | None, delta: float, sets: list[str]) -> int:

@@ -1,7 +1,7 @@
 """``dubito predict``: score a dataset or a folder of images; one Parquet row an image."""
 
 from jobs.session import ray_session, run_job
-from pipeline.telemetry import Voice
+from pipeline.runtime.progress import Voice
 
 
 def run(bundle: str, data: str, out: str, split: str) -> int:

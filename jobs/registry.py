@@ -5,7 +5,7 @@ from typing import Any
 
 from jobs.session import run_job
 from pipeline.errors import InputError
-from pipeline.telemetry import Voice
+from pipeline.runtime.progress import Voice
 
 
 def show_all(registry: str) -> int:

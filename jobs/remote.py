@@ -6,7 +6,7 @@ from typing import Any
 from jobs import submit
 from jobs.session import run_job
 from pipeline.errors import InputError
-from pipeline.telemetry import Voice
+from pipeline.runtime.progress import Voice
 
 
 def show(address: str) -> int:

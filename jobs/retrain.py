@@ -3,7 +3,7 @@
 from typing import Any
 
 from jobs.session import ray_session, run_job
-from pipeline.telemetry import Voice
+from pipeline.runtime.progress import Voice
 
 
 def run(config: str, force: bool, dry_run: bool, every: str, cron: str, sets: list[str]) -> int:

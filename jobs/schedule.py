@@ -9,7 +9,7 @@ from typing import Any
 
 from jobs.session import run_job
 from pipeline.errors import InputError
-from pipeline.telemetry import Voice
+from pipeline.runtime.progress import Voice
 
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 

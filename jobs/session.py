@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from jobs import pins
-from pipeline import gauges
 from pipeline.errors import DoneError, root_input_error
-from pipeline.lines import run_of, voice
+from pipeline.runtime import prometheus
+from pipeline.runtime.json_log import run_of, voice
+from pipeline.runtime.progress import Voice, diverted
 from pipeline.storage import retry
-from pipeline.telemetry import Voice, diverted
 
 THREADS_END_S = 3.0
 _OF_RAY_DATA = ("StreamingExecutor", "Prefetcher", "iter_threaded")
@@ -105,7 +105,7 @@ def run_job(verb: str, story: Callable[[Voice], int | None], here: bool = True) 
     """
     log = Path("runs") / "logs" / f"{verb}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
     retry.expect_an_answer_soon()
-    gauges.name(verb, run_of(log))
+    prometheus.name(verb, run_of(log))
     with _last_word(verb, log) if here else contextlib.nullcontext(), diverted(log, voice(verb)) as terminal:
         try:
             pins.check()

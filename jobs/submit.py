@@ -17,8 +17,8 @@ from typing import Any
 from jobs import pins, preflight, tree
 from jobs.session import DEFAULTS, run_job
 from pipeline.errors import InputError
-from pipeline.lines import RUN, WANTED, Replay
-from pipeline.telemetry import Voice
+from pipeline.runtime.json_log import RUN, WANTED, Replay
+from pipeline.runtime.progress import Voice
 
 AGAIN_S = 1.0
 """Between two attempts to follow a log whose connection was lost."""

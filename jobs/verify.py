@@ -1,7 +1,7 @@
 """``dubito verify``: is what lies on storage what was committed?"""
 
 from jobs.session import ray_session, run_job
-from pipeline.telemetry import Voice
+from pipeline.runtime.progress import Voice
 
 SHOWN = 20
 

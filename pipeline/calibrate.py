@@ -16,9 +16,9 @@ from pipeline.datasets import DatasetInfo, open_dataset, row_groups
 from pipeline.errors import InputError
 from pipeline.predict import Purpose, task_of
 from pipeline.recipe import CalibrateSettings
+from pipeline.runtime.progress import Sink
 from pipeline.score import score
 from pipeline.tasks import TASKS
-from pipeline.telemetry import Sink
 
 SPLIT = "calibration"
 

@@ -10,15 +10,16 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from pipeline import gauges, manifest, preflight, schema, shards, storage
+from pipeline import manifest, schema, shards, storage
 from pipeline import splits as splitting
 from pipeline.config import first_difference
 from pipeline.errors import InputError, nearest
 from pipeline.formats import FORMATS
 from pipeline.formats.base import Context, Index, IngestSettings, Reject
+from pipeline.runtime import prometheus, resources
+from pipeline.runtime.progress import NoSink, Progress, Sink
 from pipeline.shard_reader import RowGroup
 from pipeline.storage import checksum
-from pipeline.telemetry import NoSink, Progress, Sink
 
 DATASET_JSON = "dataset.json"
 
@@ -217,7 +218,7 @@ def _build(
         why = "--splits names none of the images" if lists is not None else "there are no images"
         raise InputError(f"the dataset would be empty: {why} ({len(index.sources)} found); check --images and --splits")
     if not settings.referenced:
-        preflight.disk(uri, sum(item.size for item in kept), f"{len(kept)} images")
+        resources.disk(uri, sum(item.size for item in kept), f"{len(kept)} images")
     plans = shards.plan(uri, format_name, kept, assignment.split_of, settings.shard_bytes)
     progress = Progress(sink, "ingest", len(kept))
     sums: dict[str, shards.Sums] = {}
@@ -264,7 +265,7 @@ def _counted(
     made: Iterator[tuple[str, shards.Written]], rejects: Sequence[Reject]
 ) -> Iterator[tuple[str, shards.Written]]:
     """The same shards, counted for those who watch, as are ``rejects`` of before."""
-    with gauges.running(gauges.source("ingest")) as told:
+    with prometheus.running(prometheus.source("ingest")) as told:
         for item in rejects:
             told.count("dubito_rejects_total", 1, item.reason)
         for uri, written in made:

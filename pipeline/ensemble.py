@@ -12,12 +12,13 @@ from typing import Any
 
 import ray
 
-from pipeline import __version__, bundle, calibrate, gauges, models, storage, telemetry, train
+from pipeline import __version__, bundle, calibrate, models, storage, train
 from pipeline.config import first_difference
 from pipeline.datasets import DatasetInfo, open_dataset, row_groups
 from pipeline.errors import DoneError, InputError, root_input_error
 from pipeline.models import transfer
 from pipeline.recipe import TrainConfig
+from pipeline.runtime import progress, prometheus
 from pipeline.schema import BUNDLE_JSON, SCHEMA_VERSION
 
 POLL_S = 0.5
@@ -26,9 +27,7 @@ _NO_INPUT = ("out", "data", "ensemble")
 """Keys of a config that do not decide what a member becomes: places (the data counts by its fingerprint), retries."""
 
 
-def run(
-    config: TrainConfig, members: int, *, resume: bool, sink: telemetry.Sink, fit: Fit = train.fit
-) -> bundle.Bundle:
+def run(config: TrainConfig, members: int, *, resume: bool, sink: progress.Sink, fit: Fit = train.fit) -> bundle.Bundle:
     """Train ``members`` members into ``config.out`` and write ``config.out/bundle``.
 
     Args:
@@ -133,9 +132,9 @@ class _Members:
     a name of its own.
     """
 
-    def __init__(self, config: TrainConfig, members: int, steps: int, sink: telemetry.Sink, fit: Fit) -> None:
+    def __init__(self, config: TrainConfig, members: int, steps: int, sink: progress.Sink, fit: Fit) -> None:
         self.config, self.members, self.steps, self.sink = config, members, steps, sink
-        self.board, self.told = telemetry.start_board(), gauges.Recorder(gauges.source("members"))
+        self.board, self.told = progress.start_board(), prometheus.Recorder(prometheus.source("members"))
         self.task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy="SPREAD")(fit)
         self.waiting, self.failures = list(range(members)), Counter[int]()
         self.running: dict[ray.ObjectRef, int] = {}
@@ -193,7 +192,7 @@ def _member(config: TrainConfig, k: int, members: int, threads: int, board: Any)
     tree = {**config.to_dict(), "seed": config.seed + k}
     stage = "train" if members == 1 else f"member {k}"
     uri, events = (storage.join(config.out, name, str(k)) for name in ("members", "tensorboard"))
-    return train.Fit(tree, uri, stage, threads, board, events, gauges.source(stage))
+    return train.Fit(tree, uri, stage, threads, board, events, prometheus.source(stage))
 
 
 def _manifest(

@@ -12,8 +12,8 @@ from pipeline.errors import InputError
 from pipeline.meters import Meters
 from pipeline.metrics import bootstrap, detection_bootstrap
 from pipeline.metrics.ranking import auroc, fpr_at_tpr, spearman
+from pipeline.runtime.progress import Sink
 from pipeline.score import score
-from pipeline.telemetry import Sink
 
 GAINS = ("iou", "nll", "brier")
 """Figures that the pool is compared in with its members."""

@@ -12,8 +12,8 @@ from pipeline.datasets import open_dataset
 from pipeline.errors import InputError
 from pipeline.meters import Meters
 from pipeline.predict import task_of
+from pipeline.runtime.progress import Sink
 from pipeline.score import score
-from pipeline.telemetry import Sink
 
 _DIGEST = 32
 """Bytes of the sha256 before the counts."""

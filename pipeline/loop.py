@@ -26,8 +26,8 @@ from pipeline.journal import Journal, Made, Plan
 from pipeline.models import transfer
 from pipeline.pace import Pace
 from pipeline.recipe import Scale, TrainConfig
+from pipeline.runtime.progress import Progress
 from pipeline.tasks.base import Task
-from pipeline.telemetry import Progress
 
 
 @dataclass

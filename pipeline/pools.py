@@ -11,7 +11,7 @@ import ray
 from ray.data import ActorPoolStrategy
 from ray.exceptions import RayTaskError
 
-from pipeline import preflight
+from pipeline.runtime import resources
 
 SETTLE_S = 5.0
 """How long CPUs of a job that has just ended may take to come back."""
@@ -49,7 +49,7 @@ def free_cpus(gpus: int = 1) -> float:
     Args:
         gpus: To wait for, where the cluster may grow so far.
     """
-    preflight.wake(gpus)
+    resources.wake(gpus)
     deadline = time.monotonic() + SETTLE_S
     while True:
         total, free = ray.cluster_resources().get("CPU", 1), ray.available_resources().get("CPU", 0)
@@ -70,7 +70,7 @@ def plan(todo: int, actors: int | None, threads: int | None, free_cpus: float) -
     """
     total = ray.cluster_resources()
     cpus, gpus = int(total.get("CPU", 1)), int(total.get("GPU", 0))
-    preflight.cpus(1, "an actor that holds the members")
+    resources.cpus(1, "an actor that holds the members")
     if gpus:
         size = max(1, min(actors or gpus, todo))
         return Pool(size, 1, 1, threads or max(1, min(16, cpus // gpus - 1)), calls=min(GPU_CALLS, -(-todo // size)))

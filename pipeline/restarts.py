@@ -15,9 +15,9 @@ from typing import Any
 import pyarrow as pa
 import ray
 
-from pipeline import gauges
 from pipeline.errors import InputError
 from pipeline.predictions.files import UnitFile
+from pipeline.runtime import prometheus
 
 CAREFUL_FROM = 3
 """Start of a unit from which on its images are predicted one by one: the first deaths may be anybody's fault."""
@@ -82,20 +82,20 @@ def counting() -> Iterator[Any]:
             ray.kill(starts)
 
 
-def begin(starts: Any, unit: int, source: gauges.Source) -> tuple[int, list[int]]:
+def begin(starts: Any, unit: int, source: prometheus.Source) -> tuple[int, list[int]]:
     """``Starts.begin``; what is begun again is counted for those who watch, too."""
     count, culprits = ray.get(starts.begin.remote(unit))
     if count > 1:
-        told = gauges.Recorder(source)
+        told = prometheus.Recorder(source)
         told.count("dubito_restarts_total", 1, "unit")
         told.flush()
     return count, culprits
 
 
-def counted(items: Iterator[UnitFile], source: gauges.Source) -> Iterator[UnitFile]:
+def counted(items: Iterator[UnitFile], source: prometheus.Source) -> Iterator[UnitFile]:
     """Finished units as they are, counted for those who watch: each once, however often it was begun."""
     doubt, ok = 0.0, 0
-    with gauges.running(source) as told:
+    with prometheus.running(source) as told:
         for item in items:
             for status, count in item.statuses.items():
                 told.count("dubito_images_total", count, status)
@@ -117,14 +117,14 @@ class Guarded:
         source: Whose the metrics are: how long this process waits for units.
     """
 
-    def __init__(self, packed: bytes, starts: Any, most: int, source: gauges.Source) -> None:
+    def __init__(self, packed: bytes, starts: Any, most: int, source: prometheus.Source) -> None:
         births: Any = ray.get(starts.born.remote())
         self._inner: Any = None
         self._fault = f"processes that hold the members were started {births} times in vain, {ADVICE}"
         if births <= most:
             make, args = pickle.loads(packed)
             self._inner = make(*args)
-        self._told, self._idle = gauges.Recorder(source), gauges.Idle()
+        self._told, self._idle = prometheus.Recorder(source), prometheus.Idle()
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """``batch`` is one row: a unit."""

@@ -23,8 +23,8 @@ from pipeline.drift import DriftSettings
 from pipeline.errors import DoneError, InputError
 from pipeline.judge import JudgeSettings
 from pipeline.recipe import TrainConfig
+from pipeline.runtime.progress import NoSink, Sink
 from pipeline.storage import lease
-from pipeline.telemetry import NoSink, Sink
 
 LABELLED = ("train", "val", "calibration")
 """Splits that a challenger learns from, or is chosen or calibrated on."""

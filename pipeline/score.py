@@ -18,14 +18,15 @@ import ray
 import ray.data
 import torch
 
-from pipeline import gauges, pools, predictions, restarts, storage, units
+from pipeline import pools, predictions, restarts, storage, units
 from pipeline.bundle import Bundle, open_bundle
 from pipeline.device import Compile, Precision
 from pipeline.errors import InputError
 from pipeline.meters import Meters
 from pipeline.predict import Predictor, Purpose, task_of
 from pipeline.predictions import Attempt, UnitFile
-from pipeline.telemetry import NoSink, Progress, Sink
+from pipeline.runtime import prometheus
+from pipeline.runtime.progress import NoSink, Progress, Sink
 from pipeline.unit_reader import Reader, read_stream, without_image, write_stream
 from pipeline.units import Plan, Unit
 
@@ -101,7 +102,7 @@ def score(
     steps = opened.members * sum(unit.rows for unit in todo) // (pool.size * units.UNIT_ROWS)
     options = {"threads": pool.threads, "calls": pool.calls, "batch": batch, "precision": precision}
     options |= {"compile": compile, "steps": steps}
-    wanted = _Wanted(measure, scalars and out is None, options, gauges.source(progress.stage))
+    wanted = _Wanted(measure, scalars and out is None, options, prometheus.source(progress.stage))
     made = restarts.counted(_run(opened, plan, todo, attempt, wanted, progress, pool), wanted.source)
     finished = sorted([*adopted.values(), *made], key=lambda item: item.unit)
     predictions.check(finished, plan.expected)
@@ -223,7 +224,7 @@ class _Wanted:
     scalars: bool
     options: dict[str, Any]
     """Of ``Predictor``."""
-    source: gauges.Source
+    source: prometheus.Source
 
 
 class Scorer:

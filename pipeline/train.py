@@ -16,7 +16,7 @@ import ray.train.torch
 import safetensors.torch
 import torch
 
-from pipeline import checkpoint, events, gauges, pools, preflight, storage, stream
+from pipeline import checkpoint, pools, storage, stream
 from pipeline.datasets import open_dataset, row_groups
 from pipeline.device import fuse
 from pipeline.errors import InputError
@@ -25,7 +25,8 @@ from pipeline.framed import Framing, require_room
 from pipeline.journal import Journal, Made, Plan
 from pipeline.loop import Worker, build_worker, run_steps, steps_of, validate
 from pipeline.recipe import TrainConfig
-from pipeline.telemetry import BoardSink, NoSink, Progress
+from pipeline.runtime import prometheus, resources, tensorboard
+from pipeline.runtime.progress import BoardSink, NoSink, Progress
 
 COLLECTIVE_TIMEOUT_S = 300
 WARNING_EVERY = 10
@@ -45,7 +46,7 @@ class Fit:
     board: Any = None
     events: str = ""
     """The folder that TensorBoard reads; '' for none."""
-    source: gauges.Source = gauges.Source()
+    source: prometheus.Source = prometheus.Source()
     """Whose the metrics are."""
 
     def settings(self) -> TrainConfig:
@@ -97,13 +98,13 @@ def _check(config: TrainConfig, gpu: bool) -> None:
     settings = config.train
     workers = settings.min_workers or settings.workers
     name = "workers" if settings.min_workers is None else "min_workers"
-    preflight.cpus(workers, f"train.{name} = {workers}, with a CPU each,")
+    resources.cpus(workers, f"train.{name} = {workers}, with a CPU each,")
     groups = row_groups(open_dataset(config.data), "train")
     row_bytes = sum(group.num_bytes for group in groups) / max(1, sum(group.rows for group in groups))
     if config.stream.frames:
         row_bytes = Framing(config.input, config.seed).row_bytes
     batches = workers * (config.stream.prefetch + 2)
-    preflight.object_store(batches * settings.batch_size * row_bytes, f"{batches} batches of {settings.batch_size}")
+    resources.object_store(batches * settings.batch_size * row_bytes, f"{batches} batches of {settings.batch_size}")
     if config.stream.decode == "device" and not gpu:
         raise InputError(
             f"stream.decode: device wants a GPU for each of {config.train.workers} workers, the cluster has "
@@ -115,7 +116,7 @@ def _check(config: TrainConfig, gpu: bool) -> None:
         require_room(Framing(config.input, config.seed), rows, room)
 
 
-def _look(worker: Worker, journal: Journal, fit: Fit, start: str, told: gauges.Recorder) -> None:
+def _look(worker: Worker, journal: Journal, fit: Fit, start: str, told: prometheus.Recorder) -> None:
     """Validate on all ranks, then report a checkpoint that holds every rank's ledger."""
     columns = stream.training_columns(worker.config.task, worker.info)
     tables = stream.share(worker.info, "val", worker.rank, worker.world, columns)
@@ -126,20 +127,20 @@ def _look(worker: Worker, journal: Journal, fit: Fit, start: str, told: gauges.R
         lines = "".join(json.dumps(row) + "\n" for row in journal.history)
         storage.write_bytes(storage.join(fit.uri, "metrics.jsonl"), lines.encode())
         if fit.events:
-            events.publish(fit.events, journal.history, journal.step)
+            tensorboard.publish(fit.events, journal.history, journal.step)
         told.set("dubito_loss", metrics["val_loss"], "val")
         told.count("dubito_checkpoints_total", 1, "saved")
     _publish(worker, journal, metrics, start)
 
 
-def _keep(worker: Worker, journal: Journal, start: str, told: gauges.Recorder) -> None:
+def _keep(worker: Worker, journal: Journal, start: str, told: prometheus.Recorder) -> None:
     """A checkpoint without a validation, since a machine is about to go: it can be resumed from, and is never best."""
     if worker.rank == 0:
         told.count("dubito_checkpoints_total", 1, "kept")
     _publish(worker, journal, {"val_loss": sys.float_info.max}, start)
 
 
-def _tell(told: gauges.Recorder, rank: int, made: Made, epochs: float) -> None:
+def _tell(told: prometheus.Recorder, rank: int, made: Made, epochs: float) -> None:
     """What a step adds to the metrics: every rank's own images and waits, the rest of rank 0."""
     told.count("dubito_images_total", made.images, "ok")
     told.count("dubito_wait_seconds_total", made.waited_s)
@@ -232,14 +233,14 @@ def train_worker(loop_config: dict[str, Fit]) -> None:
     if journal.step >= plan.steps or (config.train.patience and journal.stale >= config.train.patience):
         return
     if rank == 0 and fit.events:
-        events.rewind(fit.events, journal.step)
-    with gauges.Recorder(fit.source) as told:
+        tensorboard.rewind(fit.events, journal.step)
+    with prometheus.Recorder(fit.source) as told:
         if rank == 0 and resumed_from:
             told.count("dubito_checkpoints_total", 1, "restored")
         _train(fit, worker, journal, plan, rows, told)
 
 
-def _train(fit: Fit, worker: Worker, journal: Journal, plan: Plan, rows: int, told: gauges.Recorder) -> None:
+def _train(fit: Fit, worker: Worker, journal: Journal, plan: Plan, rows: int, told: prometheus.Recorder) -> None:
     """All that is left of the run, over an epoch of ``rows`` images."""
     config, rank, resumed_from = worker.config, worker.rank, plan.resumed_from
     sink = BoardSink(fit.board) if fit.board is not None and rank == 0 else NoSink()
@@ -281,7 +282,7 @@ def fit(run: Fit) -> dict[str, Any]:
     parent, name = path.rsplit("/", 1)
     storage.make_folder(run.uri)
     workers, least = config.train.workers, config.train.min_workers
-    gpu = preflight.gpus(least or workers)
+    gpu = resources.gpus(least or workers)
     _check(config, gpu)
     trainer = ray.train.torch.TorchTrainer(
         train_worker,
@@ -300,7 +301,7 @@ def fit(run: Fit) -> dict[str, Any]:
         dataset_config=_ForWorkers(run),
         torch_config=ray.train.torch.TorchConfig(timeout_s=COLLECTIVE_TIMEOUT_S),
     )
-    with gauges.running(run.source):
+    with prometheus.running(run.source):
         result = trainer.fit()
     best, metrics = min(result.best_checkpoints or [], key=lambda pair: pair[1]["val_loss"])
     return {"checkpoint": storage.join(run.uri, best.path.rstrip("/").rsplit("/", 1)[-1]), "metrics": metrics}

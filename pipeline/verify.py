@@ -12,8 +12,8 @@ import ray.data
 from pipeline import datasets, predictions, referenced, shard_reader, storage
 from pipeline.errors import InputError
 from pipeline.predictions.attempts import MANIFEST
+from pipeline.runtime.progress import NoSink, Progress, Sink
 from pipeline.schema import BUNDLE_JSON
-from pipeline.telemetry import NoSink, Progress, Sink
 
 CHUNK = 8 * 2**20
 TRIES = 3

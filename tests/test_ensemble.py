@@ -10,7 +10,7 @@ import pytest
 from pipeline import ensemble
 from pipeline.errors import InputError
 from pipeline.recipe import TrainConfig
-from pipeline.telemetry import NoSink
+from pipeline.runtime.progress import NoSink
 from tests import tiny
 
 

@@ -7,7 +7,8 @@ import pytest
 from event_files import require_increasing, scalars
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pipeline import events, storage
+from pipeline import storage
+from pipeline.runtime import tensorboard
 
 
 def history(until: int, start: int = 1, worth: float = 1.0) -> list[dict[str, Any]]:
@@ -25,14 +26,14 @@ def history(until: int, start: int = 1, worth: float = 1.0) -> list[dict[str, An
 
 def test_a_reader_that_is_open_sees_each_look(tmp_path: Path):
     folder = tmp_path / "tensorboard" / "0"
-    events.publish(str(folder), history(6), 6)
+    tensorboard.publish(str(folder), history(6), 6)
     reader = EventAccumulator(str(folder)).Reload()
     assert sorted(reader.Tags()["scalars"]) == [
         "loss/train", "loss/validation", "optim/lr", "speed/images_s", "speed/step_s", "validation/dice",
         "validation/images",
     ]  # fmt: skip
     assert [(each.step, each.wall_time) for each in reader.Scalars("loss/train")] == [(2, 1002), (4, 1004), (6, 1006)]
-    events.publish(str(folder), history(12), 12)
+    tensorboard.publish(str(folder), history(12), 12)
     reader.Reload()
     assert [each.step for each in reader.Scalars("loss/train")] == [2, 4, 6, 8, 10, 12]
     assert [each.step for each in reader.Scalars("loss/validation")] == [6, 12]
@@ -41,7 +42,7 @@ def test_a_reader_that_is_open_sees_each_look(tmp_path: Path):
 
 def test_the_same_look_again_writes_nothing_twice(tmp_path: Path):
     for _ in range(2):
-        events.publish(str(tmp_path), history(6), 6)
+        tensorboard.publish(str(tmp_path), history(6), 6)
     found = scalars(str(tmp_path))
     require_increasing(found)
     assert [step for step, _ in found["loss/train"]] == [2, 4, 6]
@@ -50,15 +51,15 @@ def test_the_same_look_again_writes_nothing_twice(tmp_path: Path):
 @pytest.mark.parametrize("where", ["folder", "s3"])
 def test_a_run_that_goes_on_has_each_step_once(where: str, tmp_path: Path, request: pytest.FixtureRequest):
     folder = str(tmp_path / "x") if where == "folder" else f"{request.getfixturevalue('s3')}/tensorboard/0"
-    events.rewind(folder, 0)
+    tensorboard.rewind(folder, 0)
     for step in (6, 12, 18):
-        events.publish(folder, history(step), step)
+        tensorboard.publish(folder, history(step), step)
     # It died before the checkpoints of 12 and 18 were there; steps are larger now, so looks are elsewhere.
-    events.rewind(folder, 6)
-    assert sorted(events.steps(folder)) == [6]
+    tensorboard.rewind(folder, 6)
+    assert sorted(tensorboard.steps(folder)) == [6]
     again = history(6) + history(15, start=7, worth=2.0)
-    events.publish(folder, again, 15)
-    events.publish(folder, again + history(20, start=16, worth=2.0), 20)
+    tensorboard.publish(folder, again, 15)
+    tensorboard.publish(folder, again + history(20, start=16, worth=2.0), 20)
     found = scalars(folder)
     require_increasing(found)
     assert [step for step, _ in found["loss/train"]] == list(range(2, 21, 2))
@@ -66,15 +67,15 @@ def test_a_run_that_goes_on_has_each_step_once(where: str, tmp_path: Path, reque
 
 
 def test_steps_since_the_last_look_come_with_the_next_one(tmp_path: Path):
-    events.publish(str(tmp_path), history(6), 6)
+    tensorboard.publish(str(tmp_path), history(6), 6)
     # Kept at step 9, since the machine went; gone on from there: the history has 8, no file has it yet.
-    events.rewind(str(tmp_path), 9)
-    events.publish(str(tmp_path), history(12), 12)
+    tensorboard.rewind(str(tmp_path), 9)
+    tensorboard.publish(str(tmp_path), history(12), 12)
     assert [step for step, _ in scalars(str(tmp_path))["loss/train"]] == [2, 4, 6, 8, 10, 12]
 
 
 def test_files_of_others_stay(tmp_path: Path):
     storage.write_bytes(f"{tmp_path}/events.out.tfevents.1700000000.host", b"")
-    events.publish(str(tmp_path), history(6), 6)
-    events.rewind(str(tmp_path), 0)
+    tensorboard.publish(str(tmp_path), history(6), 6)
+    tensorboard.rewind(str(tmp_path), 0)
     assert [path.name for path in tmp_path.iterdir()] == ["events.out.tfevents.1700000000.host"]

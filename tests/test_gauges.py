@@ -13,9 +13,10 @@ import pytest
 from event_files import require_increasing, scalars
 from tiny import UNET, make_bundle, make_squares, png
 
-from pipeline import datasets, ensemble, gauges, predictions, score, units
+from pipeline import datasets, ensemble, predictions, score, units
 from pipeline.recipe import TrainConfig
-from pipeline.telemetry import NoSink
+from pipeline.runtime import prometheus as prometheus_module
+from pipeline.runtime.progress import NoSink
 
 RUN, TABLE = "seen-from-outside", "every-metric"
 PATIENCE_S = 45
@@ -85,7 +86,7 @@ class Prometheus:
 @pytest.fixture
 def prometheus(ray_local: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Prometheus]:
     monkeypatch.setattr(units, "UNIT_ROWS", 5)
-    monkeypatch.setattr(gauges, "_named", gauges.Source("test", RUN))
+    monkeypatch.setattr(prometheus_module, "_named", prometheus_module.Source("test", RUN))
     made = Prometheus()
     yield made
     made.close()
@@ -145,14 +146,14 @@ def test_what_prometheus_finds_is_what_was_done(prometheus: Prometheus, tmp_path
     assert found["restarts_total", "predict", ""] == 0
     assert 1.0 in prometheus.seen["running", "train", ""], "nobody could see that it ran"
     assert prometheus.values()["running", "predict", ""] == 0, "a stage that has ended runs no more"
-    names = {name for metric in gauges.METRICS for name in gauges.exported(metric)}
+    names = {name for metric in prometheus_module.METRICS for name in prometheus_module.exported(metric)}
     assert prometheus.names == names, "the table and what Ray exports differ"
 
 
 def every_metric() -> None:
     """One number of each, from this process."""
-    told = gauges.Recorder(gauges.Source("test", TABLE, "none"))
-    for metric, row in gauges.METRICS.items():
+    told = prometheus_module.Recorder(prometheus_module.Source("test", TABLE, "none"))
+    for metric, row in prometheus_module.METRICS.items():
         add = {"counter": told.count, "gauge": told.set}.get(row.kind)
         if add is None:
             told.observe(metric, 1.0)
@@ -162,9 +163,9 @@ def every_metric() -> None:
 
 
 def test_without_a_ray_session_nothing_is_kept_and_nothing_is_imported(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(gauges, "_ray_runs", lambda: False)
-    monkeypatch.setattr(gauges, "_handle", lambda metric: pytest.fail("Ray was asked"))
-    with gauges.running(gauges.source("train")) as told:
+    monkeypatch.setattr(prometheus_module, "_ray_runs", lambda: False)
+    monkeypatch.setattr(prometheus_module, "_handle", lambda metric: pytest.fail("Ray was asked"))
+    with prometheus_module.running(prometheus_module.source("train")) as told:
         for _ in range(1000):
             told.count("dubito_images_total", 8, "ok")
             told.observe("dubito_step_seconds", 0.1)
@@ -182,9 +183,9 @@ def test_calls_that_overlap_are_no_waiting(monkeypatch: pytest.MonkeyPatch):
             return self.now
 
     clock = Clock()
-    monkeypatch.setattr(gauges, "time", clock)
-    idle = gauges.Idle()
-    first, second = gauges.Idle.__enter__, gauges.Idle.__exit__
+    monkeypatch.setattr(prometheus_module, "time", clock)
+    idle = prometheus_module.Idle()
+    first, second = prometheus_module.Idle.__enter__, prometheus_module.Idle.__exit__
     clock.now = 3.0
     first(idle)
     assert idle.take() == 3.0
@@ -201,7 +202,7 @@ def test_calls_that_overlap_are_no_waiting(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_what_a_process_does_names_its_stages(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(gauges, "_named", gauges.Source())
-    assert gauges.source("x").tags() == {"verb": "library", "run": "none", "stage": "x"}
-    gauges.name("predict", "predict-1")
-    assert gauges.source("evaluate").tags() == {"verb": "predict", "run": "predict-1", "stage": "evaluate"}
+    monkeypatch.setattr(prometheus_module, "_named", prometheus_module.Source())
+    assert prometheus_module.source("x").tags() == {"verb": "library", "run": "none", "stage": "x"}
+    prometheus_module.name("predict", "predict-1")
+    assert prometheus_module.source("evaluate").tags() == {"verb": "predict", "run": "predict-1", "stage": "evaluate"}

@@ -17,7 +17,7 @@ from pipeline import checkpoint, datasets, device, flags, loop, schema, stream
 from pipeline.augment import Batch
 from pipeline.errors import InputError
 from pipeline.recipe import TrainConfig
-from pipeline.telemetry import NoSink, Progress
+from pipeline.runtime.progress import NoSink, Progress
 
 SIZE = 32
 

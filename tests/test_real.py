@@ -8,7 +8,7 @@ import torch
 
 from pipeline import bundle, datasets, ensemble, loop, predictions, score, stream
 from pipeline.recipe import TrainConfig
-from pipeline.telemetry import NoSink, Progress
+from pipeline.runtime.progress import NoSink, Progress
 
 HELD = {"val": 0.1, "calibration": 0.1}
 

@@ -19,8 +19,8 @@ from pipeline.bundle import open_bundle
 from pipeline.errors import InputError
 from pipeline.evaluate import evaluate
 from pipeline.predict import Predictor
+from pipeline.runtime.progress import NoSink
 from pipeline.storage import checksum
-from pipeline.telemetry import NoSink
 
 ROWS = 22
 SCORER = score.Scorer

@@ -12,8 +12,8 @@ import pytest
 from jobs import pins, preflight, submit, tree
 from jobs.cli import app
 from pipeline.errors import InputError
-from pipeline.lines import Lines, Replay, voice
-from pipeline.telemetry import Terminal
+from pipeline.runtime.json_log import Lines, Replay, voice
+from pipeline.runtime.progress import Terminal
 
 
 @pytest.fixture

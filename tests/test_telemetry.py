@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import telemetry
-from pipeline.telemetry import NoSink, Progress, Terminal, diverted, rate_text
+from pipeline.runtime.progress import NoSink, Progress, Terminal, diverted, rate_text, time
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -28,7 +27,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(telemetry.time, "monotonic", clock.monotonic)
+    monkeypatch.setattr(time, "monotonic", clock.monotonic)
     return clock
 
 
@@ -146,7 +145,7 @@ def test_everything_but_the_terminal_goes_to_the_log(tmp_path: Path):
     code = f"""
 import os, subprocess, sys
 from pathlib import Path
-from pipeline.telemetry import diverted
+from pipeline.runtime.progress import diverted
 print("before")
 with diverted(Path({str(log)!r})) as terminal:
     print("chatter")

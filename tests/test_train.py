@@ -16,7 +16,7 @@ from event_files import require_increasing, scalars
 from pipeline import checkpoint, datasets, ensemble, predictions, score, storage
 from pipeline.errors import DoneError, InputError
 from pipeline.recipe import TrainConfig
-from pipeline.telemetry import NoSink
+from pipeline.runtime.progress import NoSink
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
 
-from pipeline.telemetry import Terminal, Voice
+from pipeline.runtime.progress import Terminal, Voice
 
 EVERY_S = 1.0
 """Progress of a stage at most this often."""
