@@ -30,9 +30,10 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate
 
 from benchmarks import harness
-from pipeline.augment import PRESETS, Augment, Batch, InputSettings, draw
+from pipeline.augment import PRESETS, Augment, InputSettings, draw
 from pipeline.augment.geometry import affine_parameters
 from pipeline.device import pick_device
+from pipeline.images.batch import Batch
 
 BOXES = 12
 OURS, KORNIA, TORCHVISION = "dubito", "Kornia AugmentationSequential", "torchvision v2"

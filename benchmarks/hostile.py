@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pipeline import decode, schema, shards
+from pipeline import schema, shards
 from pipeline.errors import InputError
 from pipeline.formats import FORMATS
+from pipeline.images import decode
 
 SIZE = (24, 32)
 """Height and width of the images that labels belong to."""

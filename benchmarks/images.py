@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pipeline.decode import IMAGE_SUFFIXES
+from pipeline.images.decode import IMAGE_SUFFIXES
 
 QUALITY = 90
 

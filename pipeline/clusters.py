@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline import boxes as box_ops
 from pipeline import uncertainty
+from pipeline.images import boxes as box_ops
 
 Rule = Literal["avg", "max", "box_and_model_avg", "absent_model_aware_avg"]
 _MIN_WEIGHT = 1e-6

@@ -21,9 +21,10 @@ import pyarrow as pa
 import torch
 
 from pipeline import stream
-from pipeline.augment import Augment, Batch
-from pipeline.device_decode import DeviceDecoder
+from pipeline.augment import Augment
 from pipeline.errors import InputError
+from pipeline.images.batch import Batch
+from pipeline.images.gpu_decode import DeviceDecoder
 from pipeline.tasks.base import Failure, Task
 
 DEPTH = 2

@@ -9,10 +9,10 @@ import ray
 
 from pipeline import referenced
 from pipeline.augment import InputSettings, crop_offsets
-from pipeline.augment.layout import lay_out
-from pipeline.augment.paste import Paster
-from pipeline.decode import decode_many
 from pipeline.errors import InputError
+from pipeline.images.decode import decode_many
+from pipeline.images.host_frames import Paster
+from pipeline.images.layout import lay_out
 from pipeline.shard_reader import RowGroup, read_row_group
 from pipeline.tasks.rows import FAULT, FRAME, stored_sizes, usable
 

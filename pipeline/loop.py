@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline import checkpoint, feed, losses, models, optim, stream
-from pipeline.augment import Augment, Batch
+from pipeline.augment import Augment
 from pipeline.datasets import DatasetInfo
 from pipeline.device import Compiled, autocast, fuse, place, wants_compile
-from pipeline.device_decode import DeviceDecoder
 from pipeline.errors import InputError
 from pipeline.feed import Step
 from pipeline.flags import Flags
+from pipeline.images.batch import Batch
+from pipeline.images.gpu_decode import DeviceDecoder
 from pipeline.journal import Journal, Made, Plan
 from pipeline.models import transfer
 from pipeline.pace import Pace

@@ -16,14 +16,16 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from pipeline import decode, models
-from pipeline.augment import Augment, Batch, InputSettings
+from pipeline import models
+from pipeline.augment import Augment, InputSettings
 from pipeline.batch_size import BatchSize, Measured, out_of_memory
 from pipeline.bundle import Bundle, open_bundle
 from pipeline.device import Compile, Compiled, Precision, autocast, pick_device, place, wants_compile
-from pipeline.device_decode import DeviceDecoder
 from pipeline.errors import InputError
 from pipeline.folding import fold
+from pipeline.images import decode
+from pipeline.images.batch import Batch
+from pipeline.images.gpu_decode import DeviceDecoder
 from pipeline.lanes import Lanes
 from pipeline.meters import POOL, SAMPLE, UNCALIBRATED, Meters, member_sample
 from pipeline.rows import Rows

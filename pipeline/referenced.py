@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from pipeline import storage
-from pipeline.decode import MAX_BYTES
 from pipeline.errors import InputError
+from pipeline.images.decode import MAX_BYTES
 
 THREADS = 16
 """Images fetched at a time by one task: enough to hide an object store's latency."""

@@ -15,9 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import schema, storage
-from pipeline.decode import MAX_BYTES, DecodeError, decode, probe
 from pipeline.formats import FORMATS
 from pipeline.formats.base import Context, LabelError, Labels, Reject, Source
+from pipeline.images.decode import MAX_BYTES, DecodeError, decode, probe
 from pipeline.splits import place_of
 
 ROW_GROUP_ROWS = 256

@@ -14,10 +14,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline import decode, storage
+from pipeline import storage
 from pipeline.bundle import Bundle
 from pipeline.datasets import DatasetInfo, open_dataset, row_groups
 from pipeline.errors import InputError
+from pipeline.images import decode
 from pipeline.schema import SCHEMA_VERSION, SPLITS
 from pipeline.shard_reader import read_ids
 

@@ -10,7 +10,8 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline import schema
-from pipeline.augment import Batch, InputSettings
+from pipeline.augment import InputSettings
+from pipeline.images.batch import Batch
 from pipeline.models import DetectionOutput as Output
 from pipeline.tasks import Detection, Segmentation
 

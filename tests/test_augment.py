@@ -11,17 +11,11 @@ from hypothesis import strategies as st
 from kornia import augmentation, enhance
 from torch import Tensor
 
-from pipeline.augment import (
-    PRESETS,
-    Augment,
-    AugmentSettings,
-    InputSettings,
-    draw,
-    frame,
-)
+from pipeline.augment import PRESETS, Augment, AugmentSettings, InputSettings, draw
 from pipeline.augment.effects import normal
 from pipeline.config import parse_sets
 from pipeline.errors import InputError
+from pipeline.images import frame_labels
 
 COLOURS = {
     "brightness": (
@@ -166,7 +160,7 @@ def test_blur_of_an_image_does_not_depend_on_how_blurred_the_others_are():
     image = np.zeros((41, 41, 3), np.uint8)
     image[20, 20] = 255
     input = InputSettings(size=(41, 41))
-    batch = batch_of(frame([image] * 8, None, None, None, None, input, train=True))
+    batch = batch_of(frame_labels([image] * 8, None, None, None, None, input, train=True))
     wanted = AugmentSettings(blur=1.0, blur_sigma=(0.3, 5.0))
     augment = Augment(wanted, input, seed=1)
     whole = augment(batch)

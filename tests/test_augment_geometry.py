@@ -10,15 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kornia import augmentation
 
-from pipeline.augment import (
-    Augment,
-    AugmentSettings,
-    Batch,
-    InputSettings,
-    draw,
-    frame,
-)
+from pipeline.augment import Augment, AugmentSettings, InputSettings, draw
 from pipeline.augment.geometry import Geometry, affine_parameters, visible_boxes, warp
+from pipeline.images import frame_labels
+from pipeline.images.batch import Batch
 
 KORNIA_OPS = {
     "hflip": ({"hflip": 1.0}, lambda v, c: augmentation.RandomHorizontalFlip(p=1.0), lambda v, c: {}),
@@ -156,7 +151,7 @@ def test_boxes_agree_with_boxes_drawn_into_the_mask(seed: int, turn: float, shea
     mask[corner[1] : corner[1] + extent[1], corner[0] : corner[0] + extent[0]] = 1
     input = InputSettings(size=(160, 160))
     image = np.zeros((160, 160, 3), np.uint8)
-    parts = frame([image], [mask], [box[None]], [np.array([0])], None, input, train=True)
+    parts = frame_labels([image], [mask], [box[None]], [np.array([0])], None, input, train=True)
     batch = batch_of(parts, [seed])
     out = Augment(wanted, input, seed=seed)(batch)
     rows, columns = torch.where(present(out.masks)[0] == 1)
@@ -203,12 +198,12 @@ def test_images_without_boxes_and_batches_without_labels():
     image = smooth_images(1, 20, 20)[0]
     input = InputSettings(size=(20, 20))
     keys = {"epochs": torch.zeros(1, dtype=torch.int64), "positions": torch.zeros(1, dtype=torch.int64)}
-    none = frame([image], None, [np.zeros((0, 4))], [np.zeros(0, np.int64)], None, input, train=True)
+    none = frame_labels([image], None, [np.zeros((0, 4))], [np.zeros(0, np.int64)], None, input, train=True)
     out = Augment(EVERYTHING, input)(Batch(["a"], **none, **keys))
     assert (present(out.labels) == -1).all()
     assert out.masks is None
     unlabelled = Augment(EVERYTHING, input)(
-        Batch(["a"], **frame([image], None, None, None, None, input, train=True), **keys)
+        Batch(["a"], **frame_labels([image], None, None, None, None, input, train=True), **keys)
     )
     assert unlabelled.boxes is None
     assert unlabelled.images.isfinite().all()
@@ -216,6 +211,6 @@ def test_images_without_boxes_and_batches_without_labels():
 
 def test_a_batch_without_images_passes():
     input = InputSettings(size=(20, 20))
-    parts = frame([], None, None, None, None, input, train=True)
+    parts = frame_labels([], None, None, None, None, input, train=True)
     empty = Batch([], epochs=torch.zeros(0, dtype=torch.int64), positions=torch.zeros(0, dtype=torch.int64), **parts)
     assert Augment(EVERYTHING, input)(empty).images.shape == (0, 3, 20, 20)

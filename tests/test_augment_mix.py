@@ -10,9 +10,11 @@ from augment_cases import EVERYTHING, batch_of, make_batch, painted_batch, prese
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.augment import Augment, AugmentSettings, Batch, InputSettings, draw_mix, frame
+from pipeline.augment import Augment, AugmentSettings, InputSettings, draw_mix
 from pipeline.augment.mix import most_boxes
 from pipeline.errors import InputError
+from pipeline.images import frame_labels
+from pipeline.images.batch import Batch
 
 MOSAIC = AugmentSettings(mosaic=1.0, min_visible=0.0)
 GEOMETRY = {
@@ -115,7 +117,9 @@ def test_a_box_is_dropped_by_what_the_seam_leaves_of_the_whole_of_it():
     """Images of 40 x 40, of which each quadrant shows a quarter that ends at one corner of the image."""
     boxes, crowd = np.array([[10.0, 10, 30, 30], [17, 17, 23, 23], [12, 4, 28, 8]]), np.array([False, False, True])
     input = InputSettings(size=(40, 40))
-    parts = frame(smooth_images(4, 40, 40), None, [boxes] * 4, [np.arange(3)] * 4, [crowd] * 4, input, train=True)
+    parts = frame_labels(
+        smooth_images(4, 40, 40), None, [boxes] * 4, [np.arange(3)] * 4, [crowd] * 4, input, train=True
+    )
     labels = {}
     for share in (0.2, 0.26):
         wanted = AugmentSettings(mosaic=1.0, mosaic_centre=(0.5, 0.5), min_visible=share)
@@ -133,7 +137,7 @@ def test_nothing_shows_through_at_the_seams():
     input = InputSettings(size=(40, 40))
     shapes = [(40, 40, 3), (30, 40, 3), (40, 30, 3), (32, 40, 3)]
     batch = batch_of(
-        frame([np.full(shape, 200, np.uint8) for shape in shapes], None, None, None, None, input, train=True)
+        frame_labels([np.full(shape, 200, np.uint8) for shape in shapes], None, None, None, None, input, train=True)
     )
     wanted = AugmentSettings(mosaic=1.0, mosaic_centre=(0.4, 0.6), rotate=180, scale=(1.3, 1.5))
     out = unit(Augment(wanted, input, 0)(batch), input) * 255
@@ -145,7 +149,7 @@ def test_a_box_that_sticks_out_of_its_image_ends_at_the_seam():
     box = np.array([[-8.0, -8, 48, 28]])
     input = InputSettings(size=(40, 40))
     images = [np.zeros((20, 40, 3), np.uint8)] * 6
-    parts = frame(images, None, [box] * 6, [np.array([n]) for n in range(6)], None, input, train=True)
+    parts = frame_labels(images, None, [box] * 6, [np.array([n]) for n in range(6)], None, input, train=True)
     out = Augment(MOSAIC, input, 1)(batch_of(parts))
     drawn = draw_mix(MOSAIC, 1, np.zeros(6), np.arange(6))
     for n, (cx, cy) in enumerate(np.rint(drawn["centre"] * 40).tolist()):
@@ -179,7 +183,7 @@ def test_all_parts_of_an_image_are_seen_equally_often():
     boxes = np.concatenate([corners, corners + 2], 1)
     input = InputSettings(size=(20, 20))
     images = [np.zeros((20, 20, 3), np.uint8)] * count
-    parts = frame(images, None, [boxes] * count, [np.arange(25)] * count, None, input, train=True)
+    parts = frame_labels(images, None, [boxes] * count, [np.arange(25)] * count, None, input, train=True)
     out = Augment(AugmentSettings(mosaic=1.0, min_visible=0.5), input, 3)(batch_of(parts))
     labels = present(out.labels)
     seen = torch.bincount(labels[labels >= 0], minlength=25) / count
@@ -252,14 +256,14 @@ def test_images_without_boxes_and_batches_without_any():
     wanted = EVERYTHING.model_copy(update={"mosaic": 1.0, "mixup": 1.0, "min_visible": 0.0, "blur": 0.0})
     images, box = smooth_images(4, 24, 24), np.array([[8.0, 8, 16, 16]])
     some = [box, np.zeros((0, 4)), None, np.zeros((0, 4))]
-    parts = frame(images, None, some, [np.array([k] * (k == 0)) for k in range(4)], None, input, train=True)
+    parts = frame_labels(images, None, some, [np.array([k] * (k == 0)) for k in range(4)], None, input, train=True)
     out = Augment(wanted, input)(batch_of(parts))
     assert (present(out.labels) == 0).any()
-    none = frame(images, None, [None] * 4, [None] * 4, None, input, train=True)
+    none = frame_labels(images, None, [None] * 4, [None] * 4, None, input, train=True)
     out = Augment(wanted, input)(batch_of(none))
     assert present(out.labels).tolist() == [[-1]] * 4
     assert present(out.boxes).shape == (4, 1, 4)
-    unlabelled = Augment(wanted, input)(batch_of(frame(images, None, None, None, None, input, train=True)))
+    unlabelled = Augment(wanted, input)(batch_of(frame_labels(images, None, None, None, None, input, train=True)))
     assert unlabelled.boxes is None
     assert unlabelled.images.isfinite().all()
 

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.nn.functional import affine_grid
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pipeline.augment import PRESETS, Augment, AugmentSettings, Batch, InputSettings, effects, pixels
+from pipeline.augment import PRESETS, Augment, AugmentSettings, InputSettings, effects, pixels
 from pipeline.augment.colour import apply_colour, by_planes
+from pipeline.images.batch import Batch
 
 MIXED = EVERYTHING.model_copy(update={"mosaic": 0.5, "blur": 0.0})
 KINDS = {

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torchvision.ops import box_iou, generalized_box_iou
 
-from pipeline import boxes as box_ops
+from pipeline.images import boxes as box_ops
 
 
 def some_boxes(count: int, seed: int, extent: float = 50.0) -> Tensor:

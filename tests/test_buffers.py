@@ -6,7 +6,7 @@ import threading
 import numpy as np
 import torch
 
-from pipeline.buffers import SMALLEST, Buffers
+from pipeline.images.buffer_pool import SMALLEST, Buffers
 
 
 def address(array: np.ndarray) -> int:

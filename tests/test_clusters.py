@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipeline import boxes as box_ops
 from pipeline import uncertainty
 from pipeline.clusters import DEFAULT_IOU, FUSIONS, Clusters, MemberBoxes, Rule, bsas, wbf
+from pipeline.images import boxes as box_ops
 
 BOTH = pytest.mark.parametrize("fuse", FUSIONS.values(), ids=FUSIONS)
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import decode as module
-from pipeline.decode import DecodeError, ImageInfo, decode, decode_many, decode_map, probe
+from pipeline.images import decode as module
+from pipeline.images.decode import DecodeError, ImageInfo, decode, decode_many, decode_map, probe
 
 
 def encode(pixels: np.ndarray, kind: str = "PNG", mode: str | None = None, **options) -> bytes:

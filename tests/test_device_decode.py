@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 from torchvision import io as image_io
 
-from pipeline import decode
 from pipeline.augment import InputSettings
-from pipeline.augment.device_frame import frame_on_device
-from pipeline.augment.layout import lay_out
-from pipeline.augment.paste import paste_images
-from pipeline.device_decode import DeviceDecoder, baseline_size
+from pipeline.images import decode
+from pipeline.images.gpu_decode import DeviceDecoder, baseline_size
+from pipeline.images.gpu_frames import frame_on_device
+from pipeline.images.host_frames import paste_images
+from pipeline.images.layout import lay_out
 
 
 def picture(height: int = 60, width: int = 80, seed: int = 0) -> np.ndarray:
@@ -158,13 +158,13 @@ def test_frames_of_the_device_are_those_of_the_host(fit):
 
 
 def test_many_images_of_a_size_are_resized_in_pieces(monkeypatch):
-    from pipeline.augment import device_frame
+    from pipeline.images import gpu_frames
 
     arrays = [picture(seed=n) for n in range(7)]
     settings = InputSettings(size=(32, 32))
     layout = lay_out([(60, 80)] * 7, settings, train=True)
     whole = frame_on_device(arrays, layout, settings, torch.device("cpu"))
-    monkeypatch.setattr(device_frame, "CHUNK_PIXELS", 2 * 60 * 80)
+    monkeypatch.setattr(gpu_frames, "CHUNK_PIXELS", 2 * 60 * 80)
     assert torch.equal(frame_on_device(arrays, layout, settings, torch.device("cpu")), whole)
 
 

@@ -16,9 +16,9 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline import feed, loop
-from pipeline.augment import Batch
-from pipeline.device_decode import DeviceDecoder
 from pipeline.errors import InputError
+from pipeline.images.batch import Batch
+from pipeline.images.gpu_decode import DeviceDecoder
 
 AUGMENT = {"hflip": 0.5, "rotate": 10, "brightness": 0.2}
 

@@ -15,7 +15,7 @@ from tiny import UNET, make_bundle, make_squares, png
 
 from pipeline import datasets, ensemble, predictions, score, units
 from pipeline.recipe import TrainConfig
-from pipeline.runtime import prometheus as prometheus_module
+from pipeline.runtime import prometheus
 from pipeline.runtime.progress import NoSink
 
 RUN, TABLE = "seen-from-outside", "every-metric"
@@ -84,9 +84,9 @@ class Prometheus:
 
 
 @pytest.fixture
-def prometheus(ray_local: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Prometheus]:
+def server(ray_local: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Prometheus]:
     monkeypatch.setattr(units, "UNIT_ROWS", 5)
-    monkeypatch.setattr(prometheus_module, "_named", prometheus_module.Source("test", RUN))
+    monkeypatch.setattr(prometheus, "_named", prometheus.Source("test", RUN))
     made = Prometheus()
     yield made
     made.close()
@@ -101,7 +101,7 @@ def config(data: str, out: str) -> TrainConfig:
     return TrainConfig.parse(tree, "test")
 
 
-def test_what_prometheus_finds_is_what_was_done(prometheus: Prometheus, tmp_path: Path):
+def test_what_prometheus_finds_is_what_was_done(server: Prometheus, tmp_path: Path):
     every_metric()
     data = make_squares(tmp_path, SPLITS)
     (tmp_path / "images" / "image24.png").write_bytes(b"no image")
@@ -124,7 +124,7 @@ def test_what_prometheus_finds_is_what_was_done(prometheus: Prometheus, tmp_path
     decided = Counter(predictions.read(str(tmp_path / "predictions"))["decision"].to_pylist())
     assert decided["review"] == 10
 
-    found = prometheus.wait_for(
+    found = server.wait_for(
         {
             ("images_total", "ingest", "ok"): 25 + 24,
             ("rejects_total", "ingest", "corrupt"): 1,
@@ -144,16 +144,16 @@ def test_what_prometheus_finds_is_what_was_done(prometheus: Prometheus, tmp_path
     assert found["wait_seconds_total", "train", ""] > 0
     assert found["wait_seconds_total", "predict", ""] > 0
     assert found["restarts_total", "predict", ""] == 0
-    assert 1.0 in prometheus.seen["running", "train", ""], "nobody could see that it ran"
-    assert prometheus.values()["running", "predict", ""] == 0, "a stage that has ended runs no more"
-    names = {name for metric in prometheus_module.METRICS for name in prometheus_module.exported(metric)}
-    assert prometheus.names == names, "the table and what Ray exports differ"
+    assert 1.0 in server.seen["running", "train", ""], "nobody could see that it ran"
+    assert server.values()["running", "predict", ""] == 0, "a stage that has ended runs no more"
+    names = {name for metric in prometheus.METRICS for name in prometheus.exported(metric)}
+    assert server.names == names, "the table and what Ray exports differ"
 
 
 def every_metric() -> None:
     """One number of each, from this process."""
-    told = prometheus_module.Recorder(prometheus_module.Source("test", TABLE, "none"))
-    for metric, row in prometheus_module.METRICS.items():
+    told = prometheus.Recorder(prometheus.Source("test", TABLE, "none"))
+    for metric, row in prometheus.METRICS.items():
         add = {"counter": told.count, "gauge": told.set}.get(row.kind)
         if add is None:
             told.observe(metric, 1.0)
@@ -163,9 +163,9 @@ def every_metric() -> None:
 
 
 def test_without_a_ray_session_nothing_is_kept_and_nothing_is_imported(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(prometheus_module, "_ray_runs", lambda: False)
-    monkeypatch.setattr(prometheus_module, "_handle", lambda metric: pytest.fail("Ray was asked"))
-    with prometheus_module.running(prometheus_module.source("train")) as told:
+    monkeypatch.setattr(prometheus, "_ray_runs", lambda: False)
+    monkeypatch.setattr(prometheus, "_handle", lambda metric: pytest.fail("Ray was asked"))
+    with prometheus.running(prometheus.source("train")) as told:
         for _ in range(1000):
             told.count("dubito_images_total", 8, "ok")
             told.observe("dubito_step_seconds", 0.1)
@@ -183,9 +183,9 @@ def test_calls_that_overlap_are_no_waiting(monkeypatch: pytest.MonkeyPatch):
             return self.now
 
     clock = Clock()
-    monkeypatch.setattr(prometheus_module, "time", clock)
-    idle = prometheus_module.Idle()
-    first, second = prometheus_module.Idle.__enter__, prometheus_module.Idle.__exit__
+    monkeypatch.setattr(prometheus, "time", clock)
+    idle = prometheus.Idle()
+    first, second = prometheus.Idle.__enter__, prometheus.Idle.__exit__
     clock.now = 3.0
     first(idle)
     assert idle.take() == 3.0
@@ -202,7 +202,7 @@ def test_calls_that_overlap_are_no_waiting(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_what_a_process_does_names_its_stages(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(prometheus_module, "_named", prometheus_module.Source())
-    assert prometheus_module.source("x").tags() == {"verb": "library", "run": "none", "stage": "x"}
-    prometheus_module.name("predict", "predict-1")
-    assert prometheus_module.source("evaluate").tags() == {"verb": "predict", "run": "predict-1", "stage": "evaluate"}
+    monkeypatch.setattr(prometheus, "_named", prometheus.Source())
+    assert prometheus.source("x").tags() == {"verb": "library", "run": "none", "stage": "x"}
+    prometheus.name("predict", "predict-1")
+    assert prometheus.source("evaluate").tags() == {"verb": "predict", "run": "predict-1", "stage": "evaluate"}

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import guided, hostile
-from pipeline.decode import DecodeError, decode
 from pipeline.formats import coco
+from pipeline.images.decode import DecodeError, decode
 
 SECONDS = 5.0
 """What one file may take, on a busy machine."""

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import decode, jpeg
 from pipeline.augment import InputSettings
-from pipeline.augment.layout import lay_out, shown_size
-from pipeline.augment.paste import Paster, paste_images
-from pipeline.buffers import Buffers
-from pipeline.decode import DecodeError, Reduced, decode_many
+from pipeline.images import decode, jpeg
+from pipeline.images.buffer_pool import Buffers
+from pipeline.images.decode import DecodeError, Reduced, decode_many
+from pipeline.images.host_frames import Paster, paste_images
+from pipeline.images.layout import lay_out, shown_size
 
 
 def photo(height: int, width: int, seed: int = 0) -> Image.Image:

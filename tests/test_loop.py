@@ -14,8 +14,8 @@ import torch.distributed as dist
 from safetensors import safe_open
 
 from pipeline import checkpoint, datasets, device, flags, loop, schema, stream
-from pipeline.augment import Batch
 from pipeline.errors import InputError
+from pipeline.images.batch import Batch
 from pipeline.recipe import TrainConfig
 from pipeline.runtime.progress import NoSink, Progress
 

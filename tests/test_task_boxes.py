@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from task_cases import Output, detection, framed, output_of
 
-from pipeline.boxes import transform_boxes
 from pipeline.errors import InputError
+from pipeline.images.boxes import transform_boxes
 from pipeline.tasks import Detection
 from pipeline.tasks.boxes import poolable
 from pipeline.tasks.found import expected_error

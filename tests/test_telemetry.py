@@ -5,11 +5,12 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from pipeline.runtime.progress import NoSink, Progress, Terminal, diverted, rate_text, time
+from pipeline.runtime.progress import NoSink, Progress, Terminal, diverted, rate_text
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.boxes import iou
 from pipeline.errors import InputError
+from pipeline.images.boxes import iou
 from pipeline.losses import total
 from pipeline.losses.yolo_v1 import YoloV1Loss, cell_owners, yolo_v1
 from pipeline.models.parts import dropout_layers, layers_of

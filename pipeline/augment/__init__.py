@@ -6,23 +6,15 @@ unframe_maps, unframe_boxes: from the network's frame back to an image's own pix
 """
 
 from pipeline.augment.apply import Augment
-from pipeline.augment.batch import Batch
 from pipeline.augment.draw import crop_offsets, draw, draw_mix
-from pipeline.augment.frame import Frame, frame
 from pipeline.augment.settings import PRESETS, AugmentSettings, InputSettings
-from pipeline.augment.unframe import unframe_boxes, unframe_maps
 
 __all__ = [
     "PRESETS",
     "Augment",
     "AugmentSettings",
-    "Batch",
-    "Frame",
     "InputSettings",
     "crop_offsets",
     "draw",
     "draw_mix",
-    "frame",
-    "unframe_boxes",
-    "unframe_maps",
 ]

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline import boxes as box_ops
 from pipeline.augment.pixels import resample, sampling_grid
 from pipeline.augment.settings import AugmentSettings
+from pipeline.images import boxes as box_ops
 
 
 def _translation(x: float, y: float, like: Tensor) -> Tensor:

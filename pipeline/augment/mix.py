@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline import boxes as box_ops
-from pipeline.augment.batch import Batch
 from pipeline.augment.geometry import centre_crop, cut_boxes
 from pipeline.augment.pixels import Pair, by_rows, nearest, resample, void_is_zero
+from pipeline.images import boxes as box_ops
+from pipeline.images.batch import Batch
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from pydantic import Field, field_validator, model_validator
 
 from pipeline import schema
 from pipeline.config import Settings
-from pipeline.decode import ImageInfo
 from pipeline.errors import InputError
+from pipeline.images.decode import ImageInfo
 
 TEXT = 500
 """Characters of what a reject says."""

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from pipeline import schema, storage
-from pipeline.decode import ImageInfo
 from pipeline.errors import InputError, nearest
 from pipeline.formats import files
 from pipeline.formats.base import (
@@ -26,6 +25,7 @@ from pipeline.formats.base import (
     fit_box,
     need,
 )
+from pipeline.images.decode import ImageInfo
 
 FAR = 1e6
 """A polygon corner farther out than this is a fault."""

@@ -5,9 +5,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePosixPath
 
 from pipeline import storage
-from pipeline.decode import IMAGE_SUFFIXES
 from pipeline.errors import InputError, nearest
 from pipeline.formats.base import Reject, Source
+from pipeline.images.decode import IMAGE_SUFFIXES
 
 READ_THREADS = 32
 """Small label files are read this many at a time: an object store answers in some 2 to 20 ms each."""

@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 
 from pipeline import schema
-from pipeline.decode import IMAGE_SUFFIXES, DecodeError, ImageInfo, decode_map
 from pipeline.errors import InputError
 from pipeline.formats import files
 from pipeline.formats.base import (
@@ -21,6 +20,7 @@ from pipeline.formats.base import (
     check_size,
     need,
 )
+from pipeline.images.decode import IMAGE_SUFFIXES, DecodeError, ImageInfo, decode_map
 
 
 class InstanceSettings(IngestSettings):

@@ -8,7 +8,6 @@ import numpy as np
 from pydantic import field_validator
 
 from pipeline import schema
-from pipeline.decode import IMAGE_SUFFIXES, DecodeError, ImageInfo, decode_map
 from pipeline.errors import InputError, nearest
 from pipeline.formats import files
 from pipeline.formats.base import (
@@ -22,6 +21,7 @@ from pipeline.formats.base import (
     check_size,
     need,
 )
+from pipeline.images.decode import IMAGE_SUFFIXES, DecodeError, ImageInfo, decode_map
 
 VOID_NAME = "void"
 _COLOUR = re.compile(r"#?([0-9a-fA-F]{6})")
@@ -163,7 +163,7 @@ def _distinct(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _as_colours(label: bytes) -> np.ndarray:
     """Grey and palette files as the colours they show."""
-    from pipeline.decode import decode
+    from pipeline.images.decode import decode
 
     try:
         return decode(label)

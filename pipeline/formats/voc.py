@@ -7,7 +7,6 @@ from xml.etree.ElementTree import Element, ParseError
 from defusedxml import DefusedXmlException
 from defusedxml.ElementTree import fromstring
 
-from pipeline.decode import ImageInfo
 from pipeline.errors import InputError, nearest
 from pipeline.formats import files
 from pipeline.formats.base import (
@@ -23,6 +22,7 @@ from pipeline.formats.base import (
     fit_box,
     need,
 )
+from pipeline.images.decode import ImageInfo
 
 
 class Voc(Format):

@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pipeline.boxes import giou
+from pipeline.images.boxes import giou
 from pipeline.losses.assign import Assignment, assign
 from pipeline.losses.base import BoxLoss, Term, objects
 

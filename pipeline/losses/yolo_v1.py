@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.boxes import area, iou
+from pipeline.images.boxes import area, iou
 from pipeline.losses.base import BoxLoss, Term, objects
 
 

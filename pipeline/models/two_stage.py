@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from pipeline import boxes as box_ops
 from pipeline.errors import InputError
+from pipeline.images import boxes as box_ops
 from pipeline.models.layers import check_input
 
 _SMALLEST = 1e-3

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.patches import Rectangle
 
-from pipeline.decode import decode
+from pipeline.images.decode import decode
 from pipeline.schema import VOID, unpack_map
 
 MIN_SCORE = 0.3

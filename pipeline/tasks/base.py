@@ -13,16 +13,17 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from pipeline import boxes as box_ops
-from pipeline.augment import Batch, InputSettings, crop_offsets
-from pipeline.augment.device_frame import frame_on_device
-from pipeline.augment.frame import frame_labels
-from pipeline.augment.layout import lay_out
-from pipeline.augment.paste import Paster, paste_images
-from pipeline.buffers import Buffers
+from pipeline.augment import InputSettings, crop_offsets
 from pipeline.config import Settings
-from pipeline.decode import DecodeError, Reduced, decode_many
 from pipeline.errors import InputError
+from pipeline.images import boxes as box_ops
+from pipeline.images.batch import Batch
+from pipeline.images.buffer_pool import Buffers
+from pipeline.images.decode import DecodeError, Reduced, decode_many
+from pipeline.images.frame_labels import frame_labels
+from pipeline.images.gpu_frames import frame_on_device
+from pipeline.images.host_frames import Paster, paste_images
+from pipeline.images.layout import lay_out
 from pipeline.tasks.rows import FRAME, Failure, Usable, framed_rows, stored_sizes, unflatten, usable
 from pipeline.views import InferenceSettings, View
 

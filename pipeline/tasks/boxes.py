@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline import boxes as box_ops
 from pipeline import uncertainty
 from pipeline.clusters import FUSIONS, MemberBoxes
+from pipeline.images import boxes as box_ops
 from pipeline.tasks.found import Found, Pooled
 from pipeline.views import View
 

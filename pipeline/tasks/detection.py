@@ -11,11 +11,11 @@ from pydantic import Field
 from torch import Tensor
 
 from pipeline import calibration, losses
-from pipeline.augment import Batch
 from pipeline.calibration import BoxSample
 from pipeline.clusters import DEFAULT_IOU
 from pipeline.config import Settings
 from pipeline.errors import InputError, nearest
+from pipeline.images.batch import Batch
 from pipeline.metrics import DetectionMetric, match
 from pipeline.tasks.base import Task, Term, image_area
 from pipeline.tasks.boxes import ByCluster, ByLocation, Prediction, Rule, poolable, restore

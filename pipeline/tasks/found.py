@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from pipeline import calibration
-from pipeline.augment import Batch, unframe_boxes
+from pipeline.images.batch import Batch
+from pipeline.images.unframe import unframe_boxes
 
 
 @dataclass

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from pipeline import schema
-from pipeline.augment import Batch, unframe_maps
 from pipeline.errors import InputError
+from pipeline.images.batch import Batch
+from pipeline.images.unframe import unframe_maps
 from pipeline.tasks.base import image_area
 
 

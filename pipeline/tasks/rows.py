@@ -8,8 +8,8 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from pipeline.buffers import Buffers
-from pipeline.decode import DecodeError, Reduced
+from pipeline.images.buffer_pool import Buffers
+from pipeline.images.decode import DecodeError, Reduced
 
 FRAME, FAULT = "frame", "fault"
 """Columns of rows that were framed elsewhere: canvas height x width x 3 bytes; null or "reason: detail"."""

@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline import calibration, schema, uncertainty
-from pipeline.augment import Batch
 from pipeline.calibration import PixelSample
 from pipeline.config import Settings
 from pipeline.errors import InputError, nearest
+from pipeline.images.batch import Batch
 from pipeline.losses import LOSSES, categorical
 from pipeline.metrics import SegmentationMetric
 from pipeline.tasks.base import Task, Term

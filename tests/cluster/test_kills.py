@@ -14,7 +14,7 @@ from tiny import UNET, encode, make_bundle, png
 
 from benchmarks.fault_jobs import NOBODY, Job, run
 from pipeline import predictions, restarts, score, storage, units
-from pipeline.decode import decode
+from pipeline.images.decode import decode
 
 IMAGES = 400
 

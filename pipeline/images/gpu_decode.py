@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.decode import MAX_BYTES, MAX_PIXELS, DecodeError, Reduced, decode_many
+from pipeline.images.decode import MAX_BYTES, MAX_PIXELS, DecodeError, Reduced, decode_many
 
 log = logging.getLogger(__name__)
 

@@ -5,10 +5,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline import boxes as box_ops
 from pipeline.augment.settings import InputSettings
-from pipeline.boxes import Placement
-from pipeline.decode import Size
+from pipeline.images import boxes as box_ops
+from pipeline.images.boxes import Placement
+from pipeline.images.decode import Size
 
 
 class Layout(NamedTuple):

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from pipeline.augment.layout import Layout
 from pipeline.augment.settings import InputSettings
-from pipeline.boxes import Placement
+from pipeline.images.boxes import Placement
+from pipeline.images.layout import Layout
 
 CHUNK_PIXELS = 8_000_000
 """Source pixels resized at a time: 100 MB of float32."""

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from pipeline.augment.layout import Layout, canvas_size, place_image, shown_size
 from pipeline.augment.settings import InputSettings
-from pipeline.boxes import Placement
-from pipeline.buffers import Buffers
-from pipeline.decode import Reduced, Size, pool
+from pipeline.images.boxes import Placement
+from pipeline.images.buffer_pool import Buffers
+from pipeline.images.decode import Reduced, Size, pool
+from pipeline.images.layout import Layout, canvas_size, place_image, shown_size
 
 
 class Paster:

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample, interpolate
 
-from pipeline import boxes as box_ops
 from pipeline.augment.geometry import sampling_theta
-from pipeline.boxes import Placement
+from pipeline.images import boxes as box_ops
+from pipeline.images.boxes import Placement
 
 
 def unframe_maps(maps: Tensor, matrices: Tensor, sizes: Tensor) -> list[Tensor]:

@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline import boxes as box_ops
-from pipeline.augment.layout import Layout, lay_out
-from pipeline.augment.paste import in_threads, paste_images, paste_nearest
 from pipeline.augment.settings import InputSettings
-from pipeline.decode import Size
+from pipeline.images import boxes as box_ops
+from pipeline.images.decode import Size
+from pipeline.images.host_frames import in_threads, paste_images, paste_nearest
+from pipeline.images.layout import Layout, lay_out
 from pipeline.schema import VOID
 
 

@@ -9,7 +9,7 @@ from typing import Final
 import numpy as np
 import simplejpeg
 
-from pipeline.buffers import Buffers
+from pipeline.images.buffer_pool import Buffers
 
 GAP: Final = 1.5
 """An image is decoded at a reduced size that is at least this many times what is wanted of it: then resizing it further
