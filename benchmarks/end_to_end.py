@@ -18,7 +18,8 @@ from PIL import Image
 
 from benchmarks import feed as images
 from benchmarks import harness
-from pipeline import datasets, feed, loop
+from pipeline import feed, loop
+from pipeline.datasets import ingest
 from pipeline.runtime.progress import NoSink
 from pipeline.train import Fit, training_dataset
 
@@ -43,7 +44,7 @@ def make_dataset(folder: Path, sources: list[Image.Image], size: tuple[int, int]
             top, left = random.integers(0, size[1] // 2), random.integers(0, size[0] // 2)
             ids[top : top + size[1] // 4, left : left + size[0] // 4] = number
         Image.fromarray(ids).save(folder / "labels" / f"{path.stem}.png", compress_level=1)
-    datasets.ingest(
+    ingest.ingest(
         "instances", str(folder / "images"), str(folder / "labels"), str(folder / "dataset"),
         classes=["thing"], sink=NoSink(),
         options={"hold_out": {"val": 0, "calibration": 0, "test": 0}},
@@ -66,7 +67,7 @@ class Run:
         }  # fmt: skip
         fit = Fit(tree, f"{uri}-{name}/members/0", "benchmark", torch.get_num_threads())
         self.args, self.device, config = args, device, fit.settings()
-        self.worker = loop.build_worker(config, datasets.open_dataset(uri), device, threads=fit.threads)
+        self.worker = loop.build_worker(config, ingest.open_dataset(uri), device, threads=fit.threads)
         began = time.perf_counter()
         tables: Any = training_dataset(fit).iter_batches(
             batch_size=args.batch, batch_format="pyarrow", prefetch_batches=1

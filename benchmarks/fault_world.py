@@ -14,7 +14,8 @@ from PIL import Image
 from benchmarks.fault_jobs import Ended, run
 from infra.local.fault_proxy import FaultProxy
 from infra.local.s3_server import Server, environment, make_bucket
-from pipeline import checkpoint, datasets, predictions, storage
+from pipeline import checkpoint, predictions, storage
+from pipeline.datasets.ingest import open_dataset
 
 CLASSES = ["background", "square"]
 NOISE = 0.02
@@ -92,7 +93,7 @@ class World:
                 raise RuntimeError(f"the undisturbed {name} failed ({ended.code}):\n{ended.said[-3000:]}")
             seconds[name] = ended.seconds
         print("undisturbed: " + ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items()), flush=True)
-        info = datasets.open_dataset(self.uri("data"))
+        info = open_dataset(self.uri("data"))
         return info.fingerprint, losses(self.uri("run")), rows_of(self.uri("predictions")), seconds
 
 

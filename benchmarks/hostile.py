@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pipeline import schema, shards
+from pipeline import schema
+from pipeline.datasets import shard_writer
 from pipeline.errors import InputError
 from pipeline.formats import FORMATS
 from pipeline.images import decode
@@ -241,8 +242,8 @@ def judge_labels(format: str, images: Path, labels: Path) -> Counter[str]:
     except InputError as error:
         return Counter(["refused" if len(str(error)) < 4000 else "refused at length"])
     words = Counter(item.reason for item in index.rejects)
-    plan = shards.Plan(str(images.parent / "out.parquet"), "train", format, index.sources)
-    written = shards.write(plan, index.context)
+    plan = shard_writer.Plan(str(images.parent / "out.parquet"), "train", format, index.sources)
+    written = shard_writer.write(plan, index.context)
     words.update(item.reason for item in written.rejects)
     words["row"] += written.sums.images
     assert set(words) <= REASONS | {"row", "second_label"}, words

@@ -29,7 +29,8 @@ import pyarrow.parquet as pq
 from benchmarks import harness
 from benchmarks.scaling import descendants, tiny_bundle
 from jobs.session import ray_session
-from pipeline import bundle, datasets, pools, predictions, schema, score, units
+from pipeline import bundle, pools, predictions, schema, score, units
+from pipeline.datasets import ingest
 from pipeline.runtime.progress import NoSink
 from pipeline.storage import checksum
 
@@ -83,7 +84,7 @@ def write_dataset(folder: Path, ids: int, shards: int, group: int = GROUP) -> st
         "tasks": [], "counts": {"test": {"images": each * shards}}, "fingerprint": f"{ids} ids", "statistics": {},
         "referenced": True, "files": files,
     }  # fmt: skip
-    (folder / datasets.DATASET_JSON).write_text(json.dumps(checksum.seal(meta)))
+    (folder / ingest.DATASET_JSON).write_text(json.dumps(checksum.seal(meta)))
     return str(folder)
 
 

@@ -36,8 +36,9 @@ from benchmarks.scaling import tiny_bundle
 from infra.local.fault_proxy import FaultProxy
 from infra.local.s3_server import environment, make_bucket, s3_server
 from jobs.session import ray_session
-from pipeline import bundle, datasets, manifest, schema, stream
+from pipeline import bundle, schema, stream
 from pipeline import units as planning
+from pipeline.datasets import ingest, metadata
 from pipeline.ledger import Ledger
 from pipeline.storage import checksum
 
@@ -73,7 +74,7 @@ def plan(folder: Path, model: str, groups: int) -> dict[str, float]:
     """What a row group costs before the first is read."""
     folder.mkdir()
     text = json.dumps(meta_of(groups), indent=1)
-    (folder / datasets.DATASET_JSON).write_text(text)
+    (folder / ingest.DATASET_JSON).write_text(text)
     opened, begin = bundle.open_bundle(model), cpu_s()
     made = planning.make_plan(opened, str(folder), "train", measure=False)
     assert made.digest
@@ -108,7 +109,7 @@ def digests(folder: Path, images: int) -> dict[str, float]:
         return [(name, "train", random.bytes(32).hex(), random.bytes(32).hex()) for name in names]
 
     rows, held = traced(make)
-    entry = manifest.write_digests(str(folder), rows)
+    entry = metadata.write_digests(str(folder), rows)
     return {"bytes of digests.parquet": entry["size"] / images, "driver kB": held / images / 1e3}
 
 

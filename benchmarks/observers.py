@@ -17,7 +17,8 @@ from PIL import Image
 
 from jobs.session import ray_session
 from pipeline import bundle as bundles
-from pipeline import datasets, ensemble, predictions, schema, score
+from pipeline import ensemble, predictions, schema, score
+from pipeline.datasets import ingest as ingest_module
 from pipeline.errors import DoneError
 from pipeline.metrics.ranking import auroc
 from pipeline.recipe import TrainConfig
@@ -48,7 +49,7 @@ def ingest(folder: Path, out: Path, terminal: Terminal) -> str:
         split: [f"Image_{child:02d}{eye}" for child in children for eye in "LR"] for split, children in SPLITS.items()
     }
     (out / "splits.json").write_text(json.dumps(named))
-    made = datasets.ingest(
+    made = ingest_module.ingest(
         "masks", str(folder / "images"), str(folder / "observer1"), str(out / "data"),
         classes=CLASSES, splits=str(out / "splits.json"), options={}, sink=terminal,
     )  # fmt: skip

@@ -19,8 +19,9 @@ import pyarrow.parquet as pq
 
 from benchmarks.promise import repeated_splits
 from jobs.session import ray_session
-from pipeline import datasets, ensemble, score
+from pipeline import ensemble, score
 from pipeline.config import load, merge
+from pipeline.datasets import ingest
 from pipeline.errors import DoneError
 from pipeline.metrics.ranking import spearman
 from pipeline.recipe import TrainConfig
@@ -36,7 +37,7 @@ def fold_data(folder: Path, out: Path, fold: int, folds: int, seed: int, termina
     out.mkdir(parents=True, exist_ok=True)
     splits = {"train": rest[len(rest) // 10 :], "val": rest[: len(rest) // 10], "test": test}
     (out / "splits.json").write_text(json.dumps(splits))
-    made = datasets.ingest(
+    made = ingest.ingest(
         "instances", str(folder / "images"), str(folder / "labels"), str(out / "data"),
         classes=["nucleus"], splits=str(out / "splits.json"), options={}, sink=terminal,
     )  # fmt: skip

@@ -16,8 +16,9 @@ from typing import Any
 
 from jobs.session import ray_session
 from pipeline import bundle as bundles
-from pipeline import datasets, ensemble
+from pipeline import ensemble
 from pipeline.config import merge
+from pipeline.datasets import ingest as ingest_module
 from pipeline.errors import DoneError
 from pipeline.evaluate import evaluate
 from pipeline.recipe import TrainConfig
@@ -79,7 +80,7 @@ def ingest(folder: Path, out: Path, images: int, seed: int, terminal: Terminal) 
     chosen.parent.mkdir(parents=True, exist_ok=True)
     chosen.write_text(json.dumps(splits(folder, images, seed)))
     uri = str(out / "data")
-    datasets.ingest(
+    ingest_module.ingest(
         "instances", str(folder / "images"), str(folder / "labels"), uri,
         classes=["nucleus"], splits=str(chosen), options={}, sink=terminal,
     )  # fmt: skip

@@ -34,7 +34,8 @@ from safetensors.torch import save_file
 from benchmarks import harness
 from benchmarks.images import make, photographs
 from jobs.session import ray_session
-from pipeline import bundle, datasets, models, score
+from pipeline import bundle, models, score
+from pipeline.datasets import ingest
 from pipeline.runtime.progress import NoSink
 from pipeline.train import Fit, fit
 
@@ -170,7 +171,7 @@ def make_datasets(folder: Path, args: argparse.Namespace) -> dict[int, str]:
         lists = {"train": names[: scale * args.images], "val": names[count:]}
         (folder / f"{scale}.json").write_text(json.dumps(lists))
         uris[scale] = str(folder / f"dataset{scale}")
-        datasets.ingest(
+        ingest.ingest(
             "instances", str(folder / "images"), str(folder / "labels"), uris[scale], classes=["thing"],
             splits=str(folder / f"{scale}.json"), sink=NoSink(),
         )  # fmt: skip

@@ -44,7 +44,8 @@ from benchmarks.cpu import Busy
 from benchmarks.images import make, photographs
 from benchmarks.scaling import BATCH, MODEL, SIDE, tiny_bundle
 from jobs.session import ray_session
-from pipeline import datasets, schema, score, units
+from pipeline import schema, score, units
+from pipeline.datasets import ingest
 from pipeline.runtime.progress import NoSink
 from pipeline.train import Fit, training_dataset
 
@@ -159,7 +160,7 @@ def make_dataset(folder: Path, args: argparse.Namespace) -> str:
     for path in files:
         Image.fromarray(mask).save(folder / "labels" / f"{path.stem}.png")
     (folder / "splits.json").write_text(json.dumps(lists))
-    datasets.ingest(
+    ingest.ingest(
         "instances", str(folder / "images"), str(folder / "labels"), str(folder / "dataset"), classes=["thing"],
         splits=str(folder / "splits.json"), sink=NoSink(),
     )  # fmt: skip

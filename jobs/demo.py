@@ -40,12 +40,13 @@ def run(out: str) -> int:
 
 
 def _data(root: str, terminal: Voice) -> None:
-    from pipeline import datasets, storage
+    from pipeline import storage
+    from pipeline.datasets import ingest
 
     for name, options in (("data", {}), ("shifted", {"shifted": True, "images": 150})):
         terminal.say(f"demo: making the {'shifted ' if options else ''}images")
         options |= {"seed": SEED}
-        datasets.ingest("demo", None, None, storage.join(root, name), options=options, sink=terminal)
+        ingest.ingest("demo", None, None, storage.join(root, name), options=options, sink=terminal)
 
 
 def _task(root: str, task: str, terminal: Voice) -> dict[str, Any]:
@@ -54,7 +55,7 @@ def _task(root: str, task: str, terminal: Voice) -> dict[str, Any]:
 
     from pipeline import ensemble, predictions, score, storage
     from pipeline.config import load
-    from pipeline.datasets import open_dataset
+    from pipeline.datasets.ingest import open_dataset
     from pipeline.errors import DoneError
     from pipeline.recipe import TrainConfig
     from pipeline.report import summary

@@ -12,7 +12,7 @@ def run(bundle: str, data: str, split: str, out: str, shift_data: str = "", shif
     def story(terminal: Voice) -> None:
         from pipeline import storage
         from pipeline.bundle import open_bundle
-        from pipeline.datasets import open_dataset
+        from pipeline.datasets.ingest import open_dataset
 
         where = storage.absolute(bundle), storage.absolute(data)
         with ray_session():

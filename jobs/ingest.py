@@ -16,9 +16,9 @@ def run(format: str, images: str, labels: str, out: str, classes: str, splits: s
         options = parse_sets(sets)
         names = [name.strip() for name in classes.split(",") if name.strip()] or None
         with ray_session():
-            from pipeline import datasets
+            from pipeline.datasets import ingest
 
-            made = datasets.ingest(
+            made = ingest.ingest(
                 format,
                 images or None,
                 labels or None,

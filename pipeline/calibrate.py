@@ -12,7 +12,7 @@ import numpy as np
 from pipeline import bundle as bundles
 from pipeline import calibration
 from pipeline.bundle import Bundle
-from pipeline.datasets import DatasetInfo, open_dataset, row_groups
+from pipeline.datasets.ingest import DatasetInfo, open_dataset, row_groups
 from pipeline.errors import InputError
 from pipeline.predict import Purpose, task_of
 from pipeline.recipe import CalibrateSettings

@@ -14,7 +14,7 @@ import ray
 
 from pipeline import __version__, bundle, calibrate, models, storage, train
 from pipeline.config import first_difference
-from pipeline.datasets import DatasetInfo, open_dataset, row_groups
+from pipeline.datasets.ingest import DatasetInfo, open_dataset, row_groups
 from pipeline.errors import DoneError, InputError, root_input_error
 from pipeline.models import transfer
 from pipeline.recipe import TrainConfig

@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from pipeline import units
 from pipeline.bundle import Bundle, open_bundle
-from pipeline.datasets import open_dataset
+from pipeline.datasets.ingest import open_dataset
 from pipeline.errors import InputError
 from pipeline.meters import Meters
 from pipeline.metrics import bootstrap, detection_bootstrap

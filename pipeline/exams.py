@@ -8,7 +8,7 @@ import hashlib
 
 from pipeline import storage
 from pipeline.bundle import open_bundle
-from pipeline.datasets import open_dataset
+from pipeline.datasets.ingest import open_dataset
 from pipeline.errors import InputError
 from pipeline.meters import Meters
 from pipeline.predict import task_of

@@ -7,13 +7,13 @@ from typing import Any, Self
 import pyarrow as pa
 import ray
 
-from pipeline import referenced
 from pipeline.augment import InputSettings, crop_offsets
+from pipeline.datasets import image_fetch
+from pipeline.datasets.shard_reader import RowGroup, read_row_group
 from pipeline.errors import InputError
 from pipeline.images.decode import decode_many
 from pipeline.images.host_frames import Paster
 from pipeline.images.layout import lay_out
-from pipeline.shard_reader import RowGroup, read_row_group
 from pipeline.tasks.rows import FAULT, FRAME, stored_sizes, usable
 
 CACHE_SHARE = 0.4
@@ -98,7 +98,7 @@ class _Keeper:
 
 def _framed_group(group: RowGroup, columns: tuple[str, ...], framing: Framing) -> pa.Table:
     table = read_row_group(group, columns)
-    return framing(next(referenced.require([table])) if referenced.asked(columns) else table)
+    return framing(next(image_fetch.require([table])) if image_fetch.asked(columns) else table)
 
 
 def require_room(framing: Framing, rows: int, store_bytes: float) -> None:

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipeline import checkpoint, feed, losses, models, optim, stream
 from pipeline.augment import Augment
-from pipeline.datasets import DatasetInfo
+from pipeline.datasets.ingest import DatasetInfo
 from pipeline.device import Compiled, autocast, fuse, place, wants_compile
 from pipeline.errors import InputError
 from pipeline.feed import Step

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from pipeline import models
 from pipeline.augment import AugmentSettings, InputSettings
 from pipeline.config import Settings
-from pipeline.datasets import DatasetInfo
+from pipeline.datasets.ingest import DatasetInfo
 from pipeline.device import Compile, Precision
 from pipeline.errors import InputError
 from pipeline.models import ModelSettings, transfer

@@ -14,11 +14,11 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from pipeline import changes, drift, ensemble, exams, judge, registry, storage
+from pipeline import drift, ensemble, exams, judge, registry, storage
 from pipeline.bundle import open_bundle
-from pipeline.changes import Changes
 from pipeline.config import Settings
-from pipeline.datasets import DATASET_JSON, DatasetInfo, open_dataset
+from pipeline.datasets.diff import DIGESTS, Changes, between, digests, require_apart
+from pipeline.datasets.ingest import DATASET_JSON, DatasetInfo, open_dataset
 from pipeline.drift import DriftSettings
 from pipeline.errors import DoneError, InputError
 from pipeline.judge import JudgeSettings
@@ -124,7 +124,7 @@ def look(config: RetrainConfig, sink: Sink) -> News:
     if champion is None:
         return News(None, info, None, None, "there is no champion yet", [f"registry '{config.name}' has no champion"])
     said = [f"champion {champion.number} (bundle {champion.bundle_id}), of data {champion.fingerprint[:12]}"]
-    changed = changes.between(_digests(config, champion), changes.digests(info.uri))
+    changed = between(_digests(config, champion), digests(info.uri))
     drifted = None if config.drift is None else drift.measure(config.drift)
     said.append(changed.sentence())
     if drifted is not None:
@@ -184,7 +184,7 @@ def _decide(config: RetrainConfig, news: News, name: str, sink: Sink) -> dict[st
     """Train and judge; returns the decision as it was committed."""
     frozen = _frozen(config, news)
     test = open_dataset(frozen.data)
-    changes.require_apart(test, frozen.split, news.info, LABELLED)
+    require_apart(test, frozen.split, news.info, LABELLED)
     before = registry.looks(config.registry, config.name, test.fingerprint, frozen.split)
     challenger = _train(config, news, name, sink)
     verdict = _judge(config, news, frozen, challenger, sink)
@@ -218,15 +218,15 @@ def _digests_uri(config: RetrainConfig, fingerprint: str) -> str:
 def _digests(config: RetrainConfig, champion: registry.Entry) -> Any:
     """What the champion saw: from the registry's own copy, since datasets are deleted."""
     kept = _digests_uri(config, champion.fingerprint)
-    return changes.digests(kept if storage.exists(kept) else champion.data)
+    return digests(kept if storage.exists(kept) else champion.data)
 
 
 def _keep_digests(config: RetrainConfig, info: DatasetInfo) -> None:
-    kept, source = _digests_uri(config, info.fingerprint), storage.join(info.uri, changes.DIGESTS)
+    kept, source = _digests_uri(config, info.fingerprint), storage.join(info.uri, DIGESTS)
     if storage.exists(kept):
         return
     content = storage.read_bytes(source)
-    wanted = next(file["sha256"] for file in info.meta["files"] if file["path"] == changes.DIGESTS)
+    wanted = next(file["sha256"] for file in info.meta["files"] if file["path"] == DIGESTS)
     if hashlib.sha256(content).hexdigest() != wanted:
         raise InputError(f"'{source}' is not what was committed; ingest again")
     storage.write_bytes(kept, content)

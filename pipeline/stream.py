@@ -17,11 +17,11 @@ import pyarrow as pa
 import ray.data
 from pydantic import Field, model_validator
 
-from pipeline import referenced
 from pipeline.config import Settings
-from pipeline.datasets import DatasetInfo, row_groups
+from pipeline.datasets import image_fetch
+from pipeline.datasets.ingest import DatasetInfo, row_groups
+from pipeline.datasets.shard_reader import RowGroup, read_row_group
 from pipeline.ledger import Ledger
-from pipeline.shard_reader import RowGroup, read_row_group
 
 if TYPE_CHECKING:  # tasks that ship bytes do without it, and without torch: 2 s less to start each
     from pipeline.framed import Cache, Framing
@@ -167,7 +167,7 @@ class Expand:
             parts = [pa.concat_tables(parts).combine_chunks()]
         chosen = self.order.row_order(epoch, window, rows)[keep]
         blocks = self._blocks(parts, chosen, positions[keep], epoch)
-        for block in referenced.require(blocks) if referenced.asked(columns) and not self.cache else blocks:
+        for block in image_fetch.require(blocks) if image_fetch.asked(columns) and not self.cache else blocks:
             yield self.framing(block) if self.framing and not self.cache else block
 
     def _blocks(
@@ -240,7 +240,7 @@ def dataset(
 
 def training_columns(task: str, info: DatasetInfo) -> list[str]:
     """What is read of a training row: the encoded image, or where it is, and this task's labels."""
-    return [*ROW_COLUMNS, *(referenced.WANTED if info.referenced else ()), *LABEL_COLUMNS[task]]
+    return [*ROW_COLUMNS, *(image_fetch.WANTED if info.referenced else ()), *LABEL_COLUMNS[task]]
 
 
 def share(info: DatasetInfo, split: str, rank: int, world: int, columns: list[str]) -> Iterator[pa.Table]:
@@ -256,7 +256,7 @@ def share(info: DatasetInfo, split: str, rank: int, world: int, columns: list[st
         a, b = max(low, start), min(high, start + group.rows)
         if a < b:
             part = read_row_group(group, columns).slice(a - start, b - a)
-            yield from referenced.require([part]) if referenced.asked(columns) else [part]
+            yield from image_fetch.require([part]) if image_fetch.asked(columns) else [part]
         start += group.rows
 
 

@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 
 from pipeline import checkpoint, pools, storage, stream
-from pipeline.datasets import open_dataset, row_groups
+from pipeline.datasets.ingest import open_dataset, row_groups
 from pipeline.device import fuse
 from pipeline.errors import InputError
 from pipeline.flags import NonFiniteLossError

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline import referenced, storage
+from pipeline import storage
+from pipeline.datasets import image_fetch
+from pipeline.datasets.shard_reader import RowGroup, read_row_group
 from pipeline.errors import InputError
-from pipeline.shard_reader import RowGroup, read_row_group
 
 _FETCHED = pa.schema(
     [
@@ -93,12 +94,12 @@ def read_unit(source: dict[str, Any], rows: int, data: str, columns: Sequence[st
     table = read_row_group(group, list(columns)).slice(source["start"], rows)
     if table.num_rows != rows:
         raise InputError(f"'{group.file}' has changed since the job began: {table.num_rows} rows where {rows} were")
-    return referenced.fill(table) if table["image"].null_count else table
+    return image_fetch.fill(table) if table["image"].null_count else table
 
 
 def _fetch_page(source: dict[str, Any]) -> pa.Table:
     uris = [storage.join(source["root"], path) for path in source["paths"]]
-    found = referenced.fetch_all(uris, source["sizes"])
+    found = image_fetch.fetch_all(uris, source["sizes"])
     columns = {
         "image_id": source["paths"],
         "uri": uris,

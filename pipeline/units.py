@@ -16,11 +16,11 @@ import pyarrow as pa
 
 from pipeline import storage
 from pipeline.bundle import Bundle
-from pipeline.datasets import DatasetInfo, open_dataset, row_groups
+from pipeline.datasets.ingest import DatasetInfo, open_dataset, row_groups
+from pipeline.datasets.shard_reader import read_ids
 from pipeline.errors import InputError
 from pipeline.images import decode
 from pipeline.schema import SCHEMA_VERSION, SPLITS
-from pipeline.shard_reader import read_ids
 
 UNIT_ROWS = 64
 """Images in a unit: what a crash may cost, and the step of the progress bar."""

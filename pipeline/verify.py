@@ -9,7 +9,8 @@ from typing import Any
 
 import ray.data
 
-from pipeline import datasets, predictions, referenced, shard_reader, storage
+from pipeline import predictions, storage
+from pipeline.datasets import image_fetch, ingest, shard_reader
 from pipeline.errors import InputError
 from pipeline.predictions.attempts import MANIFEST
 from pipeline.runtime.progress import NoSink, Progress, Sink
@@ -45,7 +46,7 @@ def verify(uri: str, sink: Sink | None = None) -> dict[str, Any]:
         progress.advance(1)
         if row["problem"]:
             damage.append({"file": storage.join(uri, row["file"]), "problem": row["problem"]})
-    if kind == "dataset" and datasets.open_dataset(uri).referenced:
+    if kind == "dataset" and ingest.open_dataset(uri).referenced:
         bad = {item["file"] for item in damage}
         shards = [{"file": file} for item in items if (file := storage.join(uri, item["file"])) not in bad]
         shards = [item for item in shards if "/data/" in item["file"].removeprefix(uri)]
@@ -72,9 +73,9 @@ def _check_images(row: dict[str, Any]) -> dict[str, Any]:
     """The images that one shard refers to: fetched, and compared with the hashes that were ingested."""
     images, size, problems = 0, 0, []
     for group in shard_reader.groups_of(row["file"]):
-        table = shard_reader.read_row_group(group, ["image", *referenced.WANTED])
-        for at in range(0, table.num_rows, referenced.AHEAD):
-            part = referenced.fill(table.slice(at, referenced.AHEAD))
+        table = shard_reader.read_row_group(group, ["image", *image_fetch.WANTED])
+        for at in range(0, table.num_rows, image_fetch.AHEAD):
+            part = image_fetch.fill(table.slice(at, image_fetch.AHEAD))
             size += sum(len(image) for image in part["image"].to_pylist() if image)
             found = zip(part["uri"].to_pylist(), part["status"].to_pylist(), part["error"].to_pylist(), strict=True)
             problems += [(uri, f"{status}: {error}") for uri, status, error in found if status != "ok"]
@@ -92,7 +93,7 @@ def _files(uri: str) -> tuple[str, Mapping[str, Any]]:
 
 
 def _of_dataset(uri: str) -> dict[str, Any]:
-    return {file["path"]: file for file in datasets.open_dataset(uri).meta["files"]}
+    return {file["path"]: file for file in ingest.open_dataset(uri).meta["files"]}
 
 
 def _of_bundle(uri: str) -> dict[str, Any]:
@@ -111,7 +112,7 @@ def _of_predictions(uri: str) -> dict[str, Any]:
 
 
 _KINDS: dict[str, tuple[str, Callable[[str], dict[str, Any]]]] = {
-    "dataset": (datasets.DATASET_JSON, _of_dataset),
+    "dataset": (ingest.DATASET_JSON, _of_dataset),
     "bundle": (BUNDLE_JSON, _of_bundle),
     "predictions": (MANIFEST, _of_predictions),
 }

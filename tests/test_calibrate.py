@@ -9,7 +9,8 @@ import pytest
 from tiny import DETECTOR, UNET, encode, make_bundle, make_squares
 
 from pipeline import bundle as bundles
-from pipeline import calibrate, datasets, predictions, score
+from pipeline import calibrate, predictions, score
+from pipeline.datasets import ingest
 from pipeline.errors import InputError
 from pipeline.evaluate import evaluate, gain, shifted
 from pipeline.recipe import CalibrateSettings
@@ -102,7 +103,7 @@ def test_what_cannot_be_calibrated_is_refused(tmp_path: Path, data: str, unet: s
     root = Path(data).parent
     names = {"train": ["image00"], "test": ["image01"]}
     (tmp_path / "splits.json").write_text(json.dumps(names))
-    datasets.ingest(
+    ingest.ingest(
         "instances", str(root / "images"), str(root / "labels"), str(tmp_path / "without"),
         classes=["cell"], splits=str(tmp_path / "splits.json"),
     )  # fmt: skip

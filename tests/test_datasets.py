@@ -8,11 +8,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline import manifest, schema, shards, splits, storage
-from pipeline.datasets import DatasetInfo, ingest, open_dataset, row_groups
+from pipeline import schema, storage
+from pipeline.datasets import metadata, shard_writer, splits
+from pipeline.datasets.ingest import DatasetInfo, ingest, open_dataset, row_groups
+from pipeline.datasets.shard_reader import read_row_group
 from pipeline.errors import InputError
 from pipeline.formats.base import Context, IngestSettings, Reject, Source
-from pipeline.shard_reader import read_row_group
 
 
 def settings(**options) -> IngestSettings:
@@ -126,12 +127,12 @@ CONTEXT = Context(("a", "background"), 1, ("segmentation", "detection"), None)
 
 def test_fingerprint_depends_on_content_alone():
     rows = [("1", "train", "aa", "l1"), ("2", "val", "bb", None)]
-    same = manifest.fingerprint(rows, CONTEXT)
-    assert manifest.fingerprint(rows[::-1], CONTEXT) == same
+    same = metadata.fingerprint(rows, CONTEXT)
+    assert metadata.fingerprint(rows[::-1], CONTEXT) == same
     others = [
-        manifest.fingerprint([("1", "train", "aa", "l2"), rows[1]], CONTEXT),
-        manifest.fingerprint([("1", "test", "aa", "l1"), rows[1]], CONTEXT),
-        manifest.fingerprint(rows, Context(("b", "background"), 1, CONTEXT.tasks, None)),
+        metadata.fingerprint([("1", "train", "aa", "l2"), rows[1]], CONTEXT),
+        metadata.fingerprint([("1", "test", "aa", "l1"), rows[1]], CONTEXT),
+        metadata.fingerprint(rows, Context(("b", "background"), 1, CONTEXT.tasks, None)),
     ]
     assert len({same, *others}) == 4
 
@@ -139,14 +140,14 @@ def test_fingerprint_depends_on_content_alone():
 def test_statistics_are_those_of_the_train_pixels():
     rng = np.random.default_rng(0)
     images = [rng.integers(0, 256, (4, 6, 3), np.uint8), rng.integers(0, 256, (8, 2, 3), np.uint8)]
-    total = shards.Sums()
+    total = shard_writer.Sums()
     for pixels in images:
-        part = shards.Sums(images=1)
+        part = shard_writer.Sums(images=1)
         part.sizes[pixels.shape[0], pixels.shape[1]] += 1
         for channel in range(3):
             part.histogram[channel] += np.bincount(pixels[..., channel].ravel(), minlength=256)
         total.add(part)
-    found = manifest.statistics({"train": total, "test": shards.Sums(images=9)})
+    found = metadata.statistics({"train": total, "test": shard_writer.Sums(images=9)})
     flat = np.concatenate([pixels.reshape(-1, 3) for pixels in images]) / 255
     np.testing.assert_allclose(found["mean"], flat.mean(0), atol=1e-6)
     np.testing.assert_allclose(found["std"], flat.std(0), atol=1e-6)
@@ -156,13 +157,13 @@ def test_statistics_are_those_of_the_train_pixels():
 
 def test_table_of_rejects_is_most_frequent_first():
     rejects = [Reject("u1", "rare", "x"), Reject("u2", "often", "y"), Reject("u3", "often", "z")]
-    lines = manifest.reject_table(rejects).splitlines()
+    lines = metadata.reject_table(rejects).splitlines()
     assert lines[0].split() == ["2", "often", "first:", "u2:", "y"]
     assert "u1: x" in lines[1]
 
 
 def test_palette_has_as_many_different_colours():
-    assert len(set(manifest.palette(100))) == 100
+    assert len(set(metadata.palette(100))) == 100
 
 
 # --- ingest
@@ -220,7 +221,7 @@ def test_ingest_writes_rows_that_can_be_read_back(ray_local, tmp_path):
     assert sorted(seen) == [f"{i:03d}.png" for i in range(8)]
     for file in info.meta["files"]:
         data = (tmp_path / "out" / file["path"]).read_bytes()
-        assert (len(data), shards.hashlib.sha256(data).hexdigest()) == (file["size"], file["sha256"])
+        assert (len(data), shard_writer.hashlib.sha256(data).hexdigest()) == (file["size"], file["sha256"])
 
 
 def test_shards_follow_the_schema_and_store_what_is_compressed(ray_local, tmp_path):
@@ -243,17 +244,17 @@ def test_shards_follow_the_schema_and_store_what_is_compressed(ray_local, tmp_pa
 
 def test_row_groups_are_bounded(monkeypatch, tmp_path):
     images, masks = make_masks(tmp_path, count=7)
-    monkeypatch.setattr(shards, "ROW_GROUP_ROWS", 3)
+    monkeypatch.setattr(shard_writer, "ROW_GROUP_ROWS", 3)
     from pipeline.formats import FORMATS
 
     form = FORMATS["masks"]
     index = form.index(images, masks, CLASSES, form.settings.parse({}, "--set"))
-    plan = shards.Plan(str(tmp_path / "s.parquet"), "train", "masks", tuple(index.sources))
-    written = shards.write(plan, index.context)
+    plan = shard_writer.Plan(str(tmp_path / "s.parquet"), "train", "masks", tuple(index.sources))
+    written = shard_writer.write(plan, index.context)
     assert written.file is not None
     assert [rows for rows, _ in written.file["row_groups"]] == [3, 3, 1]
-    monkeypatch.setattr(shards, "ROW_GROUP_BYTES", 1)
-    written = shards.write(plan, index.context)
+    monkeypatch.setattr(shard_writer, "ROW_GROUP_BYTES", 1)
+    written = shard_writer.write(plan, index.context)
     assert written.file is not None
     assert [rows for rows, _ in written.file["row_groups"]] == [1] * 7
 

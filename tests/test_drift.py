@@ -10,8 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline import changes, drift, predictions
-from pipeline.datasets import open_dataset
+from pipeline import drift, predictions
+from pipeline.datasets import diff
+from pipeline.datasets.ingest import open_dataset
 from pipeline.errors import InputError
 from tests import tiny
 
@@ -174,21 +175,21 @@ def digests(rows: dict[str, tuple[str, str | None]]) -> pa.Table:
 def test_new_changed_and_removed_are_counted():
     before = digests({"a": ("1", "x"), "b": ("2", "x"), "c": ("3", None), "d": ("4", "x"), "gone": ("5", "x")})
     after = digests({"new": ("9", "x"), "a": ("1", "x"), "b": ("7", "x"), "c": ("3", "x"), "d": ("4", "y")})
-    found = changes.between(before, after)
+    found = diff.between(before, after)
     assert found.counts() == {"new": 1, "changed": 3, "removed": 1, "fresh": 4}
     assert found.unseen == {"new", "b"}, "b is another image now"
     assert found.sentence() == ("1 new, 3 changed and 1 removed images since the champion's data, 4 to learn from")
-    assert changes.between(after, after).counts() == {"new": 0, "changed": 0, "removed": 0, "fresh": 0}
+    assert diff.between(after, after).counts() == {"new": 0, "changed": 0, "removed": 0, "fresh": 0}
 
 
 def test_images_that_were_moved_or_have_no_labels_are_nothing_to_learn_from():
     before = digests({"a": ("1", "x"), "b": ("2", "x"), "c": ("3", "x")})
     after = digests({"else/a": ("1", "x"), "else/b": ("2", "x"), "c": ("3", None), "bare": ("9", None)})
-    found = changes.between(before, after)
+    found = diff.between(before, after)
     assert found.counts() == {"new": 3, "changed": 1, "removed": 2, "fresh": 0}
     assert found.unseen == {"bare"}
-    assert changes.between(before.slice(0, 0), after).fresh == 2
-    assert changes.between(before, after.slice(0, 0)).unseen == frozenset()
+    assert diff.between(before.slice(0, 0), after).fresh == 2
+    assert diff.between(before, after.slice(0, 0)).unseen == frozenset()
 
 
 def test_a_million_rows_are_compared_in_seconds():
@@ -196,7 +197,7 @@ def test_a_million_rows_are_compared_in_seconds():
     hashes = [f"{n:064x}" for n in range(1_000_000)]
     before = pa.table({"image_id": names, "sha256": hashes, "label_sha256": hashes})
     began = time.monotonic()
-    found = changes.between(before.slice(0, 900_000), before.slice(100_000))
+    found = diff.between(before.slice(0, 900_000), before.slice(100_000))
     assert found.counts() == {"new": 100_000, "changed": 0, "removed": 100_000, "fresh": 100_000}
     assert time.monotonic() - began < 20
 
@@ -206,8 +207,8 @@ def test_images_of_the_frozen_test_are_not_trained_on(ray_local: None, tmp_path:
     (tmp_path / "b").mkdir()
     one = open_dataset(tiny.make_squares(tmp_path / "a", {"train": range(4), "test": range(4, 8)}))
     two = open_dataset(tiny.make_squares(tmp_path / "b", {"train": range(4), "val": range(4, 6)}))
-    changes.require_apart(one, "test", one, ("train", "val"))
+    diff.require_apart(one, "test", one, ("train", "val"))
     with pytest.raises(InputError, match=r"2 images of split 'val' of '.*b/dataset' are in the frozen test .*image04"):
-        changes.require_apart(one, "test", two, ("train", "val"))
+        diff.require_apart(one, "test", two, ("train", "val"))
     with pytest.raises(InputError, match=r"digests.parquet' is not there; was the dataset removed"):
-        changes.digests(str(tmp_path / "nowhere"))
+        diff.digests(str(tmp_path / "nowhere"))

@@ -13,7 +13,8 @@ import pytest
 from event_files import require_increasing, scalars
 from tiny import UNET, make_bundle, make_squares, png
 
-from pipeline import datasets, ensemble, predictions, score, units
+from pipeline import ensemble, predictions, score, units
+from pipeline.datasets import ingest
 from pipeline.recipe import TrainConfig
 from pipeline.runtime import prometheus
 from pipeline.runtime.progress import NoSink
@@ -106,7 +107,7 @@ def test_what_prometheus_finds_is_what_was_done(server: Prometheus, tmp_path: Pa
     data = make_squares(tmp_path, SPLITS)
     (tmp_path / "images" / "image24.png").write_bytes(b"no image")
     again = ("instances", str(tmp_path / "images"), str(tmp_path / "labels"), str(tmp_path / "again"))
-    datasets.ingest(*again, classes=["cell"], options={"max_reject_fraction": 0.5})
+    ingest.ingest(*again, classes=["cell"], options={"max_reject_fraction": 0.5})
 
     out = tmp_path / "out"
     made = ensemble.run(config(data, str(out)), 1, resume=False, sink=NoSink())

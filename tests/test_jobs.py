@@ -85,12 +85,12 @@ def test_ingest_says_what_it_made_and_that_it_is_done_already(dubito, tmp_path):
 
 
 def test_a_failure_of_the_machine_names_the_log(dubito, monkeypatch):
-    from pipeline import datasets
+    from pipeline.datasets import ingest as ingest_module
 
     def broken(*args, **kwargs):
         raise OSError("disk on fire")
 
-    monkeypatch.setattr(datasets, "ingest", broken)
+    monkeypatch.setattr(ingest_module, "ingest", broken)
     code, out, err = dubito("ingest", "--format", "demo", "--out", "data")
     assert code == 1
     assert "disk on fire" in err

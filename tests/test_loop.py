@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 
-from pipeline import checkpoint, datasets, device, flags, loop, schema, stream
+from pipeline import checkpoint, device, flags, loop, schema, stream
+from pipeline.datasets import ingest
 from pipeline.errors import InputError
 from pipeline.images.batch import Batch
 from pipeline.recipe import TrainConfig
@@ -39,9 +40,9 @@ def tree(task: str, **over):
     return TrainConfig.parse({**base, **over}, "test")
 
 
-def info() -> datasets.DatasetInfo:
+def info() -> ingest.DatasetInfo:
     classes = ("a", "b", schema.BACKGROUND)
-    return datasets.DatasetInfo("none", "t", classes, 2, ("segmentation", "detection"), {}, "f", {}, {})
+    return ingest.DatasetInfo("none", "t", classes, 2, ("segmentation", "detection"), {}, "f", {}, {})
 
 
 def rows(count: int, seed: int = 0, start: int = 0) -> pa.Table:
@@ -357,7 +358,7 @@ def test_a_binary_head_learns_with_either_kind_of_loss(loss: str):
     model = {"name": "unet", "width": 4, "depth": 2, "norm": "group", "head": "binary"}
     optim = {"name": "adamw", "lr": 0.02, "l1": 1e-6, "l2": 1e-4, "backbone_lr": 0.5, "layer_decay": 0.9}
     config = tree("segmentation", model=model, loss={loss: 1.0}, optim=optim)
-    two = datasets.DatasetInfo("none", "t", ("a", schema.BACKGROUND), 1, ("segmentation",), {}, "f", {}, {})
+    two = ingest.DatasetInfo("none", "t", ("a", schema.BACKGROUND), 1, ("segmentation",), {}, "f", {}, {})
     worker = loop.build_worker(config, two, torch.device("cpu"), threads=1)
     table = rows(4)
     masks = [schema.pack_map((np.frombuffer(schema.unpack_map(m, SIZE, SIZE), np.uint8) > 0).astype(np.uint8).tobytes())

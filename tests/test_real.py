@@ -6,7 +6,8 @@ import pyarrow as pa
 import pytest
 import torch
 
-from pipeline import bundle, datasets, ensemble, loop, predictions, score, stream
+from pipeline import bundle, ensemble, loop, predictions, score, stream
+from pipeline.datasets import ingest
 from pipeline.recipe import TrainConfig
 from pipeline.runtime.progress import NoSink, Progress
 
@@ -15,9 +16,9 @@ HELD = {"val": 0.1, "calibration": 0.1}
 
 def few_steps(config: TrainConfig, folder: Path, steps: int) -> str:
     """Train without Ray, and write a bundle; returns its URI."""
-    info = datasets.open_dataset(config.data)
+    info = ingest.open_dataset(config.data)
     worker = loop.build_worker(config, info, torch.device("cpu"))
-    groups = datasets.row_groups(info, "train")
+    groups = ingest.row_groups(info, "train")
     order = stream.Order.of(groups, 0, 2**26)
     size = config.train.batch_size
     expand = stream.Expand(
@@ -48,7 +49,7 @@ def few_steps(config: TrainConfig, folder: Path, steps: int) -> str:
 
 def test_bccd_boxes(ray_local, real_images, tmp_path):
     root = real_images / "bccd"
-    made = datasets.ingest(
+    made = ingest.ingest(
         "voc", str(root / "JPEGImages"), str(root / "Annotations"), str(tmp_path / "data"),
         splits=str(root / "ImageSets/Main"), options={"split_names": {"val": "test"}, "hold_out": HELD},
     )  # fmt: skip
@@ -76,13 +77,13 @@ def test_bccd_boxes(ray_local, real_images, tmp_path):
 def test_masks(ray_local, real_images, tmp_path, kind):
     root = real_images / kind
     if kind == "nuclei":
-        made = datasets.ingest(
+        made = ingest.ingest(
             "instances", str(root / "images"), str(root / "labels"), str(tmp_path / "data"), classes=["nucleus"],
             splits=str(root / "splits.json"), options={"split_names": {"val": "test"}, "hold_out": HELD},
         )  # fmt: skip
         assert (made["images"], made["splits"]["test"]) == (440, 60)
     else:
-        made = datasets.ingest(
+        made = ingest.ingest(
             "masks", str(root / "images"), str(root / "observer1"), str(tmp_path / "data"),
             classes=["background", "vessel"], options={"group": r"Image_(\d+)"},
         )  # fmt: skip

@@ -9,8 +9,9 @@ import pyarrow as pa
 import pytest
 from tiny import UNET, make_bundle, make_squares, png
 
-from pipeline import datasets, predictions, referenced, score, shard_reader, storage, stream
+from pipeline import predictions, score, storage, stream
 from pipeline.augment import InputSettings
+from pipeline.datasets import image_fetch, ingest, shard_reader
 from pipeline.errors import InputError
 from pipeline.framed import Framing
 from pipeline.ledger import Ledger
@@ -33,7 +34,7 @@ def test_what_a_fetch_meets_becomes_a_word(monkeypatch: pytest.MonkeyPatch, erro
         raise error
 
     monkeypatch.setattr(storage, "read_bytes", fail)
-    found = referenced.fetch("/x/a.png")
+    found = image_fetch.fetch("/x/a.png")
     assert (found.data, found.status) == (None, word)
     assert str(error) in (found.error or "")
 
@@ -42,18 +43,18 @@ def test_other_bytes_than_were_ingested_are_corrupt_but_asked_for_twice(monkeypa
     answers = [b"damaged on the way", b"image"]
     monkeypatch.setattr(storage, "read_bytes", lambda uri, most: answers.pop(0))
     digest = hashlib.sha256(b"image").hexdigest()
-    assert referenced.fetch("/x/a.png", sha256=digest).data == b"image"
+    assert image_fetch.fetch("/x/a.png", sha256=digest).data == b"image"
     monkeypatch.setattr(storage, "read_bytes", lambda uri, most: b"another image")
-    found = referenced.fetch("/x/a.png", sha256=digest)
+    found = image_fetch.fetch("/x/a.png", sha256=digest)
     assert (found.data, found.status) == (None, "corrupt")
 
 
 def test_huge_files_are_not_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    monkeypatch.setattr(referenced, "MAX_BYTES", 100)
+    monkeypatch.setattr(image_fetch, "MAX_BYTES", 100)
     (tmp_path / "a.png").write_bytes(bytes(200))
-    assert referenced.fetch(str(tmp_path / "a.png")).status == "error"
+    assert image_fetch.fetch(str(tmp_path / "a.png")).status == "error"
     monkeypatch.setattr(storage, "read_bytes", lambda uri, most: pytest.fail("read"))
-    assert referenced.fetch("/x/a.png", size=200).status == "error"
+    assert image_fetch.fetch("/x/a.png", size=200).status == "error"
 
 
 def rows(folder: Path, count: int, first: int = 0) -> pa.Table:
@@ -76,13 +77,13 @@ def test_rows_to_predict_say_what_became_of_their_images(tmp_path: Path):
     (tmp_path / "1.png").unlink()
     (tmp_path / "2.png").write_bytes(png(8, 8, 77))
     packed = pa.array([None, None, None, b"packed"], pa.binary())
-    out = referenced.fill(table.set_column(3, "image", packed))
+    out = image_fetch.fill(table.set_column(3, "image", packed))
     assert out["image"].to_pylist() == [png(8, 8, 0), None, None, b"packed"]
     assert out["status"].to_pylist() == ["ok", "missing", "corrupt", "ok"]
 
 
 def test_rows_to_train_on_come_in_order_a_bounded_number_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(referenced, "AHEAD", 6)
+    monkeypatch.setattr(image_fetch, "AHEAD", 6)
     asked: list[int] = []
 
     def tables() -> Any:
@@ -90,7 +91,7 @@ def test_rows_to_train_on_come_in_order_a_bounded_number_ahead(tmp_path: Path, m
             asked.append(k)
             yield rows(tmp_path, 3, first=3 * k)
 
-    for k, table in enumerate(referenced.require(tables())):
+    for k, table in enumerate(image_fetch.require(tables())):
         assert table.column_names == ["image_id", "image"]
         assert table["image"].to_pylist() == [png(8, 8, 3 * k + n) for n in range(3)]
         assert len(asked) <= k + 3, "no more than 6 images ahead"
@@ -101,27 +102,27 @@ def test_a_row_to_train_on_whose_image_is_gone_names_it(tmp_path: Path):
     table = rows(tmp_path, 3)
     (tmp_path / "1.png").unlink()
     with pytest.raises(InputError, match=r"image '1\.png' of the dataset is missing at '.*1\.png'.*ingest again"):
-        list(referenced.require([table]))
+        list(image_fetch.require([table]))
 
 
 # --- whole datasets
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory, ray_local: None) -> dict[str, datasets.DatasetInfo]:
+def both(tmp_path_factory: pytest.TempPathFactory, ray_local: None) -> dict[str, ingest.DatasetInfo]:
     """The same images packed and referenced."""
     found, splits = {}, {"train": range(10), "val": range(10, 15)}
     for name in ("packed", "referenced"):
         root = tmp_path_factory.mktemp(name)
-        found[name] = datasets.open_dataset(make_squares(root, splits, referenced=name == "referenced"))
+        found[name] = ingest.open_dataset(make_squares(root, splits, referenced=name == "referenced"))
     return found
 
 
-def test_rows_refer_to_images_and_are_otherwise_those_of_a_packed_dataset(both: dict[str, datasets.DatasetInfo]):
+def test_rows_refer_to_images_and_are_otherwise_those_of_a_packed_dataset(both: dict[str, ingest.DatasetInfo]):
     here, there = both["packed"], both["referenced"]
     assert (here.referenced, there.referenced) == (False, True)
     assert here.fingerprint == there.fingerprint
-    groups = [datasets.row_groups(info, "train") for info in (here, there)]
+    groups = [ingest.row_groups(info, "train") for info in (here, there)]
     assert [(group.rows, group.num_bytes) for group in groups[0]] == [(g.rows, g.num_bytes) for g in groups[1]]
     one, other = (pa.concat_tables(map(shard_reader.read_row_group, part)) for part in groups)
     assert other["image"].null_count == other.num_rows == one.num_rows
@@ -129,9 +130,9 @@ def test_rows_refer_to_images_and_are_otherwise_those_of_a_packed_dataset(both: 
 
 
 @pytest.mark.parametrize("framed", [False, True])
-def test_training_rows_are_the_same(both: dict[str, datasets.DatasetInfo], framed: bool):
-    def walk(info: datasets.DatasetInfo) -> pa.Table:
-        order = stream.Order.of(datasets.row_groups(info, "train"), 3, 2**20)
+def test_training_rows_are_the_same(both: dict[str, ingest.DatasetInfo], framed: bool):
+    def walk(info: ingest.DatasetInfo) -> pa.Table:
+        order = stream.Order.of(ingest.row_groups(info, "train"), 3, 2**20)
         columns = tuple(stream.training_columns("segmentation", info))
         framing = Framing(InputSettings(size=(32, 32)), 3) if framed else None
         expand = stream.Expand(order, columns, 0, 25, Ledger().to_bytes(), 4, "", framing)
@@ -142,8 +143,8 @@ def test_training_rows_are_the_same(both: dict[str, datasets.DatasetInfo], frame
     assert found.equals(walk(both["packed"]))
 
 
-def test_validation_rows_are_the_same(both: dict[str, datasets.DatasetInfo]):
-    def rows(info: datasets.DatasetInfo, rank: int) -> pa.Table:
+def test_validation_rows_are_the_same(both: dict[str, ingest.DatasetInfo]):
+    def rows(info: ingest.DatasetInfo, rank: int) -> pa.Table:
         columns = stream.training_columns("segmentation", info)
         return pa.concat_tables(stream.share(info, "val", rank, 2, columns))
 
@@ -151,9 +152,9 @@ def test_validation_rows_are_the_same(both: dict[str, datasets.DatasetInfo]):
         assert rows(both["referenced"], rank).equals(rows(both["packed"], rank))
 
 
-def test_cached_frames_of_referenced_images(both: dict[str, datasets.DatasetInfo]):
-    def frames(info: datasets.DatasetInfo) -> pa.Table:
-        groups = datasets.row_groups(info, "train")
+def test_cached_frames_of_referenced_images(both: dict[str, ingest.DatasetInfo]):
+    def frames(info: ingest.DatasetInfo) -> pa.Table:
+        groups = ingest.row_groups(info, "train")
         order = stream.Order.of(groups, 3, 2**20)
         rest = stream.plan_rest(Ledger(), order.rows, 4)
         framing = Framing(InputSettings(size=(32, 32)), 3)
@@ -184,4 +185,4 @@ def test_predictions_say_of_each_image_what_became_of_it_and_verify_names_it(ray
 
 def test_a_format_that_makes_its_images_has_nothing_to_refer_to(tmp_path: Path):
     with pytest.raises(InputError, match="format 'demo' makes its images"):
-        datasets.ingest("demo", None, None, str(tmp_path / "out"), options={"images": 4, "referenced": True})
+        ingest.ingest("demo", None, None, str(tmp_path / "out"), options={"images": 4, "referenced": True})

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline import bundle, changes, datasets, registry, retrain
+from pipeline import bundle, registry, retrain
+from pipeline.datasets import ingest as ingest_module
+from pipeline.datasets.diff import digests
 from pipeline.errors import InputError
 from tests import tiny
 
@@ -38,7 +40,7 @@ def write_square(root: Path, n: int, label: int = 1) -> None:
 def ingest(root: Path, version: str) -> str:
     """What is there now, as a dataset: 10 % each of val, calibration and test, by hash."""
     out = str(root / "datasets" / version)
-    datasets.ingest("instances", str(root / "images"), str(root / "labels"), out, classes=["cell"])
+    ingest_module.ingest("instances", str(root / "images"), str(root / "labels"), out, classes=["cell"])
     return out
 
 
@@ -84,7 +86,7 @@ def test_the_first_run_makes_a_champion_and_keeps_what_it_saw(grown: Path):
     assert decision["challenger"]["id"] == entry.bundle_id
     assert decision["figures"]["challenger"]["main"] > 0
     kept = f"{grown}/registry/cells/digests/{entry.fingerprint}.parquet"
-    assert changes.digests(kept).equals(changes.digests(entry.data))
+    assert digests(kept).equals(digests(entry.data))
 
 
 def test_without_new_data_nothing_is_done(grown: Path):

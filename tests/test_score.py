@@ -14,8 +14,9 @@ import pytest
 import ray
 from tiny import DETECTOR, UNET, encode, make_bundle, png
 
-from pipeline import datasets, pools, predictions, score, shard_reader, storage, units
+from pipeline import pools, predictions, score, storage, units
 from pipeline.bundle import open_bundle
+from pipeline.datasets import ingest, shard_reader
 from pipeline.errors import InputError
 from pipeline.evaluate import evaluate
 from pipeline.predict import Predictor
@@ -45,7 +46,7 @@ def data(tmp_path_factory: pytest.TempPathFactory, ray_local: None) -> str:
             path.write_bytes(encode(pixels.astype(np.uint8)))
     names = [f"image{n:02d}" for n in range(ROWS)]
     (root / "splits.json").write_text(json.dumps({"train": names[:5], "test": names[5:]}))
-    datasets.ingest(
+    ingest.ingest(
         "instances", str(root / "images"), str(root / "labels"), str(root / "dataset"),
         classes=["cell"], splits=str(root / "splits.json"),
     )  # fmt: skip
@@ -112,8 +113,8 @@ def test_every_image_of_a_dataset_once(tmp_path: Path, data: str, unet: str):
 
 def test_rows_on_ray_are_those_of_the_predictor(tmp_path: Path, data: str, detector: str):
     score.predict(detector, data, str(tmp_path / "p"), split="test", actors=1)
-    info = datasets.open_dataset(data)
-    source = pa.concat_tables(shard_reader.read_row_group(group) for group in datasets.row_groups(info, "test"))
+    info = ingest.open_dataset(data)
+    source = pa.concat_tables(shard_reader.read_row_group(group) for group in ingest.row_groups(info, "test"))
     wanted = Predictor(detector, "cpu", threads=1)(source).to_pylist()
     found = predictions.read(str(tmp_path / "p")).to_pylist()
     assert [row["image_id"] for row in found] == [row["image_id"] for row in wanted]
@@ -197,8 +198,8 @@ def test_predictions_and_metrics_in_one_pass_and_across_attempts(
 def test_evaluate_says_what_the_predictor_measures(data: str, name: str, request: pytest.FixtureRequest):
     uri = request.getfixturevalue(name)
     found, _ = evaluate(uri, data, "test", actors=1)
-    info = datasets.open_dataset(data)
-    source = pa.concat_tables(shard_reader.read_row_group(group) for group in datasets.row_groups(info, "test"))
+    info = ingest.open_dataset(data)
+    source = pa.concat_tables(shard_reader.read_row_group(group) for group in ingest.row_groups(info, "test"))
     wanted = Predictor(uri, "cpu", threads=1).measure(source)[1].compute()
     keys = ["miou", "dice", "accuracy", "nll", "brier", "ece"] if name == "unet" else ["map", "map50", "map75"]
     for mine, other in [(found, wanted), *zip(found["members"], wanted["members"], strict=True)]:

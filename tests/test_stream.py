@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import stream
-from pipeline.shard_reader import RowGroup
+from pipeline.datasets.shard_reader import RowGroup
 from pipeline.stream import Expand, Ledger, Order, plan_rest
 
 

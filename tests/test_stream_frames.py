@@ -14,9 +14,9 @@ from test_loop import tree, worker_of
 
 from pipeline import schema, stream
 from pipeline.augment import InputSettings
+from pipeline.datasets.shard_reader import RowGroup
 from pipeline.errors import InputError
 from pipeline.framed import Cache, Framing, require_room
-from pipeline.shard_reader import RowGroup
 from pipeline.stream import Expand, Ledger, Order, plan_rest
 from pipeline.tasks.rows import FAULT, FRAME
 

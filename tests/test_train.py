@@ -13,7 +13,8 @@ import pytest
 import torch
 from event_files import require_increasing, scalars
 
-from pipeline import checkpoint, datasets, ensemble, predictions, score, storage
+from pipeline import checkpoint, ensemble, predictions, score, storage
+from pipeline.datasets import ingest
 from pipeline.errors import DoneError, InputError
 from pipeline.recipe import TrainConfig
 from pipeline.runtime.progress import NoSink
@@ -37,12 +38,12 @@ def tree(data: str, out: str, **loop) -> dict:
 @pytest.fixture(scope="module")
 def demo_on_s3(ray_local, s3) -> str:
     uri = f"{s3}/demo"
-    datasets.ingest("demo", None, None, uri, options={"images": 60}, sink=NoSink())
+    ingest.ingest("demo", None, None, uri, options={"images": 60}, sink=NoSink())
     return uri
 
 
 def test_s3_end_to_end_with_two_workers_and_an_ensemble(demo_on_s3, s3):
-    rows = datasets.open_dataset(demo_on_s3).counts["train"]["images"]
+    rows = ingest.open_dataset(demo_on_s3).counts["train"]["images"]
     config = TrainConfig.parse(tree(demo_on_s3, f"{s3}/one", workers=2, epochs=2), "test")
     one = ensemble.run(config, 1, resume=False, sink=NoSink())
     run = f"{s3}/one/members/0"
@@ -59,7 +60,7 @@ def test_s3_end_to_end_with_two_workers_and_an_ensemble(demo_on_s3, s3):
     padded = -(-2 * rows // 8) * 8
     assert (each[0] | each[1]).tolist() == [p < padded for p in range(4 * rows)]
     metrics = one.manifest["metrics"][0]
-    assert metrics["val_images"] == datasets.open_dataset(demo_on_s3).counts["val"]["images"]
+    assert metrics["val_images"] == ingest.open_dataset(demo_on_s3).counts["val"]["images"]
     assert metrics["augment"]["device"] == "cpu"
     assert sum(metrics["augment"]["ops"].values()) > 0, "Kornia did not run in the worker"
 
@@ -80,7 +81,7 @@ def test_s3_end_to_end_with_two_workers_and_an_ensemble(demo_on_s3, s3):
     # Batch norm's step counters are not taken over, and nothing depends on them.
     strayed = [name for name in moved if name.startswith(("stem.", "encoder.")) and "num_batches" not in name]
     assert not strayed, "the backbone was to stay as it is"
-    splits = datasets.open_dataset(demo_on_s3).counts
+    splits = ingest.open_dataset(demo_on_s3).counts
     assert two.manifest["calibration"]["n"] == splits["calibration"]["images"] == two.manifest["threshold"]["n"]
     with pytest.raises(DoneError, match="done already"):
         ensemble.run(config, 2, resume=False, sink=NoSink())
@@ -105,8 +106,8 @@ def _dubito(*args: str, cwd: Path, **kwargs) -> subprocess.Popen:
 
 def test_a_killed_run_resumes_and_trains_on_each_image_once_an_epoch(ray_local, tmp_path):
     data, out = str(tmp_path / "data"), str(tmp_path / "out")
-    datasets.ingest("demo", None, None, data, options={"images": 60}, sink=NoSink())
-    rows = datasets.open_dataset(data).counts["train"]["images"]
+    ingest.ingest("demo", None, None, data, options={"images": 60}, sink=NoSink())
+    rows = ingest.open_dataset(data).counts["train"]["images"]
     settings = tree(data, out, epochs=15, validate_every=15)
     config = tmp_path / "config.yaml"
     config.write_text(json.dumps(settings))

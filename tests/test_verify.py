@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from tiny import UNET, make_bundle, make_squares
 
-from pipeline import bundle, datasets, predictions, score, shard_reader
+from pipeline import bundle, predictions, score
+from pipeline.datasets import ingest, shard_reader
 from pipeline.errors import InputError
 from pipeline.storage import checksum
 from pipeline.verify import compare, verify
@@ -68,8 +69,8 @@ def test_a_damaged_list_of_files_is_found_and_named(copy: Path):
 
 
 def test_a_shard_with_any_flipped_bit_is_refused_by_its_reader_or_reads_as_it_was(copy: Path):
-    info = datasets.open_dataset(str(copy / "data"))
-    group = datasets.row_groups(info, "train")[0]
+    info = ingest.open_dataset(str(copy / "data"))
+    group = ingest.row_groups(info, "train")[0]
     whole, path = shard_reader.read_row_group(group), Path(group.file)
     clean, draw, refused = path.read_bytes(), random.Random(0), 0
     tail = range(len(clean) - 3000, len(clean), 7)  # the footer, which no page's checksum covers
@@ -84,13 +85,13 @@ def test_a_shard_with_any_flipped_bit_is_refused_by_its_reader_or_reads_as_it_wa
 
 
 def test_storage_that_does_not_answer_is_no_damage(copy: Path, monkeypatch: pytest.MonkeyPatch):
-    group = datasets.row_groups(datasets.open_dataset(str(copy / "data")), "train")[0]
+    group = ingest.row_groups(ingest.open_dataset(str(copy / "data")), "train")[0]
     for fault in (TimeoutError("timed out"), OSError("AWS Error SLOW_DOWN during GetObject")):
 
         def fail(uri: str, fault: OSError = fault) -> None:
             raise fault
 
-        monkeypatch.setattr(datasets.storage, "open_input", fail)
+        monkeypatch.setattr(ingest.storage, "open_input", fail)
         with pytest.raises(OSError, match="timed out|SLOW_DOWN"):
             shard_reader.read_row_group(group)
 
@@ -99,7 +100,7 @@ def test_storage_that_does_not_answer_is_no_damage(copy: Path, monkeypatch: pyte
 def test_what_commits_is_sealed_itself(copy: Path, kind: str, name: str):
     path = copy / kind / name
     clean, draw = path.read_bytes(), random.Random(1)
-    opened = datasets.open_dataset if kind == "data" else bundle.open_bundle
+    opened = ingest.open_dataset if kind == "data" else bundle.open_bundle
     meaning = json.loads(clean)
     for _ in range(300):
         path.write_bytes(clean)

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from pipeline import bundle, datasets, models
+from pipeline import bundle, models
+from pipeline.datasets import ingest
 
 INPUT = {"size": [32, 32], "fit": "letterbox", "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
 UNET = {"name": "unet", "width": 4, "depth": 2}
@@ -73,7 +74,7 @@ def make_squares(root: Path, splits: dict[str, range], **options: Any) -> str:
             path.write_bytes(encode(pixels.astype(np.uint8)))
     named = {split: [f"image{n:02d}" for n in numbers] for split, numbers in splits.items()}
     (root / "splits.json").write_text(json.dumps(named))
-    datasets.ingest(
+    ingest.ingest(
         "instances", str(root / "images"), str(root / "labels"), str(root / "dataset"),
         classes=["cell"], splits=str(root / "splits.json"), options=options,
     )  # fmt: skip

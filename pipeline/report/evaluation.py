@@ -6,7 +6,7 @@ import pyarrow as pa
 
 from pipeline import storage
 from pipeline.bundle import Bundle
-from pipeline.datasets import DatasetInfo
+from pipeline.datasets.ingest import DatasetInfo
 from pipeline.predict import Predictor
 from pipeline.report import detection, diagrams
 from pipeline.report.gallery import gallery, most_doubtful

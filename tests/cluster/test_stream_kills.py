@@ -9,7 +9,8 @@ import pytest
 import ray
 from tiny import make_squares
 
-from pipeline import datasets, stream
+from pipeline import stream
+from pipeline.datasets import ingest
 from pipeline.ledger import Ledger
 
 EPOCHS, BATCH, SEED = 3, 4, 5
@@ -43,9 +44,9 @@ def reader_class() -> type:
     return Reader
 
 
-def start(info: datasets.DatasetInfo, ledger: Ledger, workers: int, pause_s: float) -> tuple[list[Any], list[Any], int]:
+def start(info: ingest.DatasetInfo, ledger: Ledger, workers: int, pause_s: float) -> tuple[list[Any], list[Any], int]:
     """Workers that read all that remains of the run: (their handles, their calls, steps)."""
-    order = stream.Order.of(datasets.row_groups(info, "train"), SEED, 4000)
+    order = stream.Order.of(ingest.row_groups(info, "train"), SEED, 4000)
     assert order.windows > 1
     rest = stream.plan_rest(ledger, EPOCHS * order.rows, BATCH * workers)
     columns = stream.training_columns("segmentation", info)
@@ -55,9 +56,9 @@ def start(info: datasets.DatasetInfo, ledger: Ledger, workers: int, pause_s: flo
     return readers, [reader.read.remote(pause_s) for reader in readers], rest.steps
 
 
-def order_of(info: datasets.DatasetInfo) -> list[str]:
+def order_of(info: ingest.DatasetInfo) -> list[str]:
     """The image at each position of the whole run, read by nobody's workers."""
-    order = stream.Order.of(datasets.row_groups(info, "train"), SEED, 4000)
+    order = stream.Order.of(ingest.row_groups(info, "train"), SEED, 4000)
     columns = tuple(stream.training_columns("segmentation", info))
     expand = stream.Expand(order, columns, 0, EPOCHS * order.rows, Ledger().to_bytes(), BATCH, "")
     units = {"id": np.arange(EPOCHS * order.windows)}
@@ -65,10 +66,10 @@ def order_of(info: datasets.DatasetInfo) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def info(tmp_path_factory: pytest.TempPathFactory, ray_local: None) -> datasets.DatasetInfo:
+def info(tmp_path_factory: pytest.TempPathFactory, ray_local: None) -> ingest.DatasetInfo:
     root = tmp_path_factory.mktemp("kills")
-    found = datasets.open_dataset(make_squares(root, {"train": range(IMAGES)}, shard_bytes=6000))
-    assert len(datasets.row_groups(found, "train")) > 3
+    found = ingest.open_dataset(make_squares(root, {"train": range(IMAGES)}, shard_bytes=6000))
+    assert len(ingest.row_groups(found, "train")) > 3
     return found
 
 
@@ -84,7 +85,7 @@ PAIRS = [(1, 3), (2, 1), (3, 2)]
     ],
 )  # fmt: skip
 def test_each_image_once_an_epoch_whatever_dies_and_however_many_go_on(
-    info: datasets.DatasetInfo, before: int, after: int, tmp_path: Path
+    info: ingest.DatasetInfo, before: int, after: int, tmp_path: Path
 ):
     truth = order_of(info)
     assert len(truth) == EPOCHS * IMAGES

@@ -15,10 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import schema, storage
+from pipeline.datasets.splits import place_of
 from pipeline.formats import FORMATS
 from pipeline.formats.base import Context, LabelError, Labels, Reject, Source
 from pipeline.images.decode import MAX_BYTES, DecodeError, decode, probe
-from pipeline.splits import place_of
 
 ROW_GROUP_ROWS = 256
 ROW_GROUP_BYTES = 32 * 2**20

@@ -10,9 +10,9 @@ import pyarrow.compute
 import pyarrow.parquet as pq
 
 from pipeline import storage
-from pipeline.datasets import DatasetInfo, row_groups
+from pipeline.datasets.ingest import DatasetInfo, row_groups
+from pipeline.datasets.shard_reader import RowGroup, read_row_group
 from pipeline.errors import InputError
-from pipeline.shard_reader import RowGroup, read_row_group
 
 DIGESTS = "digests.parquet"
 SHOWN = 3

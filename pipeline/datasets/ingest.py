@@ -10,15 +10,16 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from pipeline import manifest, schema, shards, storage
-from pipeline import splits as splitting
+from pipeline import schema, storage
 from pipeline.config import first_difference
+from pipeline.datasets import metadata, shard_writer
+from pipeline.datasets import splits as splitting
+from pipeline.datasets.shard_reader import RowGroup
 from pipeline.errors import InputError, nearest
 from pipeline.formats import FORMATS
 from pipeline.formats.base import Context, Index, IngestSettings, Reject
 from pipeline.runtime import prometheus, resources
 from pipeline.runtime.progress import NoSink, Progress, Sink
-from pipeline.shard_reader import RowGroup
 from pipeline.storage import checksum
 
 DATASET_JSON = "dataset.json"
@@ -157,11 +158,11 @@ def ingest(
     source["listing"] = _listing(index)
     if committed is not None:
         _refuse_other(uri, committed, source)
-        return manifest.summary(uri, committed, time.monotonic() - began, already=True)
+        return metadata.summary(uri, committed, time.monotonic() - began, already=True)
     meta = _build(uri, format, index, lists, source, settings, sink or NoSink())
     if not storage.create_once(storage.join(uri, DATASET_JSON), _json(checksum.seal(meta))):
         raise InputError(f"'{uri}' was committed by somebody else meanwhile; choose another --out")
-    return manifest.summary(uri, meta, time.monotonic() - began, already=False)
+    return metadata.summary(uri, meta, time.monotonic() - began, already=False)
 
 
 def _committed(uri: str) -> dict[str, Any] | None:
@@ -213,57 +214,57 @@ def _build(
     assignment = splitting.assign(index.sources, lists, settings, format_name)
     kept = [item for item in index.sources if item.image_id in assignment.split_of]
     rejects = [*index.rejects, *assignment.rejects]
-    manifest.check_rejects(uri, rejects, len(kept), settings)
+    metadata.check_rejects(uri, rejects, len(kept), settings)
     if not kept:
         why = "--splits names none of the images" if lists is not None else "there are no images"
         raise InputError(f"the dataset would be empty: {why} ({len(index.sources)} found); check --images and --splits")
     if not settings.referenced:
         resources.disk(uri, sum(item.size for item in kept), f"{len(kept)} images")
-    plans = shards.plan(uri, format_name, kept, assignment.split_of, settings.shard_bytes)
+    plans = shard_writer.plan(uri, format_name, kept, assignment.split_of, settings.shard_bytes)
     progress = Progress(sink, "ingest", len(kept))
-    sums: dict[str, shards.Sums] = {}
+    sums: dict[str, shard_writer.Sums] = {}
     digests: list[tuple[str, str, str, str | None]] = []
     files: list[dict[str, Any]] = []
     for plan_uri, written in _counted(_run(plans, index.context), rejects):
         progress.advance(written.sources)
         rejects.extend(written.rejects)
         if written.file is not None:
-            sums.setdefault(written.split, shards.Sums()).add(written.sums)
+            sums.setdefault(written.split, shard_writer.Sums()).add(written.sums)
             digests += [(row[0], written.split, *row[1:]) for row in written.digests]
             path = plan_uri.removeprefix(uri + "/")
             files.append({"path": path, "split": written.split, **written.file})
     rejects.sort(key=lambda item: (item.reason, item.uri))
-    manifest.check_rejects(uri, rejects, len(digests), settings)
+    metadata.check_rejects(uri, rejects, len(digests), settings)
     if not digests:
         raise InputError(f"the dataset would be empty: none of {len(kept)} images could be used, see '{uri}/rejects'")
     context = index.context
-    files = [*sorted(files, key=lambda file: file["path"]), manifest.write_digests(uri, digests)]
+    files = [*sorted(files, key=lambda file: file["path"]), metadata.write_digests(uri, digests)]
     if rejects:
-        files.append(manifest.write_rejects(uri, rejects))
+        files.append(metadata.write_rejects(uri, rejects))
     repairs: Counter[str] = sum((part.repairs for part in sums.values()), Counter())
     return {
         "schema_version": schema.SCHEMA_VERSION,
         "name": settings.name or uri.rsplit("/", 1)[-1],
         "classes": list(context.classes),
-        "colours": index.colours or manifest.palette(len(context.classes)),
+        "colours": index.colours or metadata.palette(len(context.classes)),
         "background": context.background,
         "tasks": list(context.tasks),
-        "counts": manifest.counts(sums, context),
-        "statistics": manifest.statistics(sums),
+        "counts": metadata.counts(sums, context),
+        "statistics": metadata.statistics(sums),
         "repairs": dict(sorted(repairs.items())),
-        "rejects": manifest.reasons(rejects),
+        "rejects": metadata.reasons(rejects),
         "left_out": assignment.left_out,
         "referenced": settings.referenced,
-        "notes": manifest.notes(sums, context),
-        "fingerprint": manifest.fingerprint(digests, context),
+        "notes": metadata.notes(sums, context),
+        "fingerprint": metadata.fingerprint(digests, context),
         "source": source,
         "files": files,
     }
 
 
 def _counted(
-    made: Iterator[tuple[str, shards.Written]], rejects: Sequence[Reject]
-) -> Iterator[tuple[str, shards.Written]]:
+    made: Iterator[tuple[str, shard_writer.Written]], rejects: Sequence[Reject]
+) -> Iterator[tuple[str, shard_writer.Written]]:
     """The same shards, counted for those who watch, as are ``rejects`` of before."""
     with prometheus.running(prometheus.source("ingest")) as told:
         for item in rejects:
@@ -275,7 +276,7 @@ def _counted(
             yield uri, written
 
 
-def _run(plans: list[shards.Plan], context: Context) -> Iterator[tuple[str, shards.Written]]:
+def _run(plans: list[shard_writer.Plan], context: Context) -> Iterator[tuple[str, shard_writer.Written]]:
     """The one Ray Data job: a task a shard, small rows back, in any order."""
     import ray.data
 
@@ -288,4 +289,4 @@ def _run(plans: list[shards.Plan], context: Context) -> Iterator[tuple[str, shar
 
 def _task(row: dict[str, Any], context: Context) -> dict[str, Any]:
     plan = pickle.loads(row["plan"])
-    return {"written": pickle.dumps((plan.uri, shards.write(plan, context)))}
+    return {"written": pickle.dumps((plan.uri, shard_writer.write(plan, context)))}

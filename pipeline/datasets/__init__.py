@@ -1,0 +1,1 @@
+"""Datasets: made from people's images and labels, opened, read."""
