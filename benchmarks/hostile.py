@@ -19,8 +19,8 @@ from PIL import Image
 
 from pipeline import schema
 from pipeline.datasets import shard_writer
+from pipeline.datasets.formats import FORMATS
 from pipeline.errors import InputError
-from pipeline.formats import FORMATS
 from pipeline.images import decode
 
 SIZE = (24, 32)

@@ -10,10 +10,10 @@ from PIL import Image
 
 from pipeline import schema, storage
 from pipeline.datasets import metadata, shard_writer, splits
+from pipeline.datasets.formats.base import Context, IngestSettings, Reject, Source
 from pipeline.datasets.ingest import DatasetInfo, ingest, open_dataset, row_groups
 from pipeline.datasets.shard_reader import read_row_group
 from pipeline.errors import InputError
-from pipeline.formats.base import Context, IngestSettings, Reject, Source
 
 
 def settings(**options) -> IngestSettings:
@@ -245,7 +245,7 @@ def test_shards_follow_the_schema_and_store_what_is_compressed(ray_local, tmp_pa
 def test_row_groups_are_bounded(monkeypatch, tmp_path):
     images, masks = make_masks(tmp_path, count=7)
     monkeypatch.setattr(shard_writer, "ROW_GROUP_ROWS", 3)
-    from pipeline.formats import FORMATS
+    from pipeline.datasets.formats import FORMATS
 
     form = FORMATS["masks"]
     index = form.index(images, masks, CLASSES, form.settings.parse({}, "--set"))

@@ -8,14 +8,14 @@ import pytest
 from PIL import Image
 
 from pipeline import schema
+from pipeline.datasets.formats.base import Labels
 from pipeline.errors import InputError
-from pipeline.formats.base import Labels
 
 pytest.importorskip("sklearn")
 pytest.importorskip("skimage")
 
-from pipeline.formats import demo
-from pipeline.formats.demo import BACKGROUND, Demo, DemoSettings, compose, handwriting, split_of
+from pipeline.datasets.formats import demo
+from pipeline.datasets.formats.demo import BACKGROUND, Demo, DemoSettings, compose, handwriting, split_of
 
 FORMAT = Demo()
 

@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 from pipeline import schema, storage
+from pipeline.datasets.formats import FORMATS, files
+from pipeline.datasets.formats.base import Context, LabelError, Labels, Source, box_row, fit_box
 from pipeline.errors import InputError
-from pipeline.formats import FORMATS, files
-from pipeline.formats.base import Context, LabelError, Labels, Source, box_row, fit_box
 from pipeline.images.decode import ImageInfo
 
 SIZE = ImageInfo(height=8, width=10)

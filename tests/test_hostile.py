@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import guided, hostile
-from pipeline.formats import coco
+from pipeline.datasets.formats import coco
 from pipeline.images.decode import DecodeError, decode
 
 SECONDS = 5.0

@@ -14,10 +14,10 @@ from pipeline import schema, storage
 from pipeline.config import first_difference
 from pipeline.datasets import metadata, shard_writer
 from pipeline.datasets import splits as splitting
+from pipeline.datasets.formats import FORMATS
+from pipeline.datasets.formats.base import Context, Index, IngestSettings, Reject
 from pipeline.datasets.shard_reader import RowGroup
 from pipeline.errors import InputError, nearest
-from pipeline.formats import FORMATS
-from pipeline.formats.base import Context, Index, IngestSettings, Reject
 from pipeline.runtime import prometheus, resources
 from pipeline.runtime.progress import NoSink, Progress, Sink
 from pipeline.storage import checksum

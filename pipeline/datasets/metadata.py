@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import schema, storage
+from pipeline.datasets.formats.base import Context, IngestSettings, Reject
 from pipeline.datasets.shard_writer import Sums
 from pipeline.errors import InputError
-from pipeline.formats.base import Context, IngestSettings, Reject
 
 
 def counts(sums: dict[str, Sums], context: Context) -> dict[str, Any]:

@@ -15,9 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import schema, storage
+from pipeline.datasets.formats import FORMATS
+from pipeline.datasets.formats.base import Context, LabelError, Labels, Reject, Source
 from pipeline.datasets.splits import place_of
-from pipeline.formats import FORMATS
-from pipeline.formats.base import Context, LabelError, Labels, Reject, Source
 from pipeline.images.decode import MAX_BYTES, DecodeError, decode, probe
 
 ROW_GROUP_ROWS = 256

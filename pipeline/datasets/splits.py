@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from pipeline import schema, storage
+from pipeline.datasets.formats.base import IngestSettings, Reject, Source
 from pipeline.errors import InputError, nearest
-from pipeline.formats.base import IngestSettings, Reject, Source
 
 DEFAULT_SHARE = 0.1
 HELD_OUT = ("val", "calibration", "test")

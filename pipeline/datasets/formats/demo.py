@@ -19,8 +19,8 @@ from PIL import Image, ImageFilter
 from pydantic import Field
 
 from pipeline import schema
+from pipeline.datasets.formats.base import Context, Format, Index, IngestSettings, Labels, Source, box_row
 from pipeline.errors import InputError
-from pipeline.formats.base import Context, Format, Index, IngestSettings, Labels, Source, box_row
 
 DIGITS = tuple(str(digit) for digit in range(10))
 BACKGROUND = len(DIGITS)

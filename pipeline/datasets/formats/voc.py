@@ -7,9 +7,8 @@ from xml.etree.ElementTree import Element, ParseError
 from defusedxml import DefusedXmlException
 from defusedxml.ElementTree import fromstring
 
-from pipeline.errors import InputError, nearest
-from pipeline.formats import files
-from pipeline.formats.base import (
+from pipeline.datasets.formats import files
+from pipeline.datasets.formats.base import (
     Context,
     Format,
     Index,
@@ -22,6 +21,7 @@ from pipeline.formats.base import (
     fit_box,
     need,
 )
+from pipeline.errors import InputError, nearest
 from pipeline.images.decode import ImageInfo
 
 

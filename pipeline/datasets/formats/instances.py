@@ -6,9 +6,8 @@ from typing import Any
 import numpy as np
 
 from pipeline import schema
-from pipeline.errors import InputError
-from pipeline.formats import files
-from pipeline.formats.base import (
+from pipeline.datasets.formats import files
+from pipeline.datasets.formats.base import (
     Context,
     Format,
     Index,
@@ -20,6 +19,7 @@ from pipeline.formats.base import (
     check_size,
     need,
 )
+from pipeline.errors import InputError
 from pipeline.images.decode import IMAGE_SUFFIXES, DecodeError, ImageInfo, decode_map
 
 

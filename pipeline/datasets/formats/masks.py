@@ -8,9 +8,8 @@ import numpy as np
 from pydantic import field_validator
 
 from pipeline import schema
-from pipeline.errors import InputError, nearest
-from pipeline.formats import files
-from pipeline.formats.base import (
+from pipeline.datasets.formats import files
+from pipeline.datasets.formats.base import (
     Context,
     Format,
     Index,
@@ -21,6 +20,7 @@ from pipeline.formats.base import (
     check_size,
     need,
 )
+from pipeline.errors import InputError, nearest
 from pipeline.images.decode import IMAGE_SUFFIXES, DecodeError, ImageInfo, decode_map
 
 VOID_NAME = "void"

@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 
 from pipeline import schema, storage
-from pipeline.errors import InputError, nearest
-from pipeline.formats import files
-from pipeline.formats.base import (
+from pipeline.datasets.formats import files
+from pipeline.datasets.formats.base import (
     Context,
     Format,
     Index,
@@ -25,6 +24,7 @@ from pipeline.formats.base import (
     fit_box,
     need,
 )
+from pipeline.errors import InputError, nearest
 from pipeline.images.decode import ImageInfo
 
 FAR = 1e6

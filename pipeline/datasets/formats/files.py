@@ -5,8 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePosixPath
 
 from pipeline import storage
+from pipeline.datasets.formats.base import Reject, Source
 from pipeline.errors import InputError, nearest
-from pipeline.formats.base import Reject, Source
 from pipeline.images.decode import IMAGE_SUFFIXES
 
 READ_THREADS = 32
