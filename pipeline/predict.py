@@ -31,7 +31,7 @@ from pipeline.meters import POOL, SAMPLE, UNCALIBRATED, Meters, member_sample
 from pipeline.rows import Rows
 from pipeline.tasks import TASKS
 from pipeline.tasks.base import Failure, Task
-from pipeline.views import View, each_pass, through_windows, uses_windows
+from pipeline.uncertainty.tta import View, each_pass, through_windows, uses_windows
 
 Purpose = Literal["metrics", "sample"]
 """What is counted against labels: metrics of pool and members, or what a calibration is fitted on."""

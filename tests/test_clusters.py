@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipeline import uncertainty
-from pipeline.clusters import DEFAULT_IOU, FUSIONS, Clusters, MemberBoxes, Rule, bsas, wbf
 from pipeline.images import boxes as box_ops
+from pipeline.uncertainty import measures
+from pipeline.uncertainty.box_fusion import DEFAULT_IOU, FUSIONS, Clusters, MemberBoxes, Rule, bsas, wbf
 
 BOTH = pytest.mark.parametrize("fuse", FUSIONS.values(), ids=FUSIONS)
 
@@ -149,7 +149,7 @@ def test_an_absent_member_says_background_for_sure(fuse):
     one = MemberBoxes(torch.tensor([[0.0, 0, 10, 10]]), torch.tensor([0.9]), torch.tensor([0]), p)
     found = fuse([one, member([], []), member([], [])], 0.5)
     torch.testing.assert_close(found.probabilities, torch.tensor([[0.2, 0.1, 0.7]]))
-    torch.testing.assert_close(found.expected_entropy, uncertainty.entropy(p, 1) / 3)
+    torch.testing.assert_close(found.expected_entropy, measures.entropy(p, 1) / 3)
     assert found.scores.item() == pytest.approx(0.3)
     assert found.votes.tolist() == [1]
 
@@ -187,7 +187,7 @@ def test_copies_of_a_member_are_that_member_without_spread(fuse, seed: int, copi
     assert found.covariance.eq(0).all()
     assert found.votes.eq(copies).all()
     torch.testing.assert_close(found.overlap, torch.ones(len(one.scores)))
-    assert torch.equal(uncertainty.entropy(found.probabilities, -1), found.expected_entropy)
+    assert torch.equal(measures.entropy(found.probabilities, -1), found.expected_entropy)
 
 
 @BOTH
@@ -223,7 +223,7 @@ def test_bounds(fuse, seed: int, count: int, objects: int, iou: float):
     assert ((found.votes >= 1) & (found.votes <= count)).all()
     assert (found.scores[1:] <= found.scores[:-1]).all()
     torch.testing.assert_close(found.probabilities.sum(1), torch.ones(len(found.scores)))
-    total = uncertainty.entropy(found.probabilities, -1)
+    total = measures.entropy(found.probabilities, -1)
     assert (found.expected_entropy <= total + 1e-6).all()
     boxes, labels = torch.cat([m.boxes for m in members]), torch.cat([m.labels for m in members])
     assert len(found.scores) <= len(boxes)

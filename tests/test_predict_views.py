@@ -12,7 +12,7 @@ from pipeline.errors import InputError
 from pipeline.predict import Predictor
 from pipeline.schema import pack_map, unpack_map
 from pipeline.tasks.segmentation import Prediction
-from pipeline.views import TtaSettings, views
+from pipeline.uncertainty.tta import TtaSettings, views
 
 CROP = {**INPUT, "fit": "crop"}
 DROPOUT = {**UNET, "dropout": 0.4}

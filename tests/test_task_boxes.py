@@ -14,7 +14,7 @@ from pipeline.images.boxes import transform_boxes
 from pipeline.tasks import Detection
 from pipeline.tasks.boxes import poolable
 from pipeline.tasks.found import expected_error
-from pipeline.views import TtaSettings, View, views
+from pipeline.uncertainty.tta import TtaSettings, View, views
 
 ALL = TtaSettings(flips=True, turns=True)
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from pipeline import models
 from pipeline.errors import InputError
-from pipeline.views import (
+from pipeline.uncertainty.tta import (
     InferenceSettings,
     TtaSettings,
     View,

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline import uncertainty
 from pipeline.schema import VOID
+from pipeline.uncertainty import measures
 
 BINS = 15
 """Of a probability, ``(k / 15, (k + 1) / 15]``, for calibration errors."""
@@ -104,7 +104,7 @@ def bands(labels: Tensor, valid: Tensor) -> Tensor:
     """
     height, width = valid.shape
     distance = max(1, round(BOUNDARY * math.hypot(height, width)))
-    out = ~uncertainty.inner(labels, valid.expand_as(labels), distance)
+    out = ~measures.inner(labels, valid.expand_as(labels), distance)
     rim = slice(-distance, None)
     out[:, :distance], out[:, rim], out[:, :, :distance], out[:, :, rim] = True, True, True, True
     return out

@@ -5,7 +5,7 @@ from typing import ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from pipeline.uncertainty import with_rest
+from pipeline.uncertainty.measures import with_rest
 
 
 class Detections(Protocol):

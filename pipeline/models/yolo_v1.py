@@ -14,7 +14,7 @@ from pipeline.config import Settings
 from pipeline.errors import InputError
 from pipeline.models.anchor_free import grid_centres
 from pipeline.models.layers import Norm, check_input, norm_layer
-from pipeline.uncertainty import with_rest
+from pipeline.uncertainty.measures import with_rest
 
 SLOPE = 0.1
 """Of the leaky ReLU below 0 (the paper's equation 2)."""

@@ -2,7 +2,7 @@
 
 By location: members that predict at the same places are averaged there, class vectors and boxes alike, and
 suppressed once; the spread of a box is that of the members at its location. It is exact, needs no overlap
-threshold, and its doubt covers all locations. By clustering (``pipeline.clusters``): each member is suppressed
+threshold, and its doubt covers all locations. By clustering (``pipeline.uncertainty.box_fusion``): each member is suppressed
 by itself, and boxes that overlap are one object; for members of different kinds, for two-stage detectors, and for
 views whose locations do not fall onto each other.
 """
@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline import uncertainty
-from pipeline.clusters import FUSIONS, MemberBoxes
 from pipeline.images import boxes as box_ops
 from pipeline.tasks.found import Found, Pooled
-from pipeline.views import View
+from pipeline.uncertainty import measures
+from pipeline.uncertainty.box_fusion import FUSIONS, MemberBoxes
+from pipeline.uncertainty.tta import View
 
 MEASURED_FROM = 0.01
 """Metrics look at boxes down to this score, whatever is written: average precision needs them."""
@@ -100,8 +100,8 @@ class ByLocation:
 
     def __init__(self, rule: Rule) -> None:
         self.rule = rule
-        self._pool, self._expected, self._scores = (uncertainty.RunningMean() for _ in range(3))
-        self._boxes = uncertainty.RunningSpread()
+        self._pool, self._expected, self._scores = (measures.RunningMean() for _ in range(3))
+        self._boxes = measures.RunningSpread()
         self._votes = torch.zeros(())
         self._first: Prediction | None = None
 
@@ -113,7 +113,7 @@ class ByLocation:
             self._first = dataclasses.replace(member, probabilities=none, scores=none, boxes=none)
         member = _aligned(member, self._first)
         self._pool.add(member.probabilities)
-        self._expected.add(uncertainty.entropy(member.probabilities, -1))
+        self._expected.add(measures.entropy(member.probabilities, -1))
         self._scores.add(member.scores)
         best = member.scores.amax(-1)
         # One who sees nothing says no box.
@@ -124,8 +124,8 @@ class ByLocation:
         """Suppressed once."""
         first = self._first
         assert first is not None, "the pool of no members; add at least one"
-        total = uncertainty.entropy(self._pool.mean, -1)
-        mutual = uncertainty.mutual_information(total, self._expected.mean)
+        total = measures.entropy(self._pool.mean, -1)
+        mutual = measures.mutual_information(total, self._expected.mean)
         sums = [torch.where(first.inside, each, 0).sum(1, dtype=torch.float64) for each in (total, mutual)]
         found = [self._found(n, first, total[n], mutual[n]) for n in range(len(total))]
         return Pooled(self._pool.count, found, sums[0], sums[1])
@@ -175,8 +175,8 @@ class ByCluster:
     def _found(self, members: list[MemberBoxes]) -> Found:
         fused = FUSIONS[self.kind](members, self.iou)
         at = self.rule.suppress(fused.boxes, fused.scores, fused.labels)
-        total = uncertainty.entropy(fused.probabilities[at], -1)
-        mutual = uncertainty.mutual_information(total, fused.expected_entropy[at])
+        total = measures.entropy(fused.probabilities[at], -1)
+        mutual = measures.mutual_information(total, fused.expected_entropy[at])
         return Found(
             fused.boxes[at], fused.labels[at], fused.scores[at], fused.probabilities[at], total, mutual,
             fused.votes[at], fused.std[at],

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from pipeline import calibration, losses
 from pipeline.calibration import BoxSample
-from pipeline.clusters import DEFAULT_IOU
 from pipeline.config import Settings
 from pipeline.errors import InputError, nearest
 from pipeline.images.batch import Batch
@@ -20,7 +19,8 @@ from pipeline.metrics import DetectionMetric, match
 from pipeline.tasks.base import Task, Term, image_area
 from pipeline.tasks.boxes import ByCluster, ByLocation, Prediction, Rule, poolable, restore
 from pipeline.tasks.found import Fused, Own, expected_error, sides, unpack_boxes
-from pipeline.views import InferenceSettings, View, each_pass, views
+from pipeline.uncertainty.box_fusion import DEFAULT_IOU
+from pipeline.uncertainty.tta import InferenceSettings, View, each_pass, views
 
 OPERATING = 0.3
 """Score from which a box counts as said, until a validation split chose another."""

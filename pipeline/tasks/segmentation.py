@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline import calibration, schema, uncertainty
+from pipeline import calibration, schema
 from pipeline.calibration import PixelSample
 from pipeline.config import Settings
 from pipeline.errors import InputError, nearest
@@ -23,7 +23,8 @@ from pipeline.losses import LOSSES, categorical
 from pipeline.metrics import SegmentationMetric
 from pipeline.tasks.base import Task, Term
 from pipeline.tasks.maps import own_size, pack, unpack, valid_area
-from pipeline.views import InferenceSettings, View
+from pipeline.uncertainty import measures as measures_module
+from pipeline.uncertainty.tta import InferenceSettings, View
 
 Score = Literal[
     "entropy_mean", "entropy_p95", "expected_entropy_mean", "mutual_information_mean", "mutual_information_p95",
@@ -58,7 +59,7 @@ class Mean:
     """Mean of one member's predictions."""
 
     def __init__(self) -> None:
-        self._mean = uncertainty.RunningMean()
+        self._mean = measures_module.RunningMean()
 
     def add(self, prediction: Prediction) -> None:
         """Take in one."""
@@ -88,18 +89,18 @@ class Fused:
     def total(self) -> Tensor:
         """(N, h, w) entropy of the pool."""
         one = len(self.maps) == 1 and self.uncalibrated is self.probabilities
-        return self.expected_entropy if one else uncertainty.entropy(self.probabilities, 1)
+        return self.expected_entropy if one else measures_module.entropy(self.probabilities, 1)
 
     @cached_property
     def mutual(self) -> Tensor:
         """(N, h, w) what members disagree about, before calibration."""
-        total = self.total if self.uncalibrated is self.probabilities else uncertainty.entropy(self.uncalibrated, 1)
-        return uncertainty.mutual_information(total, self.expected_entropy)
+        total = self.total if self.uncalibrated is self.probabilities else measures_module.entropy(self.uncalibrated, 1)
+        return measures_module.mutual_information(total, self.expected_entropy)
 
     @cached_property
     def said(self) -> tuple[Tensor, Tensor]:
         """The pool's largest probability (N, h, w) and its class, uint8."""
-        return uncertainty.most_probable(self.probabilities)
+        return measures_module.most_probable(self.probabilities)
 
 
 class Segmentation(Task):
@@ -186,12 +187,12 @@ class Segmentation(Task):
 
     def fuse(self, members: Iterable[Prediction]) -> Fused:
         """Pool probabilities, not logits (Lakshminarayanan et al. 2017), then calibrate (Rahaman & Thiery 2021)."""
-        pool, expected = uncertainty.RunningMean(), uncertainty.RunningMean()
+        pool, expected = measures_module.RunningMean(), measures_module.RunningMean()
         maps: list[Tensor] = []
         for member in members:
             pool.add(member.probabilities)
-            expected.add(uncertainty.entropy(member.probabilities, 1))
-            maps.append(uncertainty.most_probable(member.probabilities)[1])
+            expected.add(measures_module.entropy(member.probabilities, 1))
+            maps.append(measures_module.most_probable(member.probabilities)[1])
             del member
         return Fused(calibration.apply(self.calibration, pool.mean), pool.mean, expected.mean, maps)
 
@@ -207,8 +208,8 @@ class Segmentation(Task):
         if isinstance(predicted, Fused):
             scores = self._uncertainty(predicted, batch)
         else:
-            total = uncertainty.entropy(predicted.probabilities, 1)
-            scores = uncertainty.masked_mean(total, valid_area(batch, total)).tolist()
+            total = measures_module.entropy(predicted.probabilities, 1)
+            scores = measures_module.masked_mean(total, valid_area(batch, total)).tolist()
         for n, probabilities, mask in self._labelled(predicted.probabilities, batch, truth):
             metric.update(probabilities, mask, batch.image_ids[n], scores[n])
 
@@ -249,14 +250,14 @@ class Segmentation(Task):
         total, mutual, labels, settings = fused.total, fused.mutual, fused.said[1], self.settings
         valid = valid_area(batch, total)
         found = {
-            "entropy_mean": uncertainty.masked_mean(total, valid),
-            "entropy_p95": uncertainty.masked_quantile(total, valid, 0.95),
-            "expected_entropy_mean": uncertainty.masked_mean(fused.expected_entropy, valid),
-            "mutual_information_mean": uncertainty.masked_mean(mutual, valid),
-            "mutual_information_p95": uncertainty.masked_quantile(mutual, valid, 0.95),
-            "entropy_patch_max": uncertainty.patch_max(total, valid, settings.patch),
-            "entropy_inner_mean": uncertainty.inner_mean(total, labels, valid, settings.boundary),
-            "member_dice": uncertainty.pairwise_dice(fused.maps, valid, self.num_outputs, self.background),
+            "entropy_mean": measures_module.masked_mean(total, valid),
+            "entropy_p95": measures_module.masked_quantile(total, valid, 0.95),
+            "expected_entropy_mean": measures_module.masked_mean(fused.expected_entropy, valid),
+            "mutual_information_mean": measures_module.masked_mean(mutual, valid),
+            "mutual_information_p95": measures_module.masked_quantile(mutual, valid, 0.95),
+            "entropy_patch_max": measures_module.patch_max(total, valid, settings.patch),
+            "entropy_inner_mean": measures_module.inner_mean(total, labels, valid, settings.boundary),
+            "member_dice": measures_module.pairwise_dice(fused.maps, valid, self.num_outputs, self.background),
         }
         fused.measures = {name: value.double() for name, value in found.items()}
         return fused.measures
@@ -271,7 +272,9 @@ class Segmentation(Task):
     def _classes(self, fused: Fused, batch: Batch) -> list[list[dict[str, Any]]]:
         """What each predicted class covers of each image, and the means over it."""
         (confidence, labels), valid = fused.said, valid_area(batch, fused.total)
-        area, *sums = uncertainty.class_table(labels, valid, self.num_outputs, confidence, fused.total, fused.mutual)
+        area, *sums = measures_module.class_table(
+            labels, valid, self.num_outputs, confidence, fused.total, fused.mutual
+        )
         share = area / area.sum(1, keepdim=True).clamp(min=1)  # one copy for everything: (5, N, C)
         table = torch.stack([area, share, *(each / area.clamp(min=1) for each in sums)]).cpu().numpy()
         names = ("area_fraction", "probability", "entropy", "mutual_information")
@@ -290,7 +293,7 @@ class Segmentation(Task):
         matrices, sizes, scale = batch.matrices.cpu(), batch.sizes.cpu(), self.settings.map_scale
         relative = (total / math.log(max(2, self.num_outputs)))[:, None]
         for n, (height, width) in enumerate(sizes.tolist()):
-            (confidence,), (labels,) = uncertainty.most_probable(own_size(probabilities, matrices, sizes, n)[None])
+            (confidence,), (labels,) = measures_module.most_probable(own_size(probabilities, matrices, sizes, n)[None])
             out["mask"][n] = pack(labels)
             if not self.settings.maps:
                 continue

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline import uncertainty
 from pipeline.images import boxes as box_ops
+from pipeline.uncertainty import measures
 
 Rule = Literal["avg", "max", "box_and_model_avg", "absent_model_aware_avg"]
 _MIN_WEIGHT = 1e-6
@@ -244,7 +244,7 @@ class _Votes:
         """Class vectors (G, K + 1) and expected entropies (G,); an absent member is surely "none of these"."""
         said = self.rows.probabilities[self.first]
         # float32, as the entropy of the pool will be: so copies of a member have no mutual information at all.
-        entropies = uncertainty.entropy(torch.from_numpy(said).float(), -1).double().numpy()
+        entropies = measures.entropy(torch.from_numpy(said).float(), -1).double().numpy()
         both = np.concatenate([said, entropies[:, None]], 1)
         share = (self.count / self.rows.members)[:, None]
         means = share * _means(both, np.ones(len(both)), self.cluster, self.start)[0]

@@ -1,0 +1,1 @@
+"""What doubt there is, and what it is worth."""
