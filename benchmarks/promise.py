@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.calibration import review_threshold
-from pipeline.calibration.promise import Method
+from pipeline.uncertainty.calibration import review_threshold
+from pipeline.uncertainty.calibration.review_threshold import Method
 
 SIZE = 1_000_000
 

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from pipeline import bundle as bundles
-from pipeline import calibration
 from pipeline.bundle import Bundle
 from pipeline.datasets.ingest import DatasetInfo, open_dataset, row_groups
 from pipeline.errors import InputError
@@ -19,6 +18,7 @@ from pipeline.recipe import CalibrateSettings
 from pipeline.runtime.progress import Sink
 from pipeline.score import score
 from pipeline.tasks import TASKS
+from pipeline.uncertainty import calibration
 
 SPLIT = "calibration"
 

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipeline import calibration
-from pipeline.calibration import PixelSample
-from pipeline.calibration.sample import _uniform
 from pipeline.schema import VOID
+from pipeline.uncertainty import calibration
+from pipeline.uncertainty.calibration import PixelSample
+from pipeline.uncertainty.calibration.pixel_sample import _uniform
 
 
 def overconfident(

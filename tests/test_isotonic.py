@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.calibration import BoxSample, apply_isotonic, apply_spread, fit_isotonic, fit_spread
-from pipeline.calibration.isotonic import SLOPE
+from pipeline.uncertainty.calibration import BoxSample, apply_isotonic, apply_spread, fit_isotonic, fit_spread
+from pipeline.uncertainty.calibration.isotonic import SLOPE
 
 
 def overconfident(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -8,8 +8,8 @@ import pytest
 from scipy.stats import binomtest
 
 from benchmarks.promise import POPULATIONS, draw, repeated_splits
-from pipeline.calibration import review_threshold
-from pipeline.calibration.promise import p_value
+from pipeline.uncertainty.calibration import review_threshold
+from pipeline.uncertainty.calibration.review_threshold import p_value
 
 DELTA = 0.1
 

@@ -10,8 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pipeline import calibration, losses
-from pipeline.calibration import BoxSample
+from pipeline import losses
 from pipeline.config import Settings
 from pipeline.errors import InputError, nearest
 from pipeline.images.batch import Batch
@@ -19,7 +18,9 @@ from pipeline.metrics import DetectionMetric, match
 from pipeline.tasks.base import Task, Term, image_area
 from pipeline.tasks.boxes import ByCluster, ByLocation, Prediction, Rule, poolable, restore
 from pipeline.tasks.found import Fused, Own, expected_error, sides, unpack_boxes
+from pipeline.uncertainty import calibration
 from pipeline.uncertainty.box_fusion import DEFAULT_IOU
+from pipeline.uncertainty.calibration import BoxSample
 from pipeline.uncertainty.tta import InferenceSettings, View, each_pass, views
 
 OPERATING = 0.3

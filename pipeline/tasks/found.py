@@ -10,9 +10,9 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from pipeline import calibration
 from pipeline.images.batch import Batch
 from pipeline.images.unframe import unframe_boxes
+from pipeline.uncertainty import calibration
 
 
 @dataclass

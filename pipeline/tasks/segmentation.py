@@ -14,8 +14,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline import calibration, schema
-from pipeline.calibration import PixelSample
+from pipeline import schema
 from pipeline.config import Settings
 from pipeline.errors import InputError, nearest
 from pipeline.images.batch import Batch
@@ -23,7 +22,9 @@ from pipeline.losses import LOSSES, categorical
 from pipeline.metrics import SegmentationMetric
 from pipeline.tasks.base import Task, Term
 from pipeline.tasks.maps import own_size, pack, unpack, valid_area
+from pipeline.uncertainty import calibration
 from pipeline.uncertainty import measures as measures_module
+from pipeline.uncertainty.calibration import PixelSample
 from pipeline.uncertainty.tta import InferenceSettings, View
 
 Score = Literal[

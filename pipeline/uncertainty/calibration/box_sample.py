@@ -5,7 +5,7 @@ from typing import NamedTuple, Self
 import numpy as np
 import torch
 
-from pipeline.calibration.sample import _uniform
+from pipeline.uncertainty.calibration.pixel_sample import _uniform
 
 _COLUMNS = 15
 

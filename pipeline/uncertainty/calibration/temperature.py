@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.calibration.sample import FLOOR
+from pipeline.uncertainty.calibration.pixel_sample import FLOOR
 
 LIMITS = (0.05, 20.0)
 """Of temperatures, and of the inverse of scales."""
