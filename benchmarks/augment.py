@@ -32,8 +32,8 @@ from torch.nn.functional import avg_pool2d, interpolate
 from benchmarks import harness
 from pipeline.augment import PRESETS, Augment, InputSettings, draw
 from pipeline.augment.geometry import affine_parameters
-from pipeline.device import pick_device
 from pipeline.images.batch import Batch
+from pipeline.models.device import pick_device
 
 BOXES = 12
 OURS, KORNIA, TORCHVISION = "dubito", "Kornia AugmentationSequential", "torchvision v2"

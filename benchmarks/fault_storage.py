@@ -13,10 +13,10 @@ from benchmarks.fault_jobs import Ended, Job, run
 from benchmarks.fault_world import NOISE, World, compare_rows, far_from, rows_of, tally, units
 from infra.local.fault_proxy import Kind, Rule
 from pipeline import predictions, storage
-from pipeline.bundle import open_bundle
 from pipeline.datasets import ingest
 from pipeline.datasets.shard_reader import read_row_group
 from pipeline.errors import InputError
+from pipeline.models.bundle import open_bundle
 from pipeline.storage import retry
 
 KINDS: tuple[Kind, ...] = ("status", "reset", "lost", "truncate", "stall", "slow")

@@ -29,8 +29,9 @@ import pyarrow.parquet as pq
 from benchmarks import harness
 from benchmarks.scaling import descendants, tiny_bundle
 from jobs.session import ray_session
-from pipeline import bundle, pools, predictions, schema, score, units
+from pipeline import pools, predictions, schema, score, units
 from pipeline.datasets import ingest
+from pipeline.models import bundle
 from pipeline.runtime.progress import NoSink
 from pipeline.storage import checksum
 

@@ -36,10 +36,11 @@ from benchmarks.scaling import tiny_bundle
 from infra.local.fault_proxy import FaultProxy
 from infra.local.s3_server import environment, make_bucket, s3_server
 from jobs.session import ray_session
-from pipeline import bundle, schema, stream
+from pipeline import schema, stream
 from pipeline import units as planning
 from pipeline.datasets import ingest, metadata
 from pipeline.ledger import Ledger
+from pipeline.models import bundle
 from pipeline.storage import checksum
 
 GROUPS = 5

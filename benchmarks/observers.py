@@ -16,11 +16,11 @@ import numpy as np
 from PIL import Image
 
 from jobs.session import ray_session
-from pipeline import bundle as bundles
 from pipeline import ensemble, predictions, schema, score
 from pipeline.datasets import ingest as ingest_module
 from pipeline.errors import DoneError
 from pipeline.metrics.ranking import auroc
+from pipeline.models import bundle as bundles
 from pipeline.recipe import TrainConfig
 from pipeline.runtime.progress import Terminal, diverted
 

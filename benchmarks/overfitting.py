@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from jobs.session import ray_session
-from pipeline import bundle as bundles
 from pipeline import ensemble
 from pipeline.config import merge
 from pipeline.datasets import ingest as ingest_module
 from pipeline.errors import DoneError
 from pipeline.evaluate import evaluate
+from pipeline.models import bundle as bundles
 from pipeline.recipe import TrainConfig
 from pipeline.runtime.progress import Terminal, diverted
 

@@ -32,7 +32,8 @@ from torchvision.transforms import v2
 from benchmarks import feed as images
 from benchmarks import harness
 from jobs.session import ray_session
-from pipeline import bundle, models, predictions, schema, score
+from pipeline import models, predictions, schema, score
+from pipeline.models import bundle
 from pipeline.runtime.progress import NoSink
 
 CLASSES = ["background", "first", "second", "third"]

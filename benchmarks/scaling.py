@@ -34,8 +34,9 @@ from safetensors.torch import save_file
 from benchmarks import harness
 from benchmarks.images import make, photographs
 from jobs.session import ray_session
-from pipeline import bundle, models, score
+from pipeline import models, score
 from pipeline.datasets import ingest
+from pipeline.models import bundle
 from pipeline.runtime.progress import NoSink
 from pipeline.train import Fit, fit
 

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from benchmarks import end_to_end, feed, harness
 from jobs.session import ray_session
 from pipeline import losses
-from pipeline.device import pick_device
 from pipeline.models.anchor_free import AnchorFree
+from pipeline.models.device import pick_device
 
 CLASSES = 80
 BASELINE = "fcos_resnet50_fpn"

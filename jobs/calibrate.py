@@ -8,8 +8,8 @@ def run(bundle: str, data: str, out: str, kind: str, risk: float | None, delta: 
     """Run the job; returns the exit code."""
 
     def story(terminal: Voice) -> None:
-        from pipeline import bundle as bundles
         from pipeline.config import merge, parse_sets
+        from pipeline.models import bundle as bundles
         from pipeline.recipe import CalibrateSettings
         from pipeline.storage import absolute
 

@@ -11,8 +11,8 @@ def run(bundle: str, data: str, split: str, out: str, shift_data: str = "", shif
 
     def story(terminal: Voice) -> None:
         from pipeline import storage
-        from pipeline.bundle import open_bundle
         from pipeline.datasets.ingest import open_dataset
+        from pipeline.models.bundle import open_bundle
 
         where = storage.absolute(bundle), storage.absolute(data)
         with ray_session():

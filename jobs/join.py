@@ -8,9 +8,9 @@ def run(bundles: list[str], out: str, data: str, risk: float | None, delta: floa
     """Run the job; returns the exit code."""
 
     def story(terminal: Voice) -> None:
-        from pipeline import bundle
         from pipeline.config import merge, parse_sets
         from pipeline.errors import InputError
+        from pipeline.models import bundle
         from pipeline.recipe import CalibrateSettings
         from pipeline.storage import absolute
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import bundle as bundles
-from pipeline.bundle import Bundle
 from pipeline.datasets.ingest import DatasetInfo, open_dataset, row_groups
 from pipeline.errors import InputError
+from pipeline.models import bundle as bundles
+from pipeline.models.bundle import Bundle
 from pipeline.predict import Purpose, task_of
 from pipeline.recipe import CalibrateSettings
 from pipeline.runtime.progress import Sink

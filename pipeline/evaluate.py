@@ -6,12 +6,12 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline import units
-from pipeline.bundle import Bundle, open_bundle
 from pipeline.datasets.ingest import open_dataset
 from pipeline.errors import InputError
 from pipeline.meters import Meters
 from pipeline.metrics import bootstrap, detection_bootstrap
 from pipeline.metrics.ranking import auroc, fpr_at_tpr, spearman
+from pipeline.models.bundle import Bundle, open_bundle
 from pipeline.runtime.progress import Sink
 from pipeline.score import score
 

@@ -7,10 +7,10 @@ compared image by image later, without scoring either of them again.
 import hashlib
 
 from pipeline import storage
-from pipeline.bundle import open_bundle
 from pipeline.datasets.ingest import open_dataset
 from pipeline.errors import InputError
 from pipeline.meters import Meters
+from pipeline.models.bundle import open_bundle
 from pipeline.predict import task_of
 from pipeline.runtime.progress import Sink
 from pipeline.score import score

@@ -17,7 +17,6 @@ from torch.nn.parallel import DistributedDataParallel
 from pipeline import checkpoint, feed, losses, models, optim, stream
 from pipeline.augment import Augment
 from pipeline.datasets.ingest import DatasetInfo
-from pipeline.device import Compiled, autocast, fuse, place, wants_compile
 from pipeline.errors import InputError
 from pipeline.feed import Step
 from pipeline.flags import Flags
@@ -25,6 +24,7 @@ from pipeline.images.batch import Batch
 from pipeline.images.gpu_decode import DeviceDecoder
 from pipeline.journal import Journal, Made, Plan
 from pipeline.models import transfer
+from pipeline.models.device import Compiled, autocast, fuse, place, wants_compile
 from pipeline.pace import Pace
 from pipeline.recipe import Scale, TrainConfig
 from pipeline.runtime.progress import Progress

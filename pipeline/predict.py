@@ -19,8 +19,6 @@ from torch import Tensor, nn
 from pipeline import models
 from pipeline.augment import Augment, InputSettings
 from pipeline.batch_size import BatchSize, Measured, out_of_memory
-from pipeline.bundle import Bundle, open_bundle
-from pipeline.device import Compile, Compiled, Precision, autocast, pick_device, place, wants_compile
 from pipeline.errors import InputError
 from pipeline.folding import fold
 from pipeline.images import decode
@@ -28,6 +26,8 @@ from pipeline.images.batch import Batch
 from pipeline.images.gpu_decode import DeviceDecoder
 from pipeline.lanes import Lanes
 from pipeline.meters import POOL, SAMPLE, UNCALIBRATED, Meters, member_sample
+from pipeline.models.bundle import Bundle, open_bundle
+from pipeline.models.device import Compile, Compiled, Precision, autocast, pick_device, place, wants_compile
 from pipeline.rows import Rows
 from pipeline.tasks import TASKS
 from pipeline.tasks.base import Failure, Task

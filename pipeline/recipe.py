@@ -9,9 +9,9 @@ from pipeline import models
 from pipeline.augment import AugmentSettings, InputSettings
 from pipeline.config import Settings
 from pipeline.datasets.ingest import DatasetInfo
-from pipeline.device import Compile, Precision
 from pipeline.errors import InputError
 from pipeline.models import ModelSettings, transfer
+from pipeline.models.device import Compile, Precision
 from pipeline.models.transfer import TransferSettings
 from pipeline.optim import OptimSettings
 from pipeline.storage import absolute

@@ -151,7 +151,7 @@ def promote(registry: str, name: str, bundle: str) -> Entry:
         InputError: No such bundle, or it is the champion already.
         OvertakenError: Somebody else made one at the same moment.
     """
-    from pipeline.bundle import open_bundle  # here, since torch takes seconds, and listing champions needs none
+    from pipeline.models.bundle import open_bundle  # here, since torch takes seconds, and listing champions needs none
 
     opened, last = open_bundle(bundle), champion(registry, name)
     if last is not None and last.bundle_id == opened.id:
@@ -177,7 +177,7 @@ def rollback(registry: str, name: str, number: int | None = None) -> Entry:
         InputError: There is none such, its bundle is gone, or it is the champion already.
         OvertakenError: Somebody else made one at the same moment.
     """
-    from pipeline.bundle import open_bundle
+    from pipeline.models.bundle import open_bundle
 
     every = entries(registry, name)
     if not every:

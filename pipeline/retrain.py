@@ -15,13 +15,13 @@ from typing import Any, Literal
 from pydantic import Field
 
 from pipeline import drift, ensemble, exams, judge, registry, storage
-from pipeline.bundle import open_bundle
 from pipeline.config import Settings
 from pipeline.datasets.diff import DIGESTS, Changes, between, digests, require_apart
 from pipeline.datasets.ingest import DATASET_JSON, DatasetInfo, open_dataset
 from pipeline.drift import DriftSettings
 from pipeline.errors import DoneError, InputError
 from pipeline.judge import JudgeSettings
+from pipeline.models.bundle import open_bundle
 from pipeline.recipe import TrainConfig
 from pipeline.runtime.progress import NoSink, Sink
 from pipeline.storage import lease

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.bundle import Bundle
+from pipeline.models.bundle import Bundle
 from pipeline.schema import PREDICTIONS
 
 _CARRIED = ("image_id", "uri", "sha256")

@@ -19,10 +19,10 @@ import ray.data
 import torch
 
 from pipeline import pools, predictions, restarts, storage, units
-from pipeline.bundle import Bundle, open_bundle
-from pipeline.device import Compile, Precision
 from pipeline.errors import InputError
 from pipeline.meters import Meters
+from pipeline.models.bundle import Bundle, open_bundle
+from pipeline.models.device import Compile, Precision
 from pipeline.predict import Predictor, Purpose, task_of
 from pipeline.predictions import Attempt, UnitFile
 from pipeline.runtime import prometheus

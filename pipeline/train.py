@@ -18,12 +18,12 @@ import torch
 
 from pipeline import checkpoint, pools, storage, stream
 from pipeline.datasets.ingest import open_dataset, row_groups
-from pipeline.device import fuse
 from pipeline.errors import InputError
 from pipeline.flags import NonFiniteLossError
 from pipeline.framed import Framing, require_room
 from pipeline.journal import Journal, Made, Plan
 from pipeline.loop import Worker, build_worker, run_steps, steps_of, validate
+from pipeline.models.device import fuse
 from pipeline.recipe import TrainConfig
 from pipeline.runtime import prometheus, resources, tensorboard
 from pipeline.runtime.progress import BoardSink, NoSink, Progress

@@ -15,11 +15,11 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline import storage
-from pipeline.bundle import Bundle
 from pipeline.datasets.ingest import DatasetInfo, open_dataset, row_groups
 from pipeline.datasets.shard_reader import read_ids
 from pipeline.errors import InputError
 from pipeline.images import decode
+from pipeline.models.bundle import Bundle
 from pipeline.schema import SCHEMA_VERSION, SPLITS
 
 UNIT_ROWS = 64

@@ -97,7 +97,7 @@ def _of_dataset(uri: str) -> dict[str, Any]:
 
 
 def _of_bundle(uri: str) -> dict[str, Any]:
-    from pipeline.bundle import open_bundle  # here, since tasks import this module, and torch takes them seconds
+    from pipeline.models.bundle import open_bundle  # here, since tasks import this module, and torch takes them seconds
 
     return open_bundle(uri).manifest["files"]
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from tiny import DETECTOR, UNET, manifest, weights
 
-from pipeline import bundle, models
+from pipeline import models
 from pipeline.errors import InputError
+from pipeline.models import bundle
 
 
 @pytest.fixture

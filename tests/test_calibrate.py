@@ -8,11 +8,11 @@ import pyarrow as pa
 import pytest
 from tiny import DETECTOR, UNET, encode, make_bundle, make_squares
 
-from pipeline import bundle as bundles
 from pipeline import calibrate, predictions, score
 from pipeline.datasets import ingest
 from pipeline.errors import InputError
 from pipeline.evaluate import evaluate, gain, shifted
+from pipeline.models import bundle as bundles
 from pipeline.recipe import CalibrateSettings
 
 SPLITS = {"train": range(4), "calibration": range(4, 16), "test": range(16, 24)}

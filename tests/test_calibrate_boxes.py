@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from tiny import CLASSES, DETECTOR, UNET, make_bundle, make_squares, png, table
 
-from pipeline import bundle as bundles
 from pipeline import calibrate, predictions, score
-from pipeline.bundle import Bundle
 from pipeline.errors import InputError
 from pipeline.evaluate import evaluate
+from pipeline.models import bundle as bundles
+from pipeline.models.bundle import Bundle
 from pipeline.predict import Predictor
 from pipeline.recipe import CalibrateSettings
 

@@ -13,10 +13,11 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 
-from pipeline import checkpoint, device, flags, loop, schema, stream
+from pipeline import checkpoint, flags, loop, schema, stream
 from pipeline.datasets import ingest
 from pipeline.errors import InputError
 from pipeline.images.batch import Batch
+from pipeline.models import device
 from pipeline.recipe import TrainConfig
 from pipeline.runtime.progress import NoSink, Progress
 
@@ -166,10 +167,10 @@ def test_a_compiler_that_fails_costs_one_warning(caplog):
     module = torch.nn.Linear(3, 2)
     compiled = device.Compiled(module, backend=broken)
     batch = torch.ones(4, 3)
-    with caplog.at_level(logging.WARNING, "pipeline.device"):
+    with caplog.at_level(logging.WARNING, "pipeline.models.device"):
         for _ in range(2):
             assert torch.equal(compiled(batch), module(batch))
-    assert [record.name for record in caplog.records] == ["pipeline.device"]
+    assert [record.name for record in caplog.records] == ["pipeline.models.device"]
     assert "runs uncompiled" in caplog.text
     assert compiled.training
 

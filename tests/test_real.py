@@ -6,8 +6,9 @@ import pyarrow as pa
 import pytest
 import torch
 
-from pipeline import bundle, ensemble, loop, predictions, score, stream
+from pipeline import ensemble, loop, predictions, score, stream
 from pipeline.datasets import ingest
+from pipeline.models import bundle
 from pipeline.recipe import TrainConfig
 from pipeline.runtime.progress import NoSink, Progress
 

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline import bundle, registry, retrain
+from pipeline import registry, retrain
 from pipeline.datasets import ingest as ingest_module
 from pipeline.datasets.diff import digests
 from pipeline.errors import InputError
+from pipeline.models import bundle
 from tests import tiny
 
 RECIPE = {

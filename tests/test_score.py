@@ -15,10 +15,10 @@ import ray
 from tiny import DETECTOR, UNET, encode, make_bundle, png
 
 from pipeline import pools, predictions, score, storage, units
-from pipeline.bundle import open_bundle
 from pipeline.datasets import ingest, shard_reader
 from pipeline.errors import InputError
 from pipeline.evaluate import evaluate
+from pipeline.models.bundle import open_bundle
 from pipeline.predict import Predictor
 from pipeline.runtime.progress import NoSink
 from pipeline.storage import checksum

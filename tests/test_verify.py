@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from tiny import UNET, make_bundle, make_squares
 
-from pipeline import bundle, predictions, score
+from pipeline import predictions, score
 from pipeline.datasets import ingest, shard_reader
 from pipeline.errors import InputError
+from pipeline.models import bundle
 from pipeline.storage import checksum
 from pipeline.verify import compare, verify
 

@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from pipeline import bundle, models
+from pipeline import models
 from pipeline.datasets import ingest
+from pipeline.models import bundle
 
 INPUT = {"size": [32, 32], "fit": "letterbox", "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
 UNET = {"name": "unet", "width": 4, "depth": 2}

@@ -5,8 +5,8 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline import storage
-from pipeline.bundle import Bundle
 from pipeline.datasets.ingest import DatasetInfo
+from pipeline.models.bundle import Bundle
 from pipeline.predict import Predictor
 from pipeline.report import detection, diagrams
 from pipeline.report.gallery import gallery, most_doubtful

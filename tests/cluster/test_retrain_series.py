@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from pipeline import registry
-from pipeline.bundle import open_bundle
+from pipeline.models.bundle import open_bundle
 from tests.test_retrain import LOOSE, RECIPE, write_square
 
 ROOT = Path(__file__).resolve().parents[2]
