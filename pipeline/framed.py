@@ -14,7 +14,7 @@ from pipeline.errors import InputError
 from pipeline.images.decode import decode_many
 from pipeline.images.host_frames import Paster
 from pipeline.images.layout import lay_out
-from pipeline.tasks.rows import FAULT, FRAME, stored_sizes, usable
+from pipeline.tasks.collate import FAULT, FRAME, stored_sizes, usable
 
 CACHE_SHARE = 0.4
 """Of the object stores that frames may fill: Ray Data takes up to half for what is on its way, and something is left

@@ -18,7 +18,7 @@ from pipeline.datasets.shard_reader import RowGroup
 from pipeline.errors import InputError
 from pipeline.framed import Cache, Framing, require_room
 from pipeline.stream import Expand, Ledger, Order, plan_rest
-from pipeline.tasks.rows import FAULT, FRAME
+from pipeline.tasks.collate import FAULT, FRAME
 
 COLUMNS = ["image_id", "image", "height", "width", "mask", "boxes"]
 

@@ -12,8 +12,8 @@ from task_cases import Output, detection, framed, output_of
 from pipeline.errors import InputError
 from pipeline.images.boxes import transform_boxes
 from pipeline.tasks import Detection
-from pipeline.tasks.boxes import poolable
-from pipeline.tasks.found import expected_error
+from pipeline.tasks.box_pooling import poolable
+from pipeline.tasks.pooled_boxes import expected_error
 from pipeline.uncertainty.tta import TtaSettings, View, views
 
 ALL = TtaSettings(flips=True, turns=True)

@@ -24,7 +24,7 @@ from pipeline.images.frame_labels import frame_labels
 from pipeline.images.gpu_frames import frame_on_device
 from pipeline.images.host_frames import Paster, paste_images
 from pipeline.images.layout import lay_out
-from pipeline.tasks.rows import FRAME, Failure, Usable, framed_rows, stored_sizes, unflatten, usable
+from pipeline.tasks.collate import FRAME, Failure, Usable, framed_rows, stored_sizes, unflatten, usable
 from pipeline.uncertainty.tta import InferenceSettings, View
 
 Term = tuple[float, Tensor, Tensor]

@@ -16,8 +16,8 @@ from pipeline.errors import InputError, nearest
 from pipeline.images.batch import Batch
 from pipeline.metrics import DetectionMetric, match
 from pipeline.tasks.base import Task, Term, image_area
-from pipeline.tasks.boxes import ByCluster, ByLocation, Prediction, Rule, poolable, restore
-from pipeline.tasks.found import Fused, Own, expected_error, sides, unpack_boxes
+from pipeline.tasks.box_pooling import ByCluster, ByLocation, Prediction, Rule, poolable, restore
+from pipeline.tasks.pooled_boxes import Fused, Own, expected_error, sides, unpack_boxes
 from pipeline.uncertainty import calibration
 from pipeline.uncertainty.box_fusion import DEFAULT_IOU
 from pipeline.uncertainty.calibration import BoxSample
@@ -175,7 +175,7 @@ class Detection(Task):
         )
 
     def fuse(self, members: Iterable[Prediction]) -> Fused:
-        """By location or by clustering, then calibrated; see ``pipeline.tasks.boxes``."""
+        """By location or by clustering, then calibrated; see ``pipeline.tasks.box_pooling``."""
         parameters = None if self.calibration is None else self.calibration["parameters"]
         return self._fuse(members, parameters)
 

@@ -21,7 +21,7 @@ from pipeline.images.batch import Batch
 from pipeline.losses import LOSSES, categorical
 from pipeline.metrics import SegmentationMetric
 from pipeline.tasks.base import Task, Term
-from pipeline.tasks.maps import own_size, pack, unpack, valid_area
+from pipeline.tasks.packed_masks import own_size, pack, unpack, valid_area
 from pipeline.uncertainty import calibration
 from pipeline.uncertainty import measures as measures_module
 from pipeline.uncertainty.calibration import PixelSample

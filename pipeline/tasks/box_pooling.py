@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pipeline.images import boxes as box_ops
-from pipeline.tasks.found import Found, Pooled
+from pipeline.tasks.pooled_boxes import Found, Pooled
 from pipeline.uncertainty import measures
 from pipeline.uncertainty.box_fusion import FUSIONS, MemberBoxes
 from pipeline.uncertainty.tta import View
