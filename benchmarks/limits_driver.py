@@ -10,8 +10,8 @@ import ray.data
 
 from benchmarks import ids
 from pipeline import restarts, score
-from pipeline.predictions.adoption import list_attempts
 from pipeline.predictions.attempts import MANIFEST
+from pipeline.predictions.resume import list_attempts
 from pipeline.runtime.progress import NoSink
 
 

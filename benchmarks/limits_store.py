@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from benchmarks import ids
 from infra.local.fault_proxy import FaultProxy
 from pipeline import predictions, schema, storage
-from pipeline.predictions.files import adoptable
+from pipeline.predictions.unit_file import adoptable
 from pipeline.unit_reader import read_unit
 
 METHODS = ("GET", "HEAD", "PUT", "POST", "DELETE")

@@ -16,7 +16,7 @@ import pyarrow as pa
 import ray
 
 from pipeline.errors import InputError
-from pipeline.predictions.files import UnitFile
+from pipeline.predictions.unit_file import UnitFile
 from pipeline.runtime import prometheus
 
 CAREFUL_FROM = 3

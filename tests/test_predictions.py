@@ -13,7 +13,7 @@ import pytest
 
 from pipeline import predictions, storage
 from pipeline.errors import InputError
-from pipeline.predictions import lists
+from pipeline.predictions import file_lists
 from pipeline.schema import PREDICTIONS
 
 INPUTS = {"bundle_id": "b1", "data": "d1", "splits": ["test"]}
@@ -88,7 +88,7 @@ def test_the_manifest_counts(done: Path):
 
 
 def test_many_files_take_several_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(lists, "LIST_FILES", 2)
+    monkeypatch.setattr(file_lists, "LIST_FILES", 2)
     attempt = begin(tmp_path / "p")
     manifest = finish(attempt, [write(attempt, unit) for unit in (1, 2, 0)])
     assert [entry["files"] for entry in manifest["lists"]] == [2, 1]
@@ -139,7 +139,7 @@ def test_an_attempt_adopts_what_earlier_ones_finished(tmp_path: Path):
     assert adopted.statuses == {"ok": 2, "corrupt": 1}
     assert adopted.uncertainty_sum == 1.0
     stored = json.loads((tmp_path / "p/attempt-1/_START.json").read_text())
-    assert [item["file"] for item in lists.read_list(str(tmp_path / "p"), stored["adopted"][0])] == [kept.file]
+    assert [item["file"] for item in file_lists.read_list(str(tmp_path / "p"), stored["adopted"][0])] == [kept.file]
 
 
 def test_damaged_and_foreign_files_are_not_adopted(tmp_path: Path):

@@ -7,11 +7,11 @@ the result, by way of Parquet lists in ``_lists/``. Readers trust it alone: what
 finishes late is never seen.
 """
 
-from pipeline.predictions.adoption import Piece
 from pipeline.predictions.attempts import Attempt, check, commit, committed, start
-from pipeline.predictions.files import UnitFile, count_statuses, summarise, write_unit
-from pipeline.predictions.lists import listed, read_list
+from pipeline.predictions.file_lists import listed, read_list
 from pipeline.predictions.reader import read, read_each
+from pipeline.predictions.resume import Piece
+from pipeline.predictions.unit_file import UnitFile, count_statuses, summarise, write_unit
 
 __all__ = [
     "Attempt",

@@ -10,9 +10,9 @@ from typing import Any
 from pipeline import storage
 from pipeline.config import first_difference
 from pipeline.errors import InputError
-from pipeline.predictions.adoption import Mapper, Piece, adopt, list_attempts
-from pipeline.predictions.files import UnitFile, count_statuses
-from pipeline.predictions.lists import FOLDER, write_lists
+from pipeline.predictions.file_lists import FOLDER, write_lists
+from pipeline.predictions.resume import Mapper, Piece, adopt, list_attempts
+from pipeline.predictions.unit_file import UnitFile, count_statuses
 from pipeline.schema import SCHEMA_VERSION
 from pipeline.storage import checksum
 

@@ -9,9 +9,9 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.errors import InputError
-from pipeline.predictions.adoption import THREADS
 from pipeline.predictions.attempts import attempt_number, committed
-from pipeline.predictions.lists import listed, read_named
+from pipeline.predictions.file_lists import listed, read_named
+from pipeline.predictions.resume import THREADS
 
 
 def read(uri: str, columns: Sequence[str] | None = None, *, verify: bool = True) -> pa.Table:

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.errors import InputError
-from pipeline.predictions.files import UnitFile
+from pipeline.predictions.unit_file import UnitFile
 
 FOLDER = "_lists"
 """Beside the attempts; tools that glob for rows, and readers of whole folders, pass by names with an underscore."""

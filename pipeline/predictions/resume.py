@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 
 from pipeline import storage
-from pipeline.predictions.files import UnitFile, adoptable, unit_number
+from pipeline.predictions.unit_file import UnitFile, adoptable, unit_number
 
 THREADS = 16
 """Files read at the same time."""
