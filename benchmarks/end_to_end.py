@@ -18,9 +18,10 @@ from PIL import Image
 
 from benchmarks import feed as images
 from benchmarks import harness
-from pipeline import feed, loop
+from pipeline import loop
 from pipeline.datasets import ingest
 from pipeline.runtime.progress import NoSink
+from pipeline.stream.batches import DEPTH
 from pipeline.train import Fit, training_dataset
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -83,7 +84,7 @@ class Run:
 
     @staticmethod
     def _untimed(args: argparse.Namespace) -> int:
-        return args.prefetch + feed.DEPTH
+        return args.prefetch + DEPTH
 
     def wait(self) -> None:
         """Until the device is idle."""

@@ -42,7 +42,7 @@ from benchmarks.feed_rivals import (
 from benchmarks.images import make, photographs
 from jobs.session import ray_session
 from pipeline.datasets import ingest as ingest_module
-from pipeline.feed import ahead, collated
+from pipeline.stream.batches import ahead, collated
 from pipeline.train import Fit, training_dataset
 
 Side = Callable[[int], Iterator[Item]]

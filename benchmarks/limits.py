@@ -36,12 +36,13 @@ from benchmarks.scaling import tiny_bundle
 from infra.local.fault_proxy import FaultProxy
 from infra.local.s3_server import environment, make_bucket, s3_server
 from jobs.session import ray_session
-from pipeline import schema, stream
+from pipeline import schema
 from pipeline import units as planning
 from pipeline.datasets import ingest, metadata
-from pipeline.ledger import Ledger
 from pipeline.models import bundle
 from pipeline.storage import checksum
+from pipeline.stream import run_stream
+from pipeline.stream.ledger import Ledger
 
 GROUPS = 5
 """Row groups of a shard of 128 MB, of images of 100 kB."""
@@ -117,12 +118,14 @@ def digests(folder: Path, images: int) -> dict[str, float]:
 def order(groups: int) -> dict[str, float]:
     """What a row group costs each reading task of training, whichever row groups it reads."""
     every = [
-        stream.RowGroup(f"s3://bucket/dataset/data/train-{at // GROUPS:05d}.parquet", at % GROUPS, ids.GROUP, 26214400)
+        run_stream.RowGroup(
+            f"s3://bucket/dataset/data/train-{at // GROUPS:05d}.parquet", at % GROUPS, ids.GROUP, 26214400
+        )
         for at in range(groups)
     ]
-    whole = stream.Order.of(every, 0, 64 * 2**20)
-    rest = stream.plan_rest(Ledger(), whole.rows, ids.GROUP)
-    sent = stream.Expand(whole, ("image",), 0, rest.stop, Ledger().to_bytes(), 16, "")
+    whole = run_stream.Order.of(every, 0, 64 * 2**20)
+    rest = run_stream.plan_rest(Ledger(), whole.rows, ids.GROUP)
+    sent = run_stream.Expand(whole, ("image",), 0, rest.stop, Ledger().to_bytes(), 16, "")
     data = ray.cloudpickle.dumps(sent)  # pyright: ignore[reportAttributeAccessIssue]
     times = []
     for window in range(4):
@@ -136,7 +139,7 @@ def order(groups: int) -> dict[str, float]:
 def grown(found: dict[str, dict[str, Any]], args: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of the last table: what the figures come to with so many images, if they stay linear."""
     images, units = args.images, args.images / ids.GROUP
-    windows = args.images * args.image_kb * 1000 / (stream.StreamSettings().window_mb * 2**20)
+    windows = args.images * args.image_kb * 1000 / (run_stream.StreamSettings().window_mb * 2**20)
     each, per = found["driver"], found["requests"]
     plan, folder, kept, order = (found[name] for name in ("plan", "folder", "digests", "order"))
     gets = sum(per["read a unit of a dataset"].get(name, 0) for name in ("GET", "HEAD"))

@@ -17,7 +17,7 @@ from torch import nn
 
 from pipeline import storage
 from pipeline.optim import Ema
-from pipeline.stream import Ledger
+from pipeline.stream.run_stream import Ledger
 
 MODEL, STATE, PROGRESS = "model.safetensors", "state.pt", "progress.json"
 

@@ -14,11 +14,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline import checkpoint, feed, losses, models, optim, stream
+from pipeline import checkpoint, losses, models, optim
 from pipeline.augment import Augment
 from pipeline.datasets.ingest import DatasetInfo
 from pipeline.errors import InputError
-from pipeline.feed import Step
 from pipeline.flags import Flags
 from pipeline.images.batch import Batch
 from pipeline.images.gpu_decode import DeviceDecoder
@@ -28,6 +27,9 @@ from pipeline.models.device import Compiled, autocast, fuse, place, wants_compil
 from pipeline.pace import Pace
 from pipeline.recipe import Scale, TrainConfig
 from pipeline.runtime.progress import Progress
+from pipeline.stream import batches as batches_module
+from pipeline.stream import run_stream
+from pipeline.stream.batches import Step
 from pipeline.tasks.base import Task
 
 
@@ -53,7 +55,7 @@ class Worker:
     """Decodes on the device; None: the task's CPU threads do."""
     rank: int = 0
     world: int = 1
-    ledger: stream.Ledger = field(default_factory=stream.Ledger)
+    ledger: run_stream.Ledger = field(default_factory=run_stream.Ledger)
 
     @property
     def judged(self) -> nn.Module:
@@ -180,8 +182,8 @@ def validate(worker: Worker, tables: Iterable[pa.Table]) -> dict[str, float]:
     weights: list[float] = []
     sums = torch.zeros(0, 2, dtype=torch.float64)
     images = 0
-    batches = feed.collated(worker.task, tables, train=False, seed=worker.config.seed, decoder=worker.decoder)
-    for table, view in feed.views(batches, worker.eval_augment, worker.device):
+    batches = batches_module.collated(worker.task, tables, train=False, seed=worker.config.seed, decoder=worker.decoder)
+    for table, view in batches_module.views(batches, worker.eval_augment, worker.device):
         terms = worker.task.loss(worker.ask(module, view), view)
         names = sorted(terms)
         weights = [float(terms[name][0]) for name in names]
@@ -213,11 +215,13 @@ def steps_of(worker: Worker, tables: Iterable[pa.Table], prefetch: int = 0) -> G
     settings, seed = worker.config.train, worker.config.seed
     decoder = None if worker.config.stream.frames else worker.decoder
 
-    def collated() -> Generator[feed.Collated, None, None]:
-        return feed.collated(worker.task, tables, train=True, seed=seed, decoder=decoder)
+    def collated() -> Generator[batches_module.Collated, None, None]:
+        return batches_module.collated(worker.task, tables, train=True, seed=seed, decoder=decoder)
 
-    batches = feed.ahead(collated, prefetch) if prefetch else collated()
-    return feed.steps(feed.views(batches, worker.augment, worker.device), settings.batch_size, worker.scale.accumulate)
+    batches = batches_module.ahead(collated, prefetch) if prefetch else collated()
+    return batches_module.steps(
+        batches_module.views(batches, worker.augment, worker.device), settings.batch_size, worker.scale.accumulate
+    )
 
 
 def run_steps(

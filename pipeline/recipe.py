@@ -15,7 +15,7 @@ from pipeline.models.device import Compile, Precision
 from pipeline.models.transfer import TransferSettings
 from pipeline.optim import OptimSettings
 from pipeline.storage import absolute
-from pipeline.stream import StreamSettings
+from pipeline.stream.run_stream import StreamSettings
 from pipeline.tasks import TASKS
 from pipeline.tasks.base import Task
 

@@ -16,17 +16,18 @@ import ray.train.torch
 import safetensors.torch
 import torch
 
-from pipeline import checkpoint, pools, storage, stream
+from pipeline import checkpoint, pools, storage
 from pipeline.datasets.ingest import open_dataset, row_groups
 from pipeline.errors import InputError
 from pipeline.flags import NonFiniteLossError
-from pipeline.framed import Framing, require_room
 from pipeline.journal import Journal, Made, Plan
 from pipeline.loop import Worker, build_worker, run_steps, steps_of, validate
 from pipeline.models.device import fuse
 from pipeline.recipe import TrainConfig
 from pipeline.runtime import prometheus, resources, tensorboard
 from pipeline.runtime.progress import BoardSink, NoSink, Progress
+from pipeline.stream import run_stream
+from pipeline.stream.frame_cache import Framing, require_room
 
 COLLECTIVE_TIMEOUT_S = 300
 WARNING_EVERY = 10
@@ -62,15 +63,15 @@ def training_dataset(fit: Fit, world: int | None = None) -> ray.data.Dataset:
     config = fit.settings()
     info = open_dataset(config.data)
     groups = row_groups(info, "train")
-    order = stream.Order.of(groups, config.seed, config.stream.window_mb * 2**20)
+    order = run_stream.Order.of(groups, config.seed, config.stream.window_mb * 2**20)
     start = checkpoint.latest(fit.uri)
-    ledger = checkpoint.read_ledger(start) if start else stream.Ledger()
+    ledger = checkpoint.read_ledger(start) if start else run_stream.Ledger()
     end, _ = config.length(order.rows)
-    return stream.dataset(
+    return run_stream.dataset(
         order,
-        stream.plan_rest(ledger, end, config.train.scaled(world or config.train.workers).images),
+        run_stream.plan_rest(ledger, end, config.train.scaled(world or config.train.workers).images),
         ledger,
-        stream.training_columns(config.task, info),
+        run_stream.training_columns(config.task, info),
         config.train.batch_size,
         start.rsplit("/", 1)[-1] if start else "",
         Framing(config.input, config.seed) if config.stream.frames else None,
@@ -118,9 +119,9 @@ def _check(config: TrainConfig, gpu: bool) -> None:
 
 def _look(worker: Worker, journal: Journal, fit: Fit, start: str, told: prometheus.Recorder) -> None:
     """Validate on all ranks, then report a checkpoint that holds every rank's ledger."""
-    columns = stream.training_columns(worker.config.task, worker.info)
-    tables = stream.share(worker.info, "val", worker.rank, worker.world, columns)
-    metrics = validate(worker, stream.slices(tables, worker.config.train.batch_size))
+    columns = run_stream.training_columns(worker.config.task, worker.info)
+    tables = run_stream.share(worker.info, "val", worker.rank, worker.world, columns)
+    metrics = validate(worker, run_stream.slices(tables, worker.config.train.batch_size))
     journal.judge(metrics["val_loss"], worker.config.train.min_delta)
     journal.note(journal.step, **metrics)
     if worker.rank == 0:
@@ -209,7 +210,7 @@ def _restore(worker: Worker) -> tuple[Journal, str]:
 def _plan(worker: Worker, journal: Journal, rows: int, resumed_from: str) -> Plan:
     """What this worker group still has to do of a run over ``rows`` images."""
     end, nominal_batch = worker.config.length(rows)
-    rest, ratio = stream.plan_rest(worker.ledger, end, worker.scale.images), worker.scale.ratio
+    rest, ratio = run_stream.plan_rest(worker.ledger, end, worker.scale.images), worker.scale.ratio
     used = worker.ledger.count(0, rest.stop)
     return Plan(
         journal.step + rest.steps, worker.config.validate_every(rows, nominal_batch), resumed_from,

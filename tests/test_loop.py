@@ -13,13 +13,14 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 
-from pipeline import checkpoint, flags, loop, schema, stream
+from pipeline import checkpoint, flags, loop, schema
 from pipeline.datasets import ingest
 from pipeline.errors import InputError
 from pipeline.images.batch import Batch
 from pipeline.models import device
 from pipeline.recipe import TrainConfig
 from pipeline.runtime.progress import NoSink, Progress
+from pipeline.stream import run_stream
 
 SIZE = 32
 
@@ -351,7 +352,7 @@ def test_a_restored_run_goes_on_as_if_nothing_had_happened(tmp_path, ema):
     run(second, tables[2:], journal=loop.Journal(**restored))
     for a, b in zip(whole.judged.state_dict().values(), second.judged.state_dict().values(), strict=True):
         assert torch.equal(a, b)
-    assert stream.plan_rest(second.ledger, 16, 4).steps == 0
+    assert run_stream.plan_rest(second.ledger, 16, 4).steps == 0
 
 
 @pytest.mark.parametrize("loss", ["binary_cross_entropy", "binary_focal", "lovasz_hinge", "cross_entropy", "tversky"])

@@ -6,11 +6,12 @@ import pyarrow as pa
 import pytest
 import torch
 
-from pipeline import ensemble, loop, predictions, score, stream
+from pipeline import ensemble, loop, predictions, score
 from pipeline.datasets import ingest
 from pipeline.models import bundle
 from pipeline.recipe import TrainConfig
 from pipeline.runtime.progress import NoSink, Progress
+from pipeline.stream import run_stream
 
 HELD = {"val": 0.1, "calibration": 0.1}
 
@@ -20,18 +21,24 @@ def few_steps(config: TrainConfig, folder: Path, steps: int) -> str:
     info = ingest.open_dataset(config.data)
     worker = loop.build_worker(config, info, torch.device("cpu"))
     groups = ingest.row_groups(info, "train")
-    order = stream.Order.of(groups, 0, 2**26)
+    order = run_stream.Order.of(groups, 0, 2**26)
     size = config.train.batch_size
-    expand = stream.Expand(
-        order, tuple(stream.training_columns(config.task, info)), 0, steps * size, stream.Ledger().to_bytes(), size, ""
+    expand = run_stream.Expand(
+        order,
+        tuple(run_stream.training_columns(config.task, info)),
+        0,
+        steps * size,
+        run_stream.Ledger().to_bytes(),
+        size,
+        "",
     )
     units = {"id": torch.arange(steps * size).numpy()}
     journal = loop.Journal()
     first: list[float] = []
 
     def look(worker: loop.Worker, journal: loop.Journal) -> None:
-        tables = stream.share(info, "val", 0, 1, stream.training_columns(config.task, info))
-        first.append(loop.validate(worker, stream.slices(tables, size))["val_loss"])
+        tables = run_stream.share(info, "val", 0, 1, run_stream.training_columns(config.task, info))
+        first.append(loop.validate(worker, run_stream.slices(tables, size))["val_loss"])
 
     look(worker, journal)
     rows = pa.concat_tables(expand(units))

@@ -9,12 +9,13 @@ import pyarrow as pa
 import pytest
 from tiny import UNET, make_bundle, make_squares, png
 
-from pipeline import predictions, score, storage, stream
+from pipeline import predictions, score, storage
 from pipeline.augment import InputSettings
 from pipeline.datasets import image_fetch, ingest, shard_reader
 from pipeline.errors import InputError
-from pipeline.framed import Framing
-from pipeline.ledger import Ledger
+from pipeline.stream import run_stream
+from pipeline.stream.frame_cache import Framing
+from pipeline.stream.ledger import Ledger
 from pipeline.verify import verify
 
 
@@ -132,10 +133,10 @@ def test_rows_refer_to_images_and_are_otherwise_those_of_a_packed_dataset(both: 
 @pytest.mark.parametrize("framed", [False, True])
 def test_training_rows_are_the_same(both: dict[str, ingest.DatasetInfo], framed: bool):
     def walk(info: ingest.DatasetInfo) -> pa.Table:
-        order = stream.Order.of(ingest.row_groups(info, "train"), 3, 2**20)
-        columns = tuple(stream.training_columns("segmentation", info))
+        order = run_stream.Order.of(ingest.row_groups(info, "train"), 3, 2**20)
+        columns = tuple(run_stream.training_columns("segmentation", info))
         framing = Framing(InputSettings(size=(32, 32)), 3) if framed else None
-        expand = stream.Expand(order, columns, 0, 25, Ledger().to_bytes(), 4, "", framing)
+        expand = run_stream.Expand(order, columns, 0, 25, Ledger().to_bytes(), 4, "", framing)
         return pa.concat_tables(list(expand({"id": np.arange(3 * order.windows)})))
 
     found = walk(both["referenced"])
@@ -145,8 +146,8 @@ def test_training_rows_are_the_same(both: dict[str, ingest.DatasetInfo], framed:
 
 def test_validation_rows_are_the_same(both: dict[str, ingest.DatasetInfo]):
     def rows(info: ingest.DatasetInfo, rank: int) -> pa.Table:
-        columns = stream.training_columns("segmentation", info)
-        return pa.concat_tables(stream.share(info, "val", rank, 2, columns))
+        columns = run_stream.training_columns("segmentation", info)
+        return pa.concat_tables(run_stream.share(info, "val", rank, 2, columns))
 
     for rank in (0, 1):
         assert rows(both["referenced"], rank).equals(rows(both["packed"], rank))
@@ -155,11 +156,11 @@ def test_validation_rows_are_the_same(both: dict[str, ingest.DatasetInfo]):
 def test_cached_frames_of_referenced_images(both: dict[str, ingest.DatasetInfo]):
     def frames(info: ingest.DatasetInfo) -> pa.Table:
         groups = ingest.row_groups(info, "train")
-        order = stream.Order.of(groups, 3, 2**20)
-        rest = stream.plan_rest(Ledger(), order.rows, 4)
+        order = run_stream.Order.of(groups, 3, 2**20)
+        rest = run_stream.plan_rest(Ledger(), order.rows, 4)
         framing = Framing(InputSettings(size=(32, 32)), 3)
-        columns = stream.training_columns("segmentation", info)
-        data = stream.dataset(order, rest, Ledger(), columns, 4, "", framing, cached=True)
+        columns = run_stream.training_columns("segmentation", info)
+        data = run_stream.dataset(order, rest, Ledger(), columns, 4, "", framing, cached=True)
         return pa.concat_tables(list(data.iter_batches(batch_size=4, batch_format="pyarrow")))
 
     assert frames(both["referenced"]).equals(frames(both["packed"]))

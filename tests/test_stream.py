@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import stream
 from pipeline.datasets.shard_reader import RowGroup
-from pipeline.stream import Expand, Ledger, Order, plan_rest
+from pipeline.stream import run_stream
+from pipeline.stream.run_stream import Expand, Ledger, Order, plan_rest
 
 
 def order_of(sizes: list[int], seed: int = 0, window_bytes: int = 250) -> Order:
@@ -111,7 +111,7 @@ def test_ray_splits_the_stream_evenly_and_loses_nothing(ray_local, tmp_path, wor
     groups = [RowGroup(file=path, index=i, rows=n, num_bytes=500 * n) for i, n in enumerate([16, 16, 9])]
     order = Order.of(groups, 3, 500 * 20)
     rest = plan_rest(Ledger(), 3 * order.rows, 4 * world)
-    dataset = stream.dataset(order, rest, Ledger(), ["image_id", "image"], 4, "")
+    dataset = run_stream.dataset(order, rest, Ledger(), ["image_id", "image"], 4, "")
     import ray
 
     splits = dataset.streaming_split(world, equal=True)

@@ -12,12 +12,13 @@ from test_device_decode import jpeg, picture
 from test_feed import same
 from test_loop import tree, worker_of
 
-from pipeline import schema, stream
+from pipeline import schema
 from pipeline.augment import InputSettings
 from pipeline.datasets.shard_reader import RowGroup
 from pipeline.errors import InputError
-from pipeline.framed import Cache, Framing, require_room
-from pipeline.stream import Expand, Ledger, Order, plan_rest
+from pipeline.stream import run_stream
+from pipeline.stream.frame_cache import Cache, Framing, require_room
+from pipeline.stream.run_stream import Expand, Ledger, Order, plan_rest
 from pipeline.tasks.collate import FAULT, FRAME
 
 COLUMNS = ["image_id", "image", "height", "width", "mask", "boxes"]
@@ -118,8 +119,8 @@ def test_cached_frames_are_made_once_and_every_position_comes_once(ray_local, sh
     def read(dataset) -> pa.Table:
         return pa.concat_tables(list(dataset.iter_batches(batch_size=4, batch_format="pyarrow")))
 
-    plain = read(stream.dataset(*given))
-    cached = read(stream.dataset(*given, framing=framing, cached=True))
+    plain = read(run_stream.dataset(*given))
+    cached = read(run_stream.dataset(*given, framing=framing, cached=True))
     assert cached["position"].to_pylist() == list(range(rest.stop))
     assert cached["image_id"].to_pylist() == plain["image_id"].to_pylist()
     assert framing(plain)[FRAME].combine_chunks().equals(cached[FRAME].combine_chunks())

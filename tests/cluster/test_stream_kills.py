@@ -9,9 +9,9 @@ import pytest
 import ray
 from tiny import make_squares
 
-from pipeline import stream
 from pipeline.datasets import ingest
-from pipeline.ledger import Ledger
+from pipeline.stream import run_stream
+from pipeline.stream.ledger import Ledger
 
 EPOCHS, BATCH, SEED = 3, 4, 5
 IMAGES = 30
@@ -46,11 +46,11 @@ def reader_class() -> type:
 
 def start(info: ingest.DatasetInfo, ledger: Ledger, workers: int, pause_s: float) -> tuple[list[Any], list[Any], int]:
     """Workers that read all that remains of the run: (their handles, their calls, steps)."""
-    order = stream.Order.of(ingest.row_groups(info, "train"), SEED, 4000)
+    order = run_stream.Order.of(ingest.row_groups(info, "train"), SEED, 4000)
     assert order.windows > 1
-    rest = stream.plan_rest(ledger, EPOCHS * order.rows, BATCH * workers)
-    columns = stream.training_columns("segmentation", info)
-    shards = stream.dataset(order, rest, ledger, columns, BATCH, "").streaming_split(workers, equal=True)
+    rest = run_stream.plan_rest(ledger, EPOCHS * order.rows, BATCH * workers)
+    columns = run_stream.training_columns("segmentation", info)
+    shards = run_stream.dataset(order, rest, ledger, columns, BATCH, "").streaming_split(workers, equal=True)
     actor: Any = ray.remote(num_cpus=0.5, max_concurrency=2)(reader_class())
     readers = [actor.remote(shard) for shard in shards]
     return readers, [reader.read.remote(pause_s) for reader in readers], rest.steps
@@ -58,9 +58,9 @@ def start(info: ingest.DatasetInfo, ledger: Ledger, workers: int, pause_s: float
 
 def order_of(info: ingest.DatasetInfo) -> list[str]:
     """The image at each position of the whole run, read by nobody's workers."""
-    order = stream.Order.of(ingest.row_groups(info, "train"), SEED, 4000)
-    columns = tuple(stream.training_columns("segmentation", info))
-    expand = stream.Expand(order, columns, 0, EPOCHS * order.rows, Ledger().to_bytes(), BATCH, "")
+    order = run_stream.Order.of(ingest.row_groups(info, "train"), SEED, 4000)
+    columns = tuple(run_stream.training_columns("segmentation", info))
+    expand = run_stream.Expand(order, columns, 0, EPOCHS * order.rows, Ledger().to_bytes(), BATCH, "")
     units = {"id": np.arange(EPOCHS * order.windows)}
     return [name for table in expand(units) for name in table["image_id"].to_pylist()]
 

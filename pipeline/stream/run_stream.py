@@ -21,10 +21,10 @@ from pipeline.config import Settings
 from pipeline.datasets import image_fetch
 from pipeline.datasets.ingest import DatasetInfo, row_groups
 from pipeline.datasets.shard_reader import RowGroup, read_row_group
-from pipeline.ledger import Ledger
+from pipeline.stream.ledger import Ledger
 
 if TYPE_CHECKING:  # tasks that ship bytes do without it, and without torch: 2 s less to start each
-    from pipeline.framed import Cache, Framing
+    from pipeline.stream.frame_cache import Cache, Framing
 
 LABEL_COLUMNS = {"segmentation": ["mask"], "detection": ["boxes"]}
 ROW_COLUMNS = ["image_id", "image", "height", "width"]
@@ -222,7 +222,7 @@ def dataset(
     units = max(1, -(-rest.stop // order.rows) * order.windows - first_unit)
     cache = None
     if framing and cached:
-        from pipeline.framed import Cache
+        from pipeline.stream.frame_cache import Cache
 
         cache = Cache.start(framing, columns)
     stored = ledger.to_bytes()

@@ -20,11 +20,11 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from pipeline import stream
 from pipeline.augment import Augment
 from pipeline.errors import InputError
 from pipeline.images.batch import Batch
 from pipeline.images.gpu_decode import DeviceDecoder
+from pipeline.stream import run_stream
 from pipeline.tasks.base import Failure, Task
 
 DEPTH = 2
@@ -228,7 +228,7 @@ def steps(made: Iterable[tuple[pa.Table, Batch]], batch_size: int, accumulate: i
     for table, batch in made:
         if table.num_rows != batch_size:
             raise RuntimeError(f"the stream ended within a batch: {table.num_rows} rows; rows were lost on the way")
-        arrays = stream.batch_arrays(table)
+        arrays = run_stream.batch_arrays(table)
         batches.append(batch)
         positions.append(arrays["position"])
         if len(batches) == accumulate:
