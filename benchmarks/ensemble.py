@@ -23,16 +23,17 @@ import pyarrow as pa
 from benchmarks import harness
 from benchmarks import predict as single
 from jobs.session import ray_session
-from pipeline import predictions, score
+from pipeline import predictions
 from pipeline.runtime.progress import NoSink
+from pipeline.scoring import job as job_module
 
 ONE, OURS, RIVAL = "one pass", "a predict a member", "Ray's documented pattern a member"
 
 
-def counting(log: Path) -> tuple[type[score.Reader], type[score.Scorer]]:
+def counting(log: Path) -> tuple[type[job_module.Reader], type[job_module.Scorer]]:
     """Reader and scorer that note what they do, one JSON line each time. Local, so that they travel by value."""
 
-    class Reader(score.Reader):
+    class Reader(job_module.Reader):
         def __call__(self, batch: pa.Table) -> pa.Table:
             out = super().__call__(batch)
             with pa.ipc.open_stream(out["images"][0].as_buffer()) as stream:
@@ -40,7 +41,7 @@ def counting(log: Path) -> tuple[type[score.Reader], type[score.Scorer]]:
             note(log, bytes_read=sum(len(image.as_buffer()) for image in images if image.is_valid))
             return out
 
-    class Scorer(score.Scorer):
+    class Scorer(job_module.Scorer):
         def __init__(self, *args: Any) -> None:
             super().__init__(*args)
             predictor = self.predictor
@@ -95,12 +96,12 @@ class Runs:
 
     def predict(self, uri: str, target: Path) -> None:
         """One ``dubito predict``, counted."""
-        kept = score.Reader, score.Scorer
-        score.Reader, score.Scorer = counting(self.log)
+        kept = job_module.Reader, job_module.Scorer
+        job_module.Reader, job_module.Scorer = counting(self.log)
         try:
-            made = score.predict(uri, str(self.images), str(target), sink=NoSink())
+            made = job_module.predict(uri, str(self.images), str(target), sink=NoSink())
         finally:
-            score.Reader, score.Scorer = kept
+            job_module.Reader, job_module.Scorer = kept
         wanted = single.count(self.images)
         if made["statuses"] != {"ok": wanted} or predictions.read(str(target)).num_rows != wanted:
             raise RuntimeError(f"{made['statuses']} where {wanted} images were")

@@ -29,10 +29,13 @@ import pyarrow.parquet as pq
 from benchmarks import harness
 from benchmarks.scaling import descendants, tiny_bundle
 from jobs.session import ray_session
-from pipeline import pools, predictions, schema, score, units
+from pipeline import predictions, schema
 from pipeline.datasets import ingest
 from pipeline.models import bundle
 from pipeline.runtime.progress import NoSink
+from pipeline.scoring import actor_pool
+from pipeline.scoring.job import predict
+from pipeline.scoring.plan import make_plan
 from pipeline.storage import checksum
 
 GROUP = 256
@@ -79,7 +82,7 @@ def write_dataset(folder: Path, ids: int, shards: int, group: int = GROUP) -> st
     (folder / "data").mkdir(parents=True)
     each = ids // shards
     work = partial(write_shard, group=group)
-    files = list(pools.in_tasks(work, [(str(folder), number, each) for number in range(shards)]))
+    files = list(actor_pool.in_tasks(work, [(str(folder), number, each) for number in range(shards)]))
     meta = {
         "schema_version": schema.SCHEMA_VERSION, "name": "ids", "classes": ["thing", "background"], "background": 1,
         "tasks": [], "counts": {"test": {"images": each * shards}}, "fingerprint": f"{ids} ids", "statistics": {},
@@ -105,14 +108,14 @@ def write_units(work: tuple[str, str, str, str, Sequence[tuple[int, int, int]]])
 
 def earlier_attempt(model: str, data: str, out: str) -> int:
     """An attempt that was killed shortly before its end; the number of its units."""
-    plan = units.make_plan(bundle.open_bundle(model), data, None, measure=False)
+    plan = make_plan(bundle.open_bundle(model), data, None, measure=False)
     attempt = predictions.start(out, inputs=plan.inputs, digest=plan.digest, pieces=plan.pieces)
     work = []
     for piece in plan.pieces:
         done = [unit for unit in piece.members if unit.number < len(plan.units) - LEFT]
         starts = [(unit.number, unit.source["group"] * GROUP + unit.source["start"], unit.rows) for unit in done]
         work.append((out, attempt.name, attempt.digest, f"{data}/{piece.members[0].source['file']}", starts))
-    return sum(pools.in_tasks(write_units, work))
+    return sum(actor_pool.in_tasks(write_units, work))
 
 
 def job(model: str, data: str, out: str, limit: int, pipe: Any) -> None:
@@ -129,7 +132,7 @@ def job(model: str, data: str, out: str, limit: int, pipe: Any) -> None:
         before = descendants()[os.getpid()]["private"]
         threading.Thread(target=watch, daemon=True).start()
         began = time.perf_counter()
-        found = score.predict(model, data, out, sink=NoSink())
+        found = predict(model, data, out, sink=NoSink())
         seconds = time.perf_counter() - began
         stop.set()
     kept = {key: found[key] for key in ("rows", "statuses", "adopted", "scored")}

@@ -37,9 +37,9 @@ from infra.local.fault_proxy import FaultProxy
 from infra.local.s3_server import environment, make_bucket, s3_server
 from jobs.session import ray_session
 from pipeline import schema
-from pipeline import units as planning
 from pipeline.datasets import ingest, metadata
 from pipeline.models import bundle
+from pipeline.scoring import plan as planning
 from pipeline.storage import checksum
 from pipeline.stream import run_stream
 from pipeline.stream.ledger import Ledger

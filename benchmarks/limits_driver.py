@@ -9,10 +9,11 @@ import ray
 import ray.data
 
 from benchmarks import ids
-from pipeline import restarts, score
 from pipeline.predictions.attempts import MANIFEST
 from pipeline.predictions.resume import list_attempts
 from pipeline.runtime.progress import NoSink
+from pipeline.scoring import crash_guard
+from pipeline.scoring.job import predict
 
 
 def cpu_s() -> float:
@@ -39,7 +40,7 @@ def job(folder: Path, model: str, count: int) -> dict[str, float]:
     out, found = folder / "out", dict[str, float]()
     for name in ("scored", "adopted"):
         begin, began, first = cpu_s(), time.perf_counter(), First()
-        result = score.predict(model, data, str(out), sink=first, threads=1)
+        result = predict(model, data, str(out), sink=first, threads=1)
         found |= {f"{name} CPU": cpu_s() - begin, f"{name} s": time.perf_counter() - began}
         found[f"{name} first"] = (first.at or began) - began
         assert result[name] == count, result
@@ -71,7 +72,7 @@ def driver(folder: Path, model: str, counts: tuple[int, int]) -> dict[str, float
     """What a unit takes of the driver, by the difference of two jobs."""
     few, many = (job(folder / str(count), model, count) for count in counts)
     more = {key: (many[key] - few[key]) / (counts[1] - counts[0]) for key in few}
-    with restarts.counting() as starts:
+    with crash_guard.counting() as starts:
         began = time.perf_counter()
         for unit in range(counts[1]):
             starts.begin.remote(unit)

@@ -15,7 +15,7 @@ from benchmarks import ids
 from infra.local.fault_proxy import FaultProxy
 from pipeline import predictions, schema, storage
 from pipeline.predictions.unit_file import adoptable
-from pipeline.unit_reader import read_unit
+from pipeline.scoring.unit_reader import read_unit
 
 METHODS = ("GET", "HEAD", "PUT", "POST", "DELETE")
 

@@ -16,13 +16,14 @@ import numpy as np
 from PIL import Image
 
 from jobs.session import ray_session
-from pipeline import ensemble, predictions, schema, score
+from pipeline import ensemble, predictions, schema
 from pipeline.datasets import ingest as ingest_module
 from pipeline.errors import DoneError
 from pipeline.metrics.ranking import auroc
 from pipeline.models import bundle as bundles
 from pipeline.recipe import TrainConfig
 from pipeline.runtime.progress import Terminal, diverted
+from pipeline.scoring.job import predict
 
 CLASSES = ["background", "vessel"]
 CONFIG: dict[str, Any] = {
@@ -116,7 +117,7 @@ def main() -> None:
             bundle = ensemble.run(config, args.members, resume=True, sink=terminal).uri
         except DoneError:
             bundle = str(out / "model" / "bundle")
-        made = score.predict(bundle, data, str(out / "predictions" / bundles.open_bundle(bundle).id), "test", terminal)
+        made = predict(bundle, data, str(out / "predictions" / bundles.open_bundle(bundle).id), "test", terminal)
         terminal.close()
     figures = compare(folder, predictions.read(made["out"]))
     (out / "figures.json").write_text(json.dumps(figures, indent=1))

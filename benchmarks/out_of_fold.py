@@ -19,13 +19,14 @@ import pyarrow.parquet as pq
 
 from benchmarks.promise import repeated_splits
 from jobs.session import ray_session
-from pipeline import ensemble, score
+from pipeline import ensemble
 from pipeline.config import load, merge
 from pipeline.datasets import ingest
 from pipeline.errors import DoneError
 from pipeline.metrics.ranking import spearman
 from pipeline.recipe import TrainConfig
 from pipeline.runtime.progress import Terminal, diverted
+from pipeline.scoring import job
 
 
 def fold_data(folder: Path, out: Path, fold: int, folds: int, seed: int, terminal: Terminal) -> str:
@@ -55,7 +56,7 @@ def predict_fold(args: Any, fold: int, terminal: Terminal) -> pa.Table:
         bundle = ensemble.run(config, args.members, resume=True, sink=terminal).uri
     except DoneError:
         bundle = str(out / "model" / "bundle")
-    found = score.score(bundle, data, split="test", measure="metrics", scalars=True, sink=terminal)
+    found = job.score(bundle, data, split="test", measure="metrics", scalars=True, sink=terminal)
     rows = found["meters"].pool.images_table()
     losses = dict(zip(rows["ids"].tolist(), rows["loss"].tolist(), strict=True))
     names = found["scalars"]["image_id"].to_pylist()

@@ -19,10 +19,10 @@ from pipeline import ensemble
 from pipeline.config import merge
 from pipeline.datasets import ingest as ingest_module
 from pipeline.errors import DoneError
-from pipeline.evaluate import evaluate
 from pipeline.models import bundle as bundles
 from pipeline.recipe import TrainConfig
 from pipeline.runtime.progress import Terminal, diverted
+from pipeline.scoring.evaluate import evaluate
 
 GEOMETRY = {"hflip": 0.5, "vflip": 0.5, "quarter_turns": 0.5, "rotate": 15, "scale": [0.75, 1.33]}
 LIGHT = {"brightness": 0.2, "contrast": 0.2}

@@ -34,10 +34,11 @@ from safetensors.torch import save_file
 from benchmarks import harness
 from benchmarks.images import make, photographs
 from jobs.session import ray_session
-from pipeline import models, score
+from pipeline import models
 from pipeline.datasets import ingest
 from pipeline.models import bundle
 from pipeline.runtime.progress import NoSink
+from pipeline.scoring import job as job_module
 from pipeline.train import Fit, fit
 
 SCALES = (1, 4, 16)
@@ -124,7 +125,7 @@ def train_once(uri: str, out: str, rows: int) -> None:
 
 def predict_once(uri: str, out: str, rows: int) -> None:
     """The train split as ``dubito predict`` runs it, with masks and maps."""
-    result = score.predict(tiny_bundle(Path(out)), uri, f"{out}/predictions", split="train", sink=NoSink())
+    result = job_module.predict(tiny_bundle(Path(out)), uri, f"{out}/predictions", split="train", sink=NoSink())
     assert result["statuses"] == {"ok": rows}, result["statuses"]
 
 

@@ -7,7 +7,7 @@ The model is a stub that sleeps so long an image as a GPU would be at work, one 
 many workers fit on a few cores, and what is measured is what feeds them. Each has as many images to do, however many
 workers there are (weak scaling). Two jobs:
 
-- ``batch inference``: ``pipeline.score`` with so many actors over a dataset of tiny JPEGs, predictions written; the
+- ``batch inference``: ``pipeline.scoring.job`` with so many actors over a dataset of tiny JPEGs, predictions written; the
   members are replaced in the actors, maps are off.
 - ``training stream``: ``pipeline.train.training_dataset`` split for so many consumers as Ray Train does it
   (``streaming_split(equal=True)``); each takes batches of encoded images, and sleeps.
@@ -44,9 +44,11 @@ from benchmarks.cpu import Busy
 from benchmarks.images import make, photographs
 from benchmarks.scaling import BATCH, MODEL, SIDE, tiny_bundle
 from jobs.session import ray_session
-from pipeline import schema, score, units
+from pipeline import schema
 from pipeline.datasets import ingest
 from pipeline.runtime.progress import NoSink
+from pipeline.scoring.job import Scorer, predict
+from pipeline.scoring.plan import UNIT_ROWS
 from pipeline.train import Fit, training_dataset
 
 PARTS = 5
@@ -85,7 +87,7 @@ class SleepingModel(nn.Module):
         return batch[:, :2]
 
 
-class SleepingScorer(score.Scorer):
+class SleepingScorer(Scorer):
     """The actor with the sleeping model in the place of every member; its notes go into a file of its own."""
 
     def __init__(self, image_s: float, folder: str, *args: Any) -> None:
@@ -116,13 +118,13 @@ def inference(uri: str, model: str, args: argparse.Namespace, workers: int, fold
     """``dubito predict`` over the split that has so many images."""
     notes = folder / "notes"
     notes.mkdir(parents=True)
-    kept, score.Scorer = score.Scorer, partial(SleepingScorer, args.image_ms / 1e3, str(notes))  # type: ignore[misc]
+    kept, Scorer = Scorer, partial(SleepingScorer, args.image_ms / 1e3, str(notes))  # type: ignore[misc]
     try:
-        found = score.predict(
+        found = predict(
             model, uri, str(folder / "out"), split=splits(args)[workers], sink=NoSink(), actors=workers, batch=BATCH
         )
     finally:
-        score.Scorer = kept
+        Scorer = kept
     assert found["statuses"] == {"ok": workers * args.images}, found["statuses"]
     return [[Batch(*json.loads(line)) for line in file.read_text().splitlines()] for file in notes.iterdir()]
 
@@ -241,7 +243,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.workers = args.workers or ([1, 8] if args.small else [1, 2, 4, 8])
     wanted = args.images or (256 if args.small else 512)
-    args.images = -(-wanted // units.UNIT_ROWS) * units.UNIT_ROWS
+    args.images = -(-wanted // UNIT_ROWS) * UNIT_ROWS
     return args
 
 

@@ -17,7 +17,7 @@ def run(bundle: str, data: str, out: str, kind: str, risk: float | None, delta: 
         source = bundles.open_bundle(bundle)
         changed = bundles.derive(source, predict=merge(source.manifest["predict"], parse_sets(sets)))
         with ray_session():
-            from pipeline import calibrate
+            from pipeline.scoring import calibrate
 
             made = calibrate.calibrate(changed, absolute(data), settings, sink=terminal)
         written = bundles.write(out, made.manifest, bundles.member_uris(source))

@@ -53,12 +53,13 @@ def _task(root: str, task: str, terminal: Voice) -> dict[str, Any]:
     """Two members, their bundle, predictions and metrics on the test split and on the shifted images."""
     import contextlib
 
-    from pipeline import ensemble, predictions, score, storage
+    from pipeline import ensemble, predictions, storage
     from pipeline.config import load
     from pipeline.datasets.ingest import open_dataset
     from pipeline.errors import DoneError
     from pipeline.recipe import TrainConfig
     from pipeline.report import summary
+    from pipeline.scoring import job
 
     tree = load(str(CONFIGS / TASKS[task]), [f"data={root}/data", f"out={root}/{task}"])
     terminal.say(f"demo: training {MEMBERS} {task} members")
@@ -70,7 +71,7 @@ def _task(root: str, task: str, terminal: Voice) -> dict[str, Any]:
     for name in ("data", "shifted"):
         uri = storage.join(root, "predictions", f"{task}-{name}")
         data = storage.join(root, name)
-        made = score.score(bundle, data, out=uri, split="test", measure="metrics", sink=terminal)
+        made = job.score(bundle, data, out=uri, split="test", measure="metrics", sink=terminal)
         metrics[name] = made["metrics"]
         tables[name] = predictions.read(uri)
     infos = {name: open_dataset(storage.join(root, name)) for name in tables}

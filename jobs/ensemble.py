@@ -14,8 +14,9 @@ def run(config: str, members: int, resume: bool, sets: list[str], verb: str = "e
         settings = TrainConfig.parse(load(config, sets), config).with_absolute_uris()
         settings.model_settings(config)
         with ray_session(settings.train.workers):
-            from pipeline import calibrate, ensemble
+            from pipeline import ensemble
             from pipeline.models import transfer
+            from pipeline.scoring import calibrate
 
             made = ensemble.run(settings, members, resume=resume, sink=terminal)
             from pipeline.report import curves

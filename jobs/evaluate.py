@@ -16,7 +16,7 @@ def run(bundle: str, data: str, split: str, out: str, shift_data: str = "", shif
 
         where = storage.absolute(bundle), storage.absolute(data)
         with ray_session():
-            from pipeline.evaluate import evaluate
+            from pipeline.scoring.evaluate import evaluate
 
             metrics, scalars = evaluate(
                 *where,

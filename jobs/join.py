@@ -21,7 +21,7 @@ def run(bundles: list[str], out: str, data: str, risk: float | None, delta: floa
         made = bundle.stage(out, manifest, weights)
         if data:
             with ray_session():
-                from pipeline import calibrate
+                from pipeline.scoring import calibrate
 
                 settings = CalibrateSettings.parse({"risk": risk, "delta": delta}, "options")
                 made = calibrate.calibrate(made, absolute(data), settings, sink=terminal)

@@ -11,9 +11,9 @@ def run(bundle: str, data: str, out: str, split: str) -> int:
         from pipeline.storage import absolute
 
         with ray_session():
-            from pipeline import score
+            from pipeline.scoring.job import predict
 
-            made = score.predict(absolute(bundle), absolute(data), absolute(out), split=split or None, sink=terminal)
+            made = predict(absolute(bundle), absolute(data), absolute(out), split=split or None, sink=terminal)
         terminal.close()
         statuses = ", ".join(f"{word} {count}" for word, count in sorted(made["statuses"].items()))
         doubt = "" if made["uncertainty_mean"] is None else f", mean uncertainty {made['uncertainty_mean']:.4g}"

@@ -12,7 +12,7 @@ from typing import Any
 
 import ray
 
-from pipeline import __version__, calibrate, models, storage, train
+from pipeline import __version__, models, storage, train
 from pipeline.config import first_difference
 from pipeline.datasets.ingest import DatasetInfo, open_dataset, row_groups
 from pipeline.errors import DoneError, InputError, root_input_error
@@ -20,6 +20,7 @@ from pipeline.models import bundle, transfer
 from pipeline.recipe import TrainConfig
 from pipeline.runtime import progress, prometheus
 from pipeline.schema import BUNDLE_JSON, SCHEMA_VERSION
+from pipeline.scoring import calibrate
 
 POLL_S = 0.5
 Fit = Callable[[train.Fit], dict[str, Any]]

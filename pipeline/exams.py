@@ -9,11 +9,11 @@ import hashlib
 from pipeline import storage
 from pipeline.datasets.ingest import open_dataset
 from pipeline.errors import InputError
-from pipeline.meters import Meters
 from pipeline.models.bundle import open_bundle
-from pipeline.predict import task_of
 from pipeline.runtime.progress import Sink
-from pipeline.score import score
+from pipeline.scoring.ensemble_metrics import Meters
+from pipeline.scoring.job import score
+from pipeline.scoring.predictor import task_of
 
 _DIGEST = 32
 """Bytes of the sha256 before the counts."""

@@ -16,7 +16,7 @@ import ray.train.torch
 import safetensors.torch
 import torch
 
-from pipeline import checkpoint, pools, storage
+from pipeline import checkpoint, storage
 from pipeline.datasets.ingest import open_dataset, row_groups
 from pipeline.errors import InputError
 from pipeline.flags import NonFiniteLossError
@@ -26,6 +26,7 @@ from pipeline.models.device import fuse
 from pipeline.recipe import TrainConfig
 from pipeline.runtime import prometheus, resources, tensorboard
 from pipeline.runtime.progress import BoardSink, NoSink, Progress
+from pipeline.scoring import actor_pool
 from pipeline.stream import run_stream
 from pipeline.stream.frame_cache import Framing, require_room
 
@@ -222,7 +223,7 @@ def train_worker(loop_config: dict[str, Fit]) -> None:
     """What every Ray Train worker executes."""
     fit = loop_config["fit"]
     torch.set_num_threads(fit.threads)
-    pools.keep_memory()
+    actor_pool.keep_memory()
     config, context = fit.settings(), ray.train.get_context()
     info = open_dataset(config.data)
     rank, world = context.get_world_rank(), context.get_world_size()

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from pipeline import batch_size
-from pipeline.batch_size import BatchSize
+from pipeline.scoring import batch_size
+from pipeline.scoring.batch_size import BatchSize
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

@@ -8,12 +8,13 @@ import pyarrow as pa
 import pytest
 from tiny import DETECTOR, UNET, encode, make_bundle, make_squares
 
-from pipeline import calibrate, predictions, score
+from pipeline import predictions
 from pipeline.datasets import ingest
 from pipeline.errors import InputError
-from pipeline.evaluate import evaluate, gain, shifted
 from pipeline.models import bundle as bundles
 from pipeline.recipe import CalibrateSettings
+from pipeline.scoring import calibrate, job
+from pipeline.scoring.evaluate import evaluate, gain, shifted
 
 SPLITS = {"train": range(4), "calibration": range(4, 16), "test": range(16, 24)}
 
@@ -40,7 +41,7 @@ def settings(**values: object) -> CalibrateSettings:
 
 
 def predicted(bundle: bundles.Bundle, data: str, out: Path, split: str = "test") -> list[dict[str, object]]:
-    score.score(bundle, data, out=str(out), split=split)
+    job.score(bundle, data, out=str(out), split=split)
     return predictions.read(str(out)).to_pylist()
 
 
@@ -53,8 +54,8 @@ def test_a_temperature_lowers_the_loss_and_changes_no_mask(
     assert fitted["fitted_on"]["split"] == "calibration"
     assert made.id != before.id
     where = {"split": "calibration", "measure": "metrics"}
-    metrics = score.score(made, data, out=str(tmp_path / "new"), **where)["metrics"]
-    raw = score.score(before, data, out=str(tmp_path / "old"), **where)["metrics"]
+    metrics = job.score(made, data, out=str(tmp_path / "new"), **where)["metrics"]
+    raw = job.score(before, data, out=str(tmp_path / "old"), **where)["metrics"]
     assert metrics["nll"] < raw["nll"]
     assert metrics["uncalibrated"]["nll"] == pytest.approx(raw["nll"], rel=1e-6)
     assert metrics["members"] == raw["members"]
@@ -146,7 +147,7 @@ def test_every_number_of_an_image_may_tell_the_shift():
 
 
 def test_the_gain_over_the_chosen_member_needs_validation_losses(data: str, unet: str):
-    meters = score.score(unet, data, split="test", measure="metrics")["meters"]
+    meters = job.score(unet, data, split="test", measure="metrics")["meters"]
     chosen = gain(meters, [{"val_loss": 2.0}, {"val_loss": 1.0}])
     assert chosen is not None
     assert chosen["chosen_member"] == 1
@@ -160,7 +161,7 @@ def test_the_gain_over_the_chosen_member_needs_validation_losses(data: str, unet
 def test_shift_data_without_a_readable_image(tmp_path: Path, data: str, unet: str):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "a.png").write_bytes(b"no image")
-    here = score.score(unet, data, split="test", scalars=True)["scalars"]
-    there = score.score(unet, str(tmp_path / "other"), scalars=True)["scalars"]
+    here = job.score(unet, data, split="test", scalars=True)["scalars"]
+    there = job.score(unet, str(tmp_path / "other"), scalars=True)["scalars"]
     with pytest.raises(InputError, match="no image of it could be predicted"):
         shifted(here, there, "other")

@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 from tiny import CLASSES, DETECTOR, UNET, make_bundle, make_squares, png, table
 
-from pipeline import calibrate, predictions, score
+from pipeline import predictions
 from pipeline.errors import InputError
-from pipeline.evaluate import evaluate
 from pipeline.models import bundle as bundles
 from pipeline.models.bundle import Bundle
-from pipeline.predict import Predictor
 from pipeline.recipe import CalibrateSettings
+from pipeline.scoring import calibrate, job
+from pipeline.scoring.evaluate import evaluate
+from pipeline.scoring.predictor import Predictor
 
 SPLITS = {"train": range(2), "val": range(2, 8), "calibration": range(8, 20), "test": range(20, 26)}
 YOLO = {"name": "yolo_v1", "stride": 8, "width": 4}
@@ -35,7 +36,7 @@ def settings(**values: object) -> CalibrateSettings:
 
 
 def predicted(bundle: Bundle, data: str, out: Path, split: str = "test") -> list[dict[str, object]]:
-    score.score(bundle, data, out=str(out), split=split)
+    job.score(bundle, data, out=str(out), split=split)
     return predictions.read(str(out)).to_pylist()
 
 
@@ -68,7 +69,7 @@ def test_a_detector_is_calibrated_and_keeps_its_promise_in_writing(tmp_path: Pat
 def test_the_score_threshold_is_that_of_the_best_f1_on_the_validation_split(data: str, detector: str):
     made = calibrate.calibrate(bundles.open_bundle(detector), data, settings(kind="none"))
     assert made.manifest["calibration"] is None
-    found = score.score(made, data, split="val", measure="metrics")["metrics"]
+    found = job.score(made, data, split="val", measure="metrics")["metrics"]
     assert made.manifest["score_threshold"] == pytest.approx(found["best_f1"]["score"])
     assert found["f1"] == pytest.approx(found["best_f1"]["f1"], abs=1e-9)
 

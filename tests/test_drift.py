@@ -146,14 +146,14 @@ def test_bins_of_many_rows_come_from_an_even_sample(tmp_path: Path, monkeypatch:
 
 @pytest.mark.parametrize("model", [tiny.UNET, tiny.DETECTOR], ids=["segmentation", "detection"])
 def test_real_predictions_are_read(ray_local: None, tmp_path: Path, model: dict[str, Any]):
-    from pipeline import score
+    from pipeline.scoring.job import predict
 
     for n in range(6):
         path = tmp_path / "images" / f"{n}.png"
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(tiny.png(32, 40, n))
     bundle = tiny.make_bundle(tmp_path / "bundle", model)
-    score.predict(bundle, str(tmp_path / "images"), str(tmp_path / "out"))
+    predict(bundle, str(tmp_path / "images"), str(tmp_path / "out"))
     found = drift.measure(settings(str(tmp_path / "out"), str(tmp_path / "out"), least=2))
     assert found["groups"]["all"] | {"limit": 0} == {"psi": 0.0, "limit": 0, "reference": 6, "recent": 6}
     assert "class 0" in found["groups"] or model is tiny.DETECTOR

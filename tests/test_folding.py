@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline import models
-from pipeline.folding import _tensors, fold
+from pipeline.scoring.batch_norm_folding import _tensors, fold
 
 
 def used(model: nn.Module, seed: int = 0) -> nn.Module:

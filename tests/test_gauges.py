@@ -13,11 +13,13 @@ import pytest
 from event_files import require_increasing, scalars
 from tiny import UNET, make_bundle, make_squares, png
 
-from pipeline import ensemble, predictions, score, units
+from pipeline import ensemble, predictions
 from pipeline.datasets import ingest
 from pipeline.recipe import TrainConfig
 from pipeline.runtime import prometheus
 from pipeline.runtime.progress import NoSink
+from pipeline.scoring import plan
+from pipeline.scoring.job import predict
 
 RUN, TABLE = "seen-from-outside", "every-metric"
 PATIENCE_S = 45
@@ -86,7 +88,7 @@ class Prometheus:
 
 @pytest.fixture
 def server(ray_local: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Prometheus]:
-    monkeypatch.setattr(units, "UNIT_ROWS", 5)
+    monkeypatch.setattr(plan, "UNIT_ROWS", 5)
     monkeypatch.setattr(prometheus, "_named", prometheus.Source("test", RUN))
     made = Prometheus()
     yield made
@@ -121,7 +123,7 @@ def test_what_prometheus_finds_is_what_was_done(server: Prometheus, tmp_path: Pa
     for n in range(11):
         (tmp_path / "new" / f"{n}.png").write_bytes(png(32, 32, n) if n else b"no image")
     bundle = make_bundle(tmp_path / "model", UNET, threshold={"value": 0.0, "risk": 0.5, "delta": 0.5})
-    scored = score.predict(bundle, str(tmp_path / "new"), str(tmp_path / "predictions"))
+    scored = predict(bundle, str(tmp_path / "new"), str(tmp_path / "predictions"))
     decided = Counter(predictions.read(str(tmp_path / "predictions"))["decision"].to_pylist())
     assert decided["review"] == 10
 

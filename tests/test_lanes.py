@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from pipeline.lanes import Lanes
+from pipeline.scoring.cuda_streams import Lanes
 
 
 def inside_at_once(lanes: Lanes) -> int:

@@ -13,12 +13,12 @@ from PIL import Image
 from tiny import DETECTOR, INPUT, UNET, encode, make_bundle, png, table
 from torch import nn
 
-from pipeline import predict
-from pipeline.batch_size import BatchSize
 from pipeline.errors import InputError
-from pipeline.meters import Meters
-from pipeline.predict import Predictor
 from pipeline.schema import PREDICTIONS, pack_map, unpack_map
+from pipeline.scoring import predictor as predictor_module
+from pipeline.scoring.batch_size import BatchSize
+from pipeline.scoring.ensemble_metrics import Meters
+from pipeline.scoring.predictor import Predictor
 
 MODELS = [UNET, DETECTOR]
 by_model = pytest.mark.parametrize("model", MODELS, ids=["unet", "anchor_free"])
@@ -264,7 +264,7 @@ def test_full_batches_run_compiled_and_say_the_same(
             calls.append(len(images))
             return self.module(images)
 
-    monkeypatch.setattr(predict, "Compiled", Counted)
+    monkeypatch.setattr(predictor_module, "Compiled", Counted)
     uri = make_bundle(tmp_path, UNET, input={**INPUT, "fit": fit})
     rows = table([png(32, 32, n) for n in range(5)])
     made = Predictor(uri, "cpu", threads=1, batch=2, compile=True)(rows)

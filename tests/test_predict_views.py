@@ -9,8 +9,8 @@ import torch
 from tiny import DETECTOR, INPUT, UNET, encode, make_bundle, png, table
 
 from pipeline.errors import InputError
-from pipeline.predict import Predictor
 from pipeline.schema import pack_map, unpack_map
+from pipeline.scoring.predictor import Predictor
 from pipeline.tasks.segmentation import Prediction
 from pipeline.uncertainty.tta import TtaSettings, views
 

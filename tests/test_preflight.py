@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import ray
 
-from pipeline import pools
 from pipeline.errors import InputError
 from pipeline.runtime import resources
+from pipeline.scoring import actor_pool
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def test_consumers_may_not_take_every_cpu(cluster: dict[str, float]):
         resources.cpus(4, "4 workers")
     cluster["CPU"] = 1
     with pytest.raises(InputError, match="an actor .* want 2 CPUs, the cluster has 1;"):
-        pools.plan(10, None, None, 1.0)
+        actor_pool.plan(10, None, None, 1.0)
 
 
 def test_a_gpu_for_each_worker_or_none_at_all(cluster: dict[str, float]):

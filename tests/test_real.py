@@ -6,11 +6,12 @@ import pyarrow as pa
 import pytest
 import torch
 
-from pipeline import ensemble, loop, predictions, score
+from pipeline import ensemble, loop, predictions
 from pipeline.datasets import ingest
 from pipeline.models import bundle
 from pipeline.recipe import TrainConfig
 from pipeline.runtime.progress import NoSink, Progress
+from pipeline.scoring.job import predict
 from pipeline.stream import run_stream
 
 HELD = {"val": 0.1, "calibration": 0.1}
@@ -75,7 +76,7 @@ def test_bccd_boxes(ray_local, real_images, tmp_path):
         "test",
     )  # fmt: skip
     made = ensemble.run(config, 1, resume=False, sink=NoSink())
-    score.predict(made.uri, config.data, str(tmp_path / "out/p"), split="test", sink=NoSink())
+    predict(made.uri, config.data, str(tmp_path / "out/p"), split="test", sink=NoSink())
     table = predictions.read(str(tmp_path / "out/p"))
     assert table.num_rows == 87 == len(set(table["image_id"].to_pylist()))
     assert set(table["status"].to_pylist()) == {"ok"}
@@ -108,7 +109,7 @@ def test_masks(ray_local, real_images, tmp_path, kind):
     )  # fmt: skip
     uri = few_steps(config, tmp_path, config.train.steps or 0)
     source = str(root / "images") if kind == "chase" else made["uri"]
-    score.predict(uri, source, str(tmp_path / "p"), split=None if kind == "chase" else "test", sink=NoSink())
+    predict(uri, source, str(tmp_path / "p"), split=None if kind == "chase" else "test", sink=NoSink())
     table = predictions.read(str(tmp_path / "p"))
     assert table.num_rows == (20 if kind == "chase" else 60)
     assert set(table["status"].to_pylist()) == {"ok"}

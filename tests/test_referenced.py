@@ -9,10 +9,11 @@ import pyarrow as pa
 import pytest
 from tiny import UNET, make_bundle, make_squares, png
 
-from pipeline import predictions, score, storage
+from pipeline import predictions, storage
 from pipeline.augment import InputSettings
 from pipeline.datasets import image_fetch, ingest, shard_reader
 from pipeline.errors import InputError
+from pipeline.scoring.job import predict
 from pipeline.stream import run_stream
 from pipeline.stream.frame_cache import Framing
 from pipeline.stream.ledger import Ledger
@@ -171,10 +172,10 @@ def test_predictions_say_of_each_image_what_became_of_it_and_verify_names_it(ray
     model = make_bundle(tmp_path / "model", UNET)
     whole = verify(data)
     assert (whole["damage"], whole["files"]) == ([], 8 + 2), "8 images, a shard, digests.parquet"
-    assert score.predict(model, data, str(tmp_path / "whole"))["statuses"] == {"ok": 8}
+    assert predict(model, data, str(tmp_path / "whole"))["statuses"] == {"ok": 8}
     (tmp_path / "images/image02.png").unlink()
     (tmp_path / "images/image05.png").write_bytes(png(32, 32, 1))
-    assert score.predict(model, data, str(tmp_path / "out"))["statuses"] == {"ok": 6, "missing": 1, "corrupt": 1}
+    assert predict(model, data, str(tmp_path / "out"))["statuses"] == {"ok": 6, "missing": 1, "corrupt": 1}
     rows = {row["image_id"]: row for row in predictions.read(str(tmp_path / "out")).to_pylist()}
     assert {name: row["status"] for name, row in rows.items() if row["status"] != "ok"} == {
         "image02.png": "missing", "image05.png": "corrupt",

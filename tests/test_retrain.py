@@ -112,11 +112,11 @@ def test_too_little_new_data_waits_unless_doubt_drifted_or_it_is_forced(grown: P
             path.parent.mkdir(exist_ok=True)
             noise = np.random.default_rng(n).integers(brightness, brightness + 50, (32, 32, 3), dtype=np.uint8)
             path.write_bytes(tiny.encode(noise))
-        from pipeline import score
+        from pipeline.scoring.job import predict
 
         entry = registry.champion(settings.registry, "cells")
         assert entry is not None
-        score.predict(entry.bundle, str(tmp_path / name), str(tmp_path / f"{name}-out"))
+        predict(entry.bundle, str(tmp_path / name), str(tmp_path / f"{name}-out"))
     drift = {"reference": str(tmp_path / "then-out"), "recent": str(tmp_path / "now-out"), "least": 10}
     made = retrain.run(config(root, least_new=5, drift=drift), dry_run=True)
     assert made.kind == "dry run", made.said

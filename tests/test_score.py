@@ -14,23 +14,25 @@ import pytest
 import ray
 from tiny import DETECTOR, UNET, encode, make_bundle, png
 
-from pipeline import pools, predictions, score, storage, units
+from pipeline import predictions, storage
 from pipeline.datasets import ingest, shard_reader
 from pipeline.errors import InputError
-from pipeline.evaluate import evaluate
 from pipeline.models.bundle import open_bundle
-from pipeline.predict import Predictor
 from pipeline.runtime.progress import NoSink
+from pipeline.scoring import actor_pool, job
+from pipeline.scoring import plan as plan_module
+from pipeline.scoring.evaluate import evaluate
+from pipeline.scoring.predictor import Predictor
 from pipeline.storage import checksum
 
 ROWS = 22
-SCORER = score.Scorer
+SCORER = job.Scorer
 
 
 @pytest.fixture(autouse=True)
 def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
     """Units of 4 images, so that a few images are many units. Plans are made in this process alone."""
-    monkeypatch.setattr(units, "UNIT_ROWS", 4)
+    monkeypatch.setattr(plan_module, "UNIT_ROWS", 4)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +73,7 @@ def folder_of(root: Path, count: int) -> str:
     return str(root)
 
 
-def scorer(log: Path, allowed: int = 10**6) -> type[score.Scorer]:
+def scorer(log: Path, allowed: int = 10**6) -> type[job.Scorer]:
     """Notes every unit that it begins, and loses power after some. Local, so that it travels by value."""
 
     class Logged(SCORER):
@@ -100,7 +102,7 @@ def test_every_image_of_a_dataset_once(tmp_path: Path, data: str, unet: str):
             told.append((stage, done, total))
 
     out = str(tmp_path / "p")
-    made = score.predict(unet, data, out, sink=Sink(), actors=2)
+    made = job.predict(unet, data, out, sink=Sink(), actors=2)
     table = predictions.read(out)
     assert made["rows"] == table.num_rows == len(set(table["image_id"].to_pylist())) == ROWS
     assert (made["statuses"], made["already"], made["members"]) == ({"ok": ROWS}, False, 2)
@@ -112,7 +114,7 @@ def test_every_image_of_a_dataset_once(tmp_path: Path, data: str, unet: str):
 
 
 def test_rows_on_ray_are_those_of_the_predictor(tmp_path: Path, data: str, detector: str):
-    score.predict(detector, data, str(tmp_path / "p"), split="test", actors=1)
+    job.predict(detector, data, str(tmp_path / "p"), split="test", actors=1)
     info = ingest.open_dataset(data)
     source = pa.concat_tables(shard_reader.read_row_group(group) for group in ingest.row_groups(info, "test"))
     wanted = Predictor(detector, "cpu", threads=1)(source).to_pylist()
@@ -128,7 +130,7 @@ def test_a_folder_of_images_with_some_that_are_none(tmp_path: Path, unet: str, r
     (tmp_path / "images/part0/bad.JPG").write_bytes(b"not an image")
     (tmp_path / "images/empty.png").touch()
     (tmp_path / "images/notes.txt").write_text("no image")
-    made = score.predict(unet, images, str(tmp_path / "p"), actors=1)
+    made = job.predict(unet, images, str(tmp_path / "p"), actors=1)
     assert made["statuses"] == {"ok": 9, "corrupt": 2}
     rows = {row["image_id"]: row for row in predictions.read(str(tmp_path / "p")).to_pylist()}
     assert rows["part0/bad.JPG"]["status"] == "corrupt"
@@ -142,17 +144,17 @@ def test_what_stops_midway_is_continued_without_redoing(
     tmp_path: Path, data: str, unet: str, monkeypatch: pytest.MonkeyPatch
 ):
     out = str(tmp_path / "p")
-    monkeypatch.setattr(score, "Scorer", scorer(tmp_path / "first", allowed=4))
+    monkeypatch.setattr(job, "Scorer", scorer(tmp_path / "first", allowed=4))
     with pytest.raises(Exception, match="power cut"):
-        score.predict(unet, data, out, actors=1)
+        job.predict(unet, data, out, actors=1)
     assert not (tmp_path / "p/_MANIFEST.json").exists()
     finished = {int(path.name.split("-")[1]): path for path in (tmp_path / "p/attempt-0").glob("unit-*.parquet")}
     assert len(finished) == 4
     damaged, *kept = finished
     finished[damaged].write_bytes(finished[damaged].read_bytes()[:-40])
 
-    monkeypatch.setattr(score, "Scorer", scorer(tmp_path / "second"))
-    made = score.predict(unet, data, out, actors=2)
+    monkeypatch.setattr(job, "Scorer", scorer(tmp_path / "second"))
+    made = job.predict(unet, data, out, actors=2)
     assert (made["attempt"], made["adopted"], made["scored"]) == (1, 3, 4)
     assert begun(tmp_path / "second") == sorted({*range(7)} - {*kept})
     # What a lost process of the first attempt writes, much later.
@@ -160,18 +162,18 @@ def test_what_stops_midway_is_continued_without_redoing(
     names = predictions.read(out)["image_id"].to_pylist()
     assert len(names) == len(set(names)) == ROWS
 
-    again = score.predict(unet, data, out, actors=2)
+    again = job.predict(unet, data, out, actors=2)
     assert (again["already"], again["scored"], again["statuses"]) == (True, 0, {"ok": ROWS})
 
 
 def test_an_output_of_other_inputs_is_refused(tmp_path: Path, data: str, unet: str, detector: str):
     out = str(tmp_path / "p")
-    score.predict(unet, data, out, split="train", actors=1)
+    job.predict(unet, data, out, split="train", actors=1)
     before = sorted(os.listdir(out))
     with pytest.raises(InputError, match="committed by other inputs: bundle_id was"):
-        score.predict(detector, data, out, split="train")
+        job.predict(detector, data, out, split="train")
     with pytest.raises(InputError, match=r"committed by other inputs: splits was \['train'\], now \['test'\]"):
-        score.predict(unet, data, out, split="test")
+        job.predict(unet, data, out, split="test")
     assert sorted(os.listdir(out)) == before
 
 
@@ -180,18 +182,16 @@ def test_predictions_and_metrics_in_one_pass_and_across_attempts(
 ):
     alone, _ = evaluate(unet, data, "test", actors=1)
     with monkeypatch.context() as patch:
-        patch.setattr(score, "Scorer", scorer(tmp_path / "log", allowed=2))
+        patch.setattr(job, "Scorer", scorer(tmp_path / "log", allowed=2))
         with pytest.raises(Exception, match="power cut"):
-            score.score(unet, data, split="test", measure="metrics", out=str(tmp_path / "p"), actors=1)
-    made = score.score(unet, data, split="test", measure="metrics", out=str(tmp_path / "p"), actors=2)
+            job.score(unet, data, split="test", measure="metrics", out=str(tmp_path / "p"), actors=1)
+    made = job.score(unet, data, split="test", measure="metrics", out=str(tmp_path / "p"), actors=2)
     assert made["adopted"] == 2
     assert made["metrics"]["miou"] == pytest.approx(alone["miou"], rel=1e-9)
     assert made["metrics"]["members"][1]["nll"] == pytest.approx(alone["members"][1]["nll"], rel=1e-6)
-    assert (
-        score.score(unet, data, split="test", measure="metrics", out=str(tmp_path / "p"))["metrics"] == made["metrics"]
-    )
+    assert job.score(unet, data, split="test", measure="metrics", out=str(tmp_path / "p"))["metrics"] == made["metrics"]
     # The rows are those of a run without metrics.
-    assert score.predict(unet, data, str(tmp_path / "p"), split="test")["already"]
+    assert job.predict(unet, data, str(tmp_path / "p"), split="test")["already"]
 
 
 @pytest.mark.parametrize("name", ["unet", "detector"])
@@ -228,10 +228,10 @@ def refusals(tmp_path: Path, data: str) -> dict[str, tuple[Callable[[], Any], st
         "task": (lambda: evaluate(detects, str(tmp_path / "boxless"), "test"), "bundle of another task"),
         "split": (lambda: evaluate(fine, data, "val"), r"no rows in split 'val'; .* train \(5\)"),
         "truth": (lambda: evaluate(fine, images, "test"), "metrics need labels"),
-        "folder split": (lambda: score.predict(fine, images, out, split="test"), "without splits"),
-        "empty": (lambda: score.predict(fine, str(tmp_path / "empty"), out), "no images in"),
-        "missing": (lambda: score.predict(fine, str(tmp_path / "none"), out), "folder .*none' not found"),
-        "bundle": (lambda: score.predict(images, images, out), "bundle manifest .* not found"),
+        "folder split": (lambda: job.predict(fine, images, out, split="test"), "without splits"),
+        "empty": (lambda: job.predict(fine, str(tmp_path / "empty"), out), "no images in"),
+        "missing": (lambda: job.predict(fine, str(tmp_path / "none"), out), "folder .*none' not found"),
+        "bundle": (lambda: job.predict(images, images, out), "bundle manifest .* not found"),
     }  # fmt: skip
 
 
@@ -250,27 +250,27 @@ def test_damaged_weights_stop_the_job_with_their_sentence(tmp_path: Path, data: 
     path = Path(uri) / "members/0/model.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"\xff")
     with pytest.raises(InputError, match=r"sha256 .* the manifest says .* write the bundle again"):
-        score.predict(uri, data, str(tmp_path / "p"), actors=1)
+        job.predict(uri, data, str(tmp_path / "p"), actors=1)
 
 
 def test_a_shard_that_is_gone_stops_the_job_with_its_sentence(tmp_path: Path, data: str, unet: str):
     (tmp_path / "copy").mkdir()
     (tmp_path / "copy/dataset.json").write_bytes(storage.read_bytes(f"{data}/dataset.json"))
     with pytest.raises(InputError, match="shard .* cannot be read, the dataset is damaged"):
-        score.predict(unet, str(tmp_path / "copy"), str(tmp_path / "p"), actors=1)
+        job.predict(unet, str(tmp_path / "copy"), str(tmp_path / "p"), actors=1)
     assert not (tmp_path / "p/_MANIFEST.json").exists()
 
 
 def test_the_plan_depends_on_its_inputs_alone(tmp_path: Path, data: str, unet: str, detector: str):
     bundle = open_bundle(unet)
-    plan = units.make_plan(bundle, data, None, measure=False)
-    assert plan.digest == units.make_plan(bundle, data, None, measure=False).digest
+    plan = plan_module.make_plan(bundle, data, None, measure=False)
+    assert plan.digest == plan_module.make_plan(bundle, data, None, measure=False).digest
     assert plan.rows == ROWS
     assert sorted(plan.expected) == list(range(len(plan.units)))
     others = [
-        units.make_plan(bundle, data, "test", measure=False),
-        units.make_plan(bundle, data, None, measure=True),
-        units.make_plan(open_bundle(detector), data, None, measure=False),
+        plan_module.make_plan(bundle, data, "test", measure=False),
+        plan_module.make_plan(bundle, data, None, measure=True),
+        plan_module.make_plan(open_bundle(detector), data, None, measure=False),
     ]
     assert len({plan.digest, *(other.digest for other in others)}) == 4
 
@@ -280,15 +280,15 @@ def test_pages_are_bounded_in_images_and_bytes(tmp_path: Path, unet: str, monkey
     root.mkdir()
     for n in range(11):
         (root / f"{n:02d}.png").write_bytes(bytes(10 if n else 200))
-    monkeypatch.setattr(units, "UNIT_BYTES", 100)
-    plan = units.make_plan(open_bundle(unet), str(root), None, measure=False)
+    monkeypatch.setattr(plan_module, "UNIT_BYTES", 100)
+    plan = plan_module.make_plan(open_bundle(unet), str(root), None, measure=False)
     assert [unit.rows for unit in plan.units] == [1, 4, 4, 2]
     paths = [path for unit in plan.units for path in unit.source["paths"]]
     assert paths == sorted(paths)
-    changed = units.make_plan(open_bundle(unet), str(root), None, measure=False)
+    changed = plan_module.make_plan(open_bundle(unet), str(root), None, measure=False)
     assert changed.inputs == plan.inputs
     (root / "05.png").write_bytes(bytes(11))
-    changed = units.make_plan(open_bundle(unet), str(root), None, measure=False)
+    changed = plan_module.make_plan(open_bundle(unet), str(root), None, measure=False)
     assert changed.inputs != plan.inputs
 
 
@@ -300,22 +300,22 @@ def test_everything_on_s3(s3: str, ray_local: None, unet: str, tmp_path: Path):
     for listed in storage.list_files(unet):
         storage.write_bytes(storage.join(bundle, listed.path), storage.read_bytes(storage.join(unet, listed.path)))
     out = storage.join(s3, "score/predictions")
-    assert score.predict(bundle, images, out, actors=1)["statuses"] == {"ok": 5}
+    assert job.predict(bundle, images, out, actors=1)["statuses"] == {"ok": 5}
     assert predictions.read(out)["image_id"].to_pylist() == [f"sub/{n}.png" for n in range(5)]
-    assert score.predict(bundle, images, out)["already"]
+    assert job.predict(bundle, images, out)["already"]
 
 
 def test_one_actor_an_image_where_there_is_little_to_do(ray_local: None):
     assert int(ray.cluster_resources()["CPU"]) == 8
-    assert pools.plan(1, None, None, 8).size == 1
-    assert pools.plan(100, None, None, 8).size == 3
-    assert pools.plan(100, 2, 5, 8) == pools.Pool(2, 2, 0, threads=1, calls=5)
-    assert pools.plan(3, 2, 5, 8) == pools.Pool(2, 2, 0, threads=5, calls=1)
+    assert actor_pool.plan(1, None, None, 8).size == 1
+    assert actor_pool.plan(100, None, None, 8).size == 3
+    assert actor_pool.plan(100, 2, 5, 8) == actor_pool.Pool(2, 2, 0, threads=1, calls=5)
+    assert actor_pool.plan(3, 2, 5, 8) == actor_pool.Pool(2, 2, 0, threads=5, calls=1)
 
 
 def test_a_pool_leaves_a_cpu_to_the_readers_whatever_others_hold(ray_local: None):
     for free in (0.0, 1.0, 1.5, 2.0, 3.0, 4.0, 6.5, 8.0):
-        pool = pools.plan(100, 4, None, free)
+        pool = actor_pool.plan(100, 4, None, free)
         assert pool.size == 1 or pool.size * pool.cpus + 1 <= free, free
 
 
@@ -336,7 +336,7 @@ def test_no_process_of_a_job_outlives_it(tmp_path: Path, unet: str, ray_local: N
         def update(self, *args: Any, **kwargs: Any) -> None:
             seen.update(processes("Starts") - before)
 
-    score.score(unet, folder_of(tmp_path / "images", 5), sink=Looks())
+    job.score(unet, folder_of(tmp_path / "images", 5), sink=Looks())
     assert seen, "the test looks for a name that no process has"
     deadline = time.monotonic() + 20
     while processes("Starts") & seen and time.monotonic() < deadline:
@@ -347,8 +347,8 @@ def test_no_process_of_a_job_outlives_it(tmp_path: Path, unet: str, ray_local: N
 def test_a_failed_run_gives_its_cpus_back_even_while_its_error_is_kept(
     tmp_path: Path, data: str, unet: str, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(score, "Scorer", scorer(tmp_path / "log", allowed=0))
+    monkeypatch.setattr(job, "Scorer", scorer(tmp_path / "log", allowed=0))
     with pytest.raises(Exception, match="power cut") as kept:
-        score.predict(unet, data, str(tmp_path / "p"), actors=1)
-    assert pools.free_cpus() == ray.cluster_resources()["CPU"]
+        job.predict(unet, data, str(tmp_path / "p"), actors=1)
+    assert actor_pool.free_cpus() == ray.cluster_resources()["CPU"]
     assert "power cut" in str(kept.value)

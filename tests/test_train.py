@@ -13,11 +13,12 @@ import pytest
 import torch
 from event_files import require_increasing, scalars
 
-from pipeline import checkpoint, ensemble, predictions, score, storage
+from pipeline import checkpoint, ensemble, predictions, storage
 from pipeline.datasets import ingest
 from pipeline.errors import DoneError, InputError
 from pipeline.recipe import TrainConfig
 from pipeline.runtime.progress import NoSink
+from pipeline.scoring.job import predict
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -88,7 +89,7 @@ def test_s3_end_to_end_with_two_workers_and_an_ensemble(demo_on_s3, s3):
     with pytest.raises(InputError, match=r"other inputs \(members was 2, now 3\)"):
         ensemble.run(config, 3, resume=False, sink=NoSink())
 
-    score.predict(two.uri, demo_on_s3, f"{s3}/predictions", sink=NoSink())
+    predict(two.uri, demo_on_s3, f"{s3}/predictions", sink=NoSink())
     table = predictions.read(f"{s3}/predictions")
     assert table.num_rows == 60 == len(set(table["image_id"].to_pylist()))
     assert set(table["status"].to_pylist()) == {"ok"}

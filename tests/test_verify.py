@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 from tiny import UNET, make_bundle, make_squares
 
-from pipeline import predictions, score
+from pipeline import predictions
 from pipeline.datasets import ingest, shard_reader
 from pipeline.errors import InputError
 from pipeline.models import bundle
+from pipeline.scoring.job import predict
 from pipeline.storage import checksum
 from pipeline.verify import compare, verify
 
@@ -24,7 +25,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, ray_local: None) -> Path:
     (root / "source").mkdir()
     data = make_squares(root / "source", {"train": range(12), "test": range(12, 16)})
     model = make_bundle(root / "source", UNET)
-    score.predict(model, data, str(root / "predictions"), split="test")
+    predict(model, data, str(root / "predictions"), split="test")
     shutil.move(data, root / "data")
     shutil.move(model, root / "bundle")
     return root

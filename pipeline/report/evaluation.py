@@ -7,10 +7,10 @@ import pyarrow as pa
 from pipeline import storage
 from pipeline.datasets.ingest import DatasetInfo
 from pipeline.models.bundle import Bundle
-from pipeline.predict import Predictor
 from pipeline.report import detection, diagrams
 from pipeline.report.gallery import gallery, most_doubtful
 from pipeline.report.summary import rows_of
+from pipeline.scoring.predictor import Predictor
 
 SHOWN = 8
 """Images of the gallery."""

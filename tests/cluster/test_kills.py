@@ -13,8 +13,10 @@ import pytest
 from tiny import UNET, encode, make_bundle, png
 
 from benchmarks.fault_jobs import NOBODY, Job, run
-from pipeline import predictions, restarts, score, storage, units
+from pipeline import predictions, storage
 from pipeline.images.decode import decode
+from pipeline.scoring import crash_guard, plan
+from pipeline.scoring import job as job_module
 
 IMAGES = 400
 
@@ -69,7 +71,7 @@ def test_an_image_that_ends_its_process_costs_itself_alone(
         (tmp_path / f"images/{number}.png").write_bytes(
             encode(np.full((24, 24, 3), 0 if number == 5 else 99, np.uint8))
         )
-    model, real = make_bundle(tmp_path / "model", UNET), score.Scorer
+    model, real = make_bundle(tmp_path / "model", UNET), job_module.Scorer
 
     class Dies(real):  # type: ignore[valid-type, misc]
         """Breaks as a library breaks that is given what it was not made for."""
@@ -79,17 +81,17 @@ def test_an_image_that_ends_its_process_costs_itself_alone(
                 os.kill(os.getpid(), signal.SIGKILL)
             return super()._ask(table)
 
-    monkeypatch.setattr(score, "Scorer", Dies)
-    monkeypatch.setattr(units, "UNIT_ROWS", 4)
-    found = score.predict(model, str(tmp_path / "images"), str(tmp_path / "out"))
+    monkeypatch.setattr(job_module, "Scorer", Dies)
+    monkeypatch.setattr(plan, "UNIT_ROWS", 4)
+    found = job_module.predict(model, str(tmp_path / "images"), str(tmp_path / "out"))
     assert found["statuses"] == {"ok": 8, "error": 1}
     rows = predictions.read(str(tmp_path / "out")).to_pylist()
     assert [row["image_id"] for row in rows] == [f"{number}.png" for number in range(9)]
-    assert [row["error"] for row in rows if row["status"] == "error"] == [restarts.CULPRIT]
+    assert [row["error"] for row in rows if row["status"] == "error"] == [crash_guard.CULPRIT]
 
 
 def test_starts_and_culprits_are_counted():
-    starts = restarts.Starts()
+    starts = crash_guard.Starts()
     assert [starts.begin(7)[0] for _ in range(3)] == [1, 2, 3]
     starts.take(7, 1)
     starts.take(7, 2)

@@ -13,10 +13,10 @@ from pipeline.datasets.ingest import DatasetInfo, open_dataset, row_groups
 from pipeline.errors import InputError
 from pipeline.models import bundle as bundles
 from pipeline.models.bundle import Bundle
-from pipeline.predict import Purpose, task_of
 from pipeline.recipe import CalibrateSettings
 from pipeline.runtime.progress import Sink
-from pipeline.score import score
+from pipeline.scoring.job import score
+from pipeline.scoring.predictor import Purpose, task_of
 from pipeline.tasks import TASKS
 from pipeline.uncertainty import calibration
 

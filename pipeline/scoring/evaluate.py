@@ -5,15 +5,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline import units
 from pipeline.datasets.ingest import open_dataset
 from pipeline.errors import InputError
-from pipeline.meters import Meters
 from pipeline.metrics import bootstrap, detection_bootstrap
 from pipeline.metrics.ranking import auroc, fpr_at_tpr, spearman
 from pipeline.models.bundle import Bundle, open_bundle
 from pipeline.runtime.progress import Sink
-from pipeline.score import score
+from pipeline.scoring.ensemble_metrics import Meters
+from pipeline.scoring.job import score
+from pipeline.scoring.plan import make_plan
 
 GAINS = ("iou", "nll", "brier")
 """Figures that the pool is compared in with its members."""
@@ -55,7 +55,7 @@ def evaluate(
     """
     opened = open_bundle(bundle)
     if shift_data is not None:
-        units.make_plan(opened, shift_data, shift_split, measure=False)  # refused now, not after the first pass
+        make_plan(opened, shift_data, shift_split, measure=False)  # refused now, not after the first pass
     made = score(opened, data, split=split, measure="metrics", scalars=True, sink=sink, **resources)
     info, shift = open_dataset(data), None
     if shift_data is not None:

@@ -18,17 +18,17 @@ from torch import Tensor, nn
 
 from pipeline import models
 from pipeline.augment import Augment, InputSettings
-from pipeline.batch_size import BatchSize, Measured, out_of_memory
 from pipeline.errors import InputError
-from pipeline.folding import fold
 from pipeline.images import decode
 from pipeline.images.batch import Batch
 from pipeline.images.gpu_decode import DeviceDecoder
-from pipeline.lanes import Lanes
-from pipeline.meters import POOL, SAMPLE, UNCALIBRATED, Meters, member_sample
 from pipeline.models.bundle import Bundle, open_bundle
 from pipeline.models.device import Compile, Compiled, Precision, autocast, pick_device, place, wants_compile
-from pipeline.rows import Rows
+from pipeline.scoring.batch_norm_folding import fold
+from pipeline.scoring.batch_size import BatchSize, Measured, out_of_memory
+from pipeline.scoring.cuda_streams import Lanes
+from pipeline.scoring.ensemble_metrics import POOL, SAMPLE, UNCALIBRATED, Meters, member_sample
+from pipeline.scoring.prediction_rows import Rows
 from pipeline.tasks import TASKS
 from pipeline.tasks.base import Failure, Task
 from pipeline.uncertainty.tta import View, each_pass, through_windows, uses_windows

@@ -18,17 +18,18 @@ import ray
 import ray.data
 import torch
 
-from pipeline import pools, predictions, restarts, storage, units
+from pipeline import predictions, storage
 from pipeline.errors import InputError
-from pipeline.meters import Meters
 from pipeline.models.bundle import Bundle, open_bundle
 from pipeline.models.device import Compile, Precision
-from pipeline.predict import Predictor, Purpose, task_of
 from pipeline.predictions import Attempt, UnitFile
 from pipeline.runtime import prometheus
 from pipeline.runtime.progress import NoSink, Progress, Sink
-from pipeline.unit_reader import Reader, read_stream, without_image, write_stream
-from pipeline.units import Plan, Unit
+from pipeline.scoring import actor_pool, crash_guard
+from pipeline.scoring.ensemble_metrics import Meters
+from pipeline.scoring.plan import UNIT_ROWS, Plan, Unit, make_plan
+from pipeline.scoring.predictor import Predictor, Purpose, task_of
+from pipeline.scoring.unit_reader import Reader, read_stream, without_image, write_stream
 
 _READ_CPUS = 0.5
 """A reading task mostly waits; and what differs from the actor's resources Ray does not fuse into the actor."""
@@ -86,24 +87,24 @@ def score(
     """
     began = time.monotonic()
     opened = open_bundle(bundle) if isinstance(bundle, str) else bundle
-    plan = units.make_plan(opened, data, split, measure=measure is not None)
+    plan = make_plan(opened, data, split, measure=measure is not None)
     out = None if out is None else storage.absolute(out)
     if out is not None and (found := predictions.committed(out, plan.inputs)) is not None:
         return _done_already(opened, plan, split, out, found, measure is not None)
     attempt = None
     if out is not None:
-        mapper = pools.in_tasks
+        mapper = actor_pool.in_tasks
         attempt = predictions.start(out, inputs=plan.inputs, digest=plan.digest, pieces=plan.pieces, mapper=mapper)
     adopted = attempt.adopted if attempt is not None else {}
     progress = Progress(sink or NoSink(), "evaluate" if out is None else "predict", plan.rows, 0)
     progress.advance(sum(item.rows for item in adopted.values()))
     todo = [unit for unit in plan.units if unit.number not in adopted]
-    pool = pools.plan(len(todo), actors, threads, pools.free_cpus(actors or 1) if todo else 1)
-    steps = opened.members * sum(unit.rows for unit in todo) // (pool.size * units.UNIT_ROWS)
+    pool = actor_pool.plan(len(todo), actors, threads, actor_pool.free_cpus(actors or 1) if todo else 1)
+    steps = opened.members * sum(unit.rows for unit in todo) // (pool.size * UNIT_ROWS)
     options = {"threads": pool.threads, "calls": pool.calls, "batch": batch, "precision": precision}
     options |= {"compile": compile, "steps": steps}
     wanted = _Wanted(measure, scalars and out is None, options, prometheus.source(progress.stage))
-    made = restarts.counted(_run(opened, plan, todo, attempt, wanted, progress, pool), wanted.source)
+    made = crash_guard.counted(_run(opened, plan, todo, attempt, wanted, progress, pool), wanted.source)
     finished = sorted([*adopted.values(), *made], key=lambda item: item.unit)
     predictions.check(finished, plan.expected)
     summary = _summary(opened, plan, split, finished, wanted)
@@ -164,20 +165,20 @@ def _run(
     attempt: Attempt | None,
     wanted: "_Wanted",
     progress: Progress,
-    pool: pools.Pool,
+    pool: actor_pool.Pool,
 ) -> Iterator[UnitFile]:
     """Score the units; yields each as it is finished, in no order."""
     if not todo:
         return
     out = (attempt.uri, attempt.name, attempt.digest) if attempt is not None else None
-    with restarts.counting() as starts:
+    with crash_guard.counting() as starts:
         packed = ray.cloudpickle.dumps((Scorer, (bundle, wanted, out, starts)))  # pyright: ignore[reportAttributeAccessIssue]
-        args = (packed, starts, restarts.MOST * pool.size, wanted.source)
+        args = (packed, starts, crash_guard.MOST * pool.size, wanted.source)
         yield from _stream(plan, todo, args, progress, pool)
 
 
 def _stream(
-    plan: Plan, todo: Sequence[Unit], args: tuple[Any, ...], progress: Progress, pool: pools.Pool
+    plan: Plan, todo: Sequence[Unit], args: tuple[Any, ...], progress: Progress, pool: actor_pool.Pool
 ) -> Iterator[UnitFile]:
     """Units through readers and actors; ``args`` are those of ``Guarded``."""
     # One block a unit; a source of rows in memory spares the range operator and its task for each unit.
@@ -187,7 +188,7 @@ def _stream(
         ray.data.from_arrow(blocks)
         .map_batches(reader, batch_size=1, batch_format="pyarrow", num_cpus=_READ_CPUS)
         .map_batches(
-            restarts.Guarded,
+            crash_guard.Guarded,
             batch_size=1,
             batch_format="pyarrow",
             compute=pool.strategy,
@@ -199,11 +200,11 @@ def _stream(
     found: Any = iter(rows.iter_rows())
     try:
         for row in found:
-            item = restarts.from_row(row)
+            item = crash_guard.from_row(row)
             progress.advance(item.rows)
             yield item
     except Exception as error:
-        pools.forget_frames(error)
+        actor_pool.forget_frames(error)
         raise
     finally:
         if hasattr(found, "close"):
@@ -235,7 +236,7 @@ class Scorer:
 
     def __init__(self, bundle: Bundle, wanted: _Wanted, out: tuple[str, str, str] | None, starts: Any) -> None:
         torch.set_num_threads(wanted.options["threads"])
-        pools.keep_memory()
+        actor_pool.keep_memory()
         self.wanted, self.out, self.starts = wanted, out, starts
         self.fault: str | None = None
         try:
@@ -248,14 +249,14 @@ class Scorer:
         unit, fault = batch["unit"][0].as_py(), self.fault or batch["fault"][0].as_py()
         nothing = UnitFile(unit, "", 0, 0, "", {}, 0.0)
         if fault is not None:
-            return restarts.to_row(nothing, fault)
+            return crash_guard.to_row(nothing, fault)
         try:
             table = read_stream(batch["images"][0].as_buffer())
             found = self._score(unit, table, json.loads(batch["files"][0].as_py()))
             self.starts.done.remote(unit)
-            return restarts.to_row(found, "")
+            return crash_guard.to_row(found, "")
         except InputError as error:
-            return restarts.to_row(nothing, str(error))
+            return crash_guard.to_row(nothing, str(error))
 
     def _ask(self, table: pa.Table) -> tuple[pa.Table, Meters | None]:
         if self.wanted.measure is None:
@@ -264,20 +265,20 @@ class Scorer:
 
     def _survive(self, unit: int, table: pa.Table) -> tuple[pa.Table, Meters | None]:
         """As ``_ask``; a unit whose process died before goes image by image, without those that it died of."""
-        count, culprits = restarts.begin(self.starts, unit, self.wanted.source)
-        if count > restarts.MOST + 2 * len(culprits):
+        count, culprits = crash_guard.begin(self.starts, unit, self.wanted.source)
+        if count > crash_guard.MOST + 2 * len(culprits):
             first, last = (table["image_id"][row].as_py() for row in (0, -1))
             raise InputError(
                 f"the process that predicted the images from '{first}' to '{last}' ended {count - 1} times, "
-                f"{restarts.ADVICE}"
+                f"{crash_guard.ADVICE}"
             )
-        if count < restarts.CAREFUL_FROM:
+        if count < crash_guard.CAREFUL_FROM:
             return self._ask(table)
         rows, meters = [], None
         for row in range(table.num_rows):
             ray.get(self.starts.take.remote(unit, row))
             one = table.slice(row, 1)
-            scored, counted = self._ask(without_image(one, restarts.CULPRIT) if row in culprits else one)
+            scored, counted = self._ask(without_image(one, crash_guard.CULPRIT) if row in culprits else one)
             rows.append(scored)
             if meters is not None and counted is not None:
                 meters.merge(counted)

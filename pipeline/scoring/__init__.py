@@ -1,0 +1,1 @@
+"""Images through every member of a bundle, each once: predict, evaluate, calibrate."""
