@@ -18,11 +18,11 @@ from PIL import Image
 
 from benchmarks import feed as images
 from benchmarks import harness
-from pipeline import loop
 from pipeline.datasets import ingest
 from pipeline.runtime.progress import NoSink
 from pipeline.stream.batches import DEPTH
-from pipeline.train import Fit, training_dataset
+from pipeline.training import loop
+from pipeline.training.ray_train import Fit, training_dataset
 
 MODELS: dict[str, dict[str, Any]] = {
     "unet_r34": {

@@ -14,8 +14,9 @@ from PIL import Image
 from benchmarks.fault_jobs import Ended, run
 from infra.local.fault_proxy import FaultProxy
 from infra.local.s3_server import Server, environment, make_bucket
-from pipeline import checkpoint, predictions, storage
+from pipeline import predictions, storage
 from pipeline.datasets.ingest import open_dataset
+from pipeline.training import checkpoint
 
 CLASSES = ["background", "square"]
 NOISE = 0.02

@@ -32,7 +32,8 @@ from benchmarks.fault_storage import KINDS
 from benchmarks.fault_world import NOISE, World, compare_rows, far_from, rows_of, tally, units
 from infra.local.fault_proxy import FaultProxy, Kind, Rule
 from infra.local.s3_server import s3_server
-from pipeline import checkpoint, storage
+from pipeline import storage
+from pipeline.training import checkpoint
 
 FIGURES = ("lost", "doubled", "crashes", "hangs", "differ")
 ROWS = ("inference", "training", "storage", "referenced", "gone", "bits", "images", "labels", "memory")

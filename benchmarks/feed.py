@@ -43,7 +43,7 @@ from benchmarks.images import make, photographs
 from jobs.session import ray_session
 from pipeline.datasets import ingest as ingest_module
 from pipeline.stream.batches import ahead, collated
-from pipeline.train import Fit, training_dataset
+from pipeline.training.ray_train import Fit, training_dataset
 
 Side = Callable[[int], Iterator[Item]]
 """Number of passes -> batches."""
@@ -73,7 +73,7 @@ class Log:
 
 
 def stream(data: Data, passes: int) -> Iterator[Item]:
-    """This project's: what ``pipeline.train.train_worker`` does before the model, in this process."""
+    """This project's: what ``pipeline.training.ray_train.train_worker`` does before the model, in this process."""
     threads = os.cpu_count() or 1
     torch.set_num_threads(threads)
     tree = {

@@ -16,14 +16,15 @@ import numpy as np
 from PIL import Image
 
 from jobs.session import ray_session
-from pipeline import ensemble, predictions, schema
+from pipeline import predictions, schema
 from pipeline.datasets import ingest as ingest_module
 from pipeline.errors import DoneError
 from pipeline.metrics.ranking import auroc
 from pipeline.models import bundle as bundles
-from pipeline.recipe import TrainConfig
 from pipeline.runtime.progress import Terminal, diverted
 from pipeline.scoring.job import predict
+from pipeline.training import ensemble
+from pipeline.training.train_config import TrainConfig
 
 CLASSES = ["background", "vessel"]
 CONFIG: dict[str, Any] = {

@@ -19,14 +19,14 @@ import pyarrow.parquet as pq
 
 from benchmarks.promise import repeated_splits
 from jobs.session import ray_session
-from pipeline import ensemble
 from pipeline.config import load, merge
 from pipeline.datasets import ingest
 from pipeline.errors import DoneError
 from pipeline.metrics.ranking import spearman
-from pipeline.recipe import TrainConfig
 from pipeline.runtime.progress import Terminal, diverted
 from pipeline.scoring import job
+from pipeline.training import ensemble
+from pipeline.training.train_config import TrainConfig
 
 
 def fold_data(folder: Path, out: Path, fold: int, folds: int, seed: int, terminal: Terminal) -> str:

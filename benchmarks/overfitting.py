@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from jobs.session import ray_session
-from pipeline import ensemble
 from pipeline.config import merge
 from pipeline.datasets import ingest as ingest_module
 from pipeline.errors import DoneError
 from pipeline.models import bundle as bundles
-from pipeline.recipe import TrainConfig
 from pipeline.runtime.progress import Terminal, diverted
 from pipeline.scoring.evaluate import evaluate
+from pipeline.training import ensemble
+from pipeline.training.train_config import TrainConfig
 
 GEOMETRY = {"hflip": 0.5, "vflip": 0.5, "quarter_turns": 0.5, "rotate": 15, "scale": [0.75, 1.33]}
 LIGHT = {"brightness": 0.2, "contrast": 0.2}

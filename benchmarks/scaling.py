@@ -39,7 +39,7 @@ from pipeline.datasets import ingest
 from pipeline.models import bundle
 from pipeline.runtime.progress import NoSink
 from pipeline.scoring import job as job_module
-from pipeline.train import Fit, fit
+from pipeline.training.ray_train import Fit, fit
 
 SCALES = (1, 4, 16)
 HELD_OUT = 16

@@ -9,7 +9,7 @@ workers there are (weak scaling). Two jobs:
 
 - ``batch inference``: ``pipeline.scoring.job`` with so many actors over a dataset of tiny JPEGs, predictions written; the
   members are replaced in the actors, maps are off.
-- ``training stream``: ``pipeline.train.training_dataset`` split for so many consumers as Ray Train does it
+- ``training stream``: ``pipeline.training.ray_train.training_dataset`` split for so many consumers as Ray Train does it
   (``streaming_split(equal=True)``); each takes batches of encoded images, and sleeps.
 
 Rates are steady ones: from when the last worker has begun until the first one has no more to do, as the workers
@@ -49,7 +49,7 @@ from pipeline.datasets import ingest
 from pipeline.runtime.progress import NoSink
 from pipeline.scoring.job import Scorer, predict
 from pipeline.scoring.plan import UNIT_ROWS
-from pipeline.train import Fit, training_dataset
+from pipeline.training.ray_train import Fit, training_dataset
 
 PARTS = 5
 """Of the steady time of a job; each gives a rate."""

@@ -10,8 +10,8 @@ def run(bundle: str, data: str, out: str, kind: str, risk: float | None, delta: 
     def story(terminal: Voice) -> None:
         from pipeline.config import merge, parse_sets
         from pipeline.models import bundle as bundles
-        from pipeline.recipe import CalibrateSettings
         from pipeline.storage import absolute
+        from pipeline.training.train_config import CalibrateSettings
 
         settings = CalibrateSettings.parse({"kind": kind, "risk": risk, "delta": delta}, "options")
         source = bundles.open_bundle(bundle)

@@ -53,13 +53,14 @@ def _task(root: str, task: str, terminal: Voice) -> dict[str, Any]:
     """Two members, their bundle, predictions and metrics on the test split and on the shifted images."""
     import contextlib
 
-    from pipeline import ensemble, predictions, storage
+    from pipeline import predictions, storage
     from pipeline.config import load
     from pipeline.datasets.ingest import open_dataset
     from pipeline.errors import DoneError
-    from pipeline.recipe import TrainConfig
     from pipeline.report import summary
     from pipeline.scoring import job
+    from pipeline.training import ensemble
+    from pipeline.training.train_config import TrainConfig
 
     tree = load(str(CONFIGS / TASKS[task]), [f"data={root}/data", f"out={root}/{task}"])
     terminal.say(f"demo: training {MEMBERS} {task} members")

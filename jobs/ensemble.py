@@ -9,14 +9,14 @@ def run(config: str, members: int, resume: bool, sets: list[str], verb: str = "e
 
     def story(terminal: Voice) -> None:
         from pipeline.config import load
-        from pipeline.recipe import TrainConfig
+        from pipeline.training.train_config import TrainConfig
 
         settings = TrainConfig.parse(load(config, sets), config).with_absolute_uris()
         settings.model_settings(config)
         with ray_session(settings.train.workers):
-            from pipeline import ensemble
             from pipeline.models import transfer
             from pipeline.scoring import calibrate
+            from pipeline.training import ensemble
 
             made = ensemble.run(settings, members, resume=resume, sink=terminal)
             from pipeline.report import curves

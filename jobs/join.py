@@ -11,8 +11,8 @@ def run(bundles: list[str], out: str, data: str, risk: float | None, delta: floa
         from pipeline.config import merge, parse_sets
         from pipeline.errors import InputError
         from pipeline.models import bundle
-        from pipeline.recipe import CalibrateSettings
         from pipeline.storage import absolute
+        from pipeline.training.train_config import CalibrateSettings
 
         if risk is not None and not data:
             raise InputError("--risk wants a dataset with a calibration split: add --data URI")

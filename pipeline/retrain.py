@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from pipeline import drift, ensemble, exams, judge, registry, storage
+from pipeline import drift, exams, judge, registry, storage
 from pipeline.config import Settings
 from pipeline.datasets.diff import DIGESTS, Changes, between, digests, require_apart
 from pipeline.datasets.ingest import DATASET_JSON, DatasetInfo, open_dataset
@@ -22,9 +22,10 @@ from pipeline.drift import DriftSettings
 from pipeline.errors import DoneError, InputError
 from pipeline.judge import JudgeSettings
 from pipeline.models.bundle import open_bundle
-from pipeline.recipe import TrainConfig
 from pipeline.runtime.progress import NoSink, Sink
 from pipeline.storage import lease
+from pipeline.training import ensemble
+from pipeline.training.train_config import TrainConfig
 
 LABELLED = ("train", "val", "calibration")
 """Splits that a challenger learns from, or is chosen or calibrated on."""

@@ -12,9 +12,9 @@ from pipeline import predictions
 from pipeline.datasets import ingest
 from pipeline.errors import InputError
 from pipeline.models import bundle as bundles
-from pipeline.recipe import CalibrateSettings
 from pipeline.scoring import calibrate, job
 from pipeline.scoring.evaluate import evaluate, gain, shifted
+from pipeline.training.train_config import CalibrateSettings
 
 SPLITS = {"train": range(4), "calibration": range(4, 16), "test": range(16, 24)}
 

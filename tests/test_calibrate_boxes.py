@@ -11,10 +11,10 @@ from pipeline import predictions
 from pipeline.errors import InputError
 from pipeline.models import bundle as bundles
 from pipeline.models.bundle import Bundle
-from pipeline.recipe import CalibrateSettings
 from pipeline.scoring import calibrate, job
 from pipeline.scoring.evaluate import evaluate
 from pipeline.scoring.predictor import Predictor
+from pipeline.training.train_config import CalibrateSettings
 
 SPLITS = {"train": range(2), "val": range(2, 8), "calibration": range(8, 20), "test": range(20, 26)}
 YOLO = {"name": "yolo_v1", "stride": 8, "width": 4}

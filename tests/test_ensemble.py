@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from pipeline import ensemble
 from pipeline.errors import InputError
-from pipeline.recipe import TrainConfig
 from pipeline.runtime.progress import NoSink
+from pipeline.training import ensemble
+from pipeline.training.train_config import TrainConfig
 from tests import tiny
 
 
@@ -39,7 +39,7 @@ def dies(folder: Path, times: dict[int, int]) -> ensemble.Fit:
     folder.mkdir()
 
     def fit(run: Any) -> dict[str, Any]:
-        from pipeline import train
+        from pipeline.training import ray_train
 
         seed = run.config["seed"]
         for attempt in range(times.get(seed, 0)):
@@ -47,7 +47,7 @@ def dies(folder: Path, times: dict[int, int]) -> ensemble.Fit:
             if not mark.exists():
                 mark.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
-        return train.fit(run)
+        return ray_train.fit(run)
 
     return fit
 

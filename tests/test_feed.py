@@ -15,11 +15,11 @@ from test_loop import SIZE, rows, tree, view_of, worker_of
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pipeline import loop
 from pipeline.errors import InputError
 from pipeline.images.batch import Batch
 from pipeline.images.gpu_decode import DeviceDecoder
 from pipeline.stream import batches
+from pipeline.training import loop
 
 AUGMENT = {"hflip": 0.5, "rotate": 10, "brightness": 0.2}
 

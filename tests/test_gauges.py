@@ -13,13 +13,14 @@ import pytest
 from event_files import require_increasing, scalars
 from tiny import UNET, make_bundle, make_squares, png
 
-from pipeline import ensemble, predictions
+from pipeline import predictions
 from pipeline.datasets import ingest
-from pipeline.recipe import TrainConfig
 from pipeline.runtime import prometheus
 from pipeline.runtime.progress import NoSink
 from pipeline.scoring import plan
 from pipeline.scoring.job import predict
+from pipeline.training import ensemble
+from pipeline.training.train_config import TrainConfig
 
 RUN, TABLE = "seen-from-outside", "every-metric"
 PATIENCE_S = 45

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from pipeline.journal import Plan
-from pipeline.optim import OptimSettings, lr_at
+from pipeline.training.optimizer import OptimSettings, lr_at
+from pipeline.training.run_state import Plan
 
 OPTIM = OptimSettings.parse({"lr": 1.0, "schedule": "cosine", "warmup_steps": 4}, "test")
 

@@ -162,7 +162,7 @@ def test_a_misspelt_option_of_an_entry_point_is_found():
 
 def test_the_example_settings_are_accepted_as_the_jobs_set_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from pipeline.config import load
-    from pipeline.recipe import TrainConfig
+    from pipeline.training.train_config import TrainConfig
 
     file = tmp_path / "train.yaml"
     file.write_text(read("cluster/configs.yaml")["data"]["train.yaml"])

@@ -13,14 +13,15 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 
-from pipeline import checkpoint, flags, loop, schema
+from pipeline import schema
 from pipeline.datasets import ingest
 from pipeline.errors import InputError
 from pipeline.images.batch import Batch
 from pipeline.models import device
-from pipeline.recipe import TrainConfig
 from pipeline.runtime.progress import NoSink, Progress
 from pipeline.stream import run_stream
+from pipeline.training import checkpoint, loop, loss_readback
+from pipeline.training.train_config import TrainConfig
 
 SIZE = 32
 
@@ -252,20 +253,22 @@ def test_a_loss_that_is_not_finite_names_its_images():
     worker = worker_of(tree("segmentation"))
     with torch.no_grad():
         next(worker.module.parameters()).fill_(float("nan"))
-    with pytest.raises(flags.NonFiniteLossError, match=r"loss is nan at step 1; images of that step: i0, i1, i2, i3"):
+    with pytest.raises(
+        loss_readback.NonFiniteLossError, match=r"loss is nan at step 1; images of that step: i0, i1, i2, i3"
+    ):
         run(worker, [rows(4)] * 4)
 
 
 def test_the_batch_of_a_loss_that_is_not_finite_is_kept_as_the_model_saw_it(tmp_path):
     from safetensors.torch import load
 
-    from pipeline.train import save_batches
+    from pipeline.training.ray_train import save_batches
 
     worker, tables = worker_of(tree("segmentation")), [rows(4, start=4 * i) for i in range(4)]
     seen = view_of(worker, tables[0])
     with torch.no_grad():
         next(worker.module.parameters()).fill_(float("nan"))
-    with pytest.raises(flags.NonFiniteLossError) as caught:
+    with pytest.raises(loss_readback.NonFiniteLossError) as caught:
         run(worker, tables)
     folder = save_batches(caught.value, str(tmp_path), 1)
     (path,) = (tmp_path / "not-finite-step-00000001").iterdir()

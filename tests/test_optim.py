@@ -8,11 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline import optim
 from pipeline.errors import InputError
 from pipeline.models import layers_of
 from pipeline.models.unet import UNet
-from pipeline.optim import Ema, OptimSettings
+from pipeline.training.optimizer import Ema, OptimSettings, add_penalties, build, clip_gradients, lr_at, set_lr
 
 
 def network() -> nn.Sequential:
@@ -24,7 +23,7 @@ def network() -> nn.Sequential:
 def test_only_matrices_decay_and_nothing_is_left_out(name, kind):
     module = network()
     module[2].weight.requires_grad_(False)
-    built = optim.build(OptimSettings(name=name, lr=0.1, weight_decay=0.5), module)
+    built = build(OptimSettings(name=name, lr=0.1, weight_decay=0.5), module)
     assert isinstance(built, kind)
     decay = {id(p): group["weight_decay"] for group in built.param_groups for p in group["params"]}
     wanted = {id(p): (0.5 if p.ndim > 1 else 0.0) for p in module.parameters() if p.requires_grad}
@@ -34,7 +33,7 @@ def test_only_matrices_decay_and_nothing_is_left_out(name, kind):
 def test_sgd_with_momentum_follows_its_recursion():
     module = nn.Linear(1, 1, bias=False)
     nn.init.constant_(module.weight, 1.0)
-    built = optim.build(OptimSettings(name="sgd", lr=0.1, momentum=0.5, weight_decay=0.2), module)
+    built = build(OptimSettings(name="sgd", lr=0.1, momentum=0.5, weight_decay=0.2), module)
     weight, velocity = 1.0, 0.0
     for _ in range(4):
         module.weight.grad = torch.full((1, 1), 2.0)
@@ -46,25 +45,25 @@ def test_sgd_with_momentum_follows_its_recursion():
 
 def test_warm_up_then_half_a_cosine():
     settings = OptimSettings(lr=2.0, warmup_steps=4, final_lr_fraction=0.1)
-    rates = [optim.lr_at(settings, step, 15) for step in range(15)]
+    rates = [lr_at(settings, step, 15) for step in range(15)]
     assert rates[:5] == pytest.approx([0.5, 1.0, 1.5, 2.0, 2.0])
     assert rates[9] == pytest.approx(2.0 * (0.1 + 0.9 * (1 + math.cos(math.pi * 0.5)) / 2))
     assert rates[-1] == pytest.approx(0.2)
     assert rates[4:] == sorted(rates[4:], reverse=True)
-    assert optim.lr_at(settings, 99, 15) == pytest.approx(0.2)
+    assert lr_at(settings, 99, 15) == pytest.approx(0.2)
 
 
 def test_the_schedule_survives_short_runs():
     settings = OptimSettings(lr=1.0, warmup_steps=100)
     for steps in (0, 1, 2, 3):
-        rates = [optim.lr_at(settings, step, steps) for step in range(max(steps, 1))]
+        rates = [lr_at(settings, step, steps) for step in range(max(steps, 1))]
         assert all(0 < rate <= 1 for rate in rates)
-    assert optim.lr_at(OptimSettings(lr=1.0, schedule="constant"), 50, 60) == 1.0
+    assert lr_at(OptimSettings(lr=1.0, schedule="constant"), 50, 60) == 1.0
 
 
 def test_set_lr_reaches_every_group():
-    built = optim.build(OptimSettings(lr=0.1), network())
-    optim.set_lr(built, 0.025)
+    built = build(OptimSettings(lr=0.1), network())
+    set_lr(built, 0.025)
     assert [group["lr"] for group in built.param_groups] == [0.025, 0.025]
 
 
@@ -90,11 +89,11 @@ def rates(built: torch.optim.Optimizer, module: nn.Module) -> dict[str, float]:
 def test_learning_rates_fall_layer_by_layer_down_the_backbone(name):
     module = Backboned()
     settings = OptimSettings(name=name, lr=0.1, backbone_lr=0.5, layer_decay=0.4)
-    built = optim.build(settings, module, module.LAYERS)
+    built = build(settings, module, module.LAYERS)
     factors = {"a": 0.5 * 0.16, "b": 0.5 * 0.4, "c": 0.5, "head": 1.0}
     wanted = {each: factor for name, factor in factors.items() for each in (name, f"{name}.bias")}
     assert rates(built, module) == pytest.approx({key: 0.1 * value for key, value in wanted.items()}, rel=1e-12)
-    optim.set_lr(built, 0.02)
+    set_lr(built, 0.02)
     assert rates(built, module) == pytest.approx({key: 0.02 * value for key, value in wanted.items()}, rel=1e-12)
     decay = {id(p): group["weight_decay"] for group in built.param_groups for p in group["params"]}
     assert decay == {id(p): settings.weight_decay if p.ndim > 1 else 0.0 for p in module.parameters()}
@@ -102,8 +101,8 @@ def test_learning_rates_fall_layer_by_layer_down_the_backbone(name):
 
 def test_one_factor_for_the_backbone_makes_few_groups():
     module = Backboned()
-    assert len(optim.build(OptimSettings(), module, module.LAYERS).param_groups) == 2
-    built = optim.build(OptimSettings(backbone_lr=0.1), module, module.LAYERS)
+    assert len(build(OptimSettings(), module, module.LAYERS).param_groups) == 2
+    built = build(OptimSettings(backbone_lr=0.1), module, module.LAYERS)
     assert sorted((group["scale"], len(group["params"])) for group in built.param_groups) == [
         (0.1, 3),
         (0.1, 3),
@@ -115,7 +114,7 @@ def test_one_factor_for_the_backbone_makes_few_groups():
 def test_frozen_layers_do_not_count_when_rates_fall():
     module = Backboned()
     module.c.requires_grad_(False)
-    built = optim.build(OptimSettings(lr=1.0, layer_decay=0.5), module, module.LAYERS)
+    built = build(OptimSettings(lr=1.0, layer_decay=0.5), module, module.LAYERS)
     found = rates(built, module)
     assert (found["a"], found["b"], found["head"]) == (0.5, 1.0, 1.0)
     assert "c" not in found
@@ -123,7 +122,7 @@ def test_frozen_layers_do_not_count_when_rates_fall():
 
 def test_the_layers_of_a_real_network_are_taken():
     module = UNet(width=4, depth=3).build(2)
-    built = optim.build(OptimSettings(lr=1.0, layer_decay=0.5), module, layers_of(module))
+    built = build(OptimSettings(lr=1.0, layer_decay=0.5), module, layers_of(module))
     found = rates(built, module)
     assert [found[f"encoder.{level}.first.0"] for level in range(3)] == [0.25, 0.5, 1.0]
     assert found["heads.0"] == found["decoder.0.first.0"] == 1.0
@@ -131,7 +130,7 @@ def test_the_layers_of_a_real_network_are_taken():
 
 def test_rates_by_layer_want_the_layers():
     with pytest.raises(ValueError, match="want the names of the backbone's layers"):
-        optim.build(OptimSettings(backbone_lr=0.1), Backboned())
+        build(OptimSettings(backbone_lr=0.1), Backboned())
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
@@ -140,18 +139,18 @@ def test_the_optimisers_state_goes_round(name):
     torch.manual_seed(0)
     first = Backboned()
     second = copy.deepcopy(first)
-    one = optim.build(settings, first, first.LAYERS)
+    one = build(settings, first, first.LAYERS)
     x = torch.randn(4, 2)
 
     def step(module: nn.Module, optimizer: torch.optim.Optimizer, lr: float) -> None:
         optimizer.zero_grad()
         module(x).square().mean().backward()
-        optim.set_lr(optimizer, lr)
+        set_lr(optimizer, lr)
         optimizer.step()
 
     step(first, one, 0.05)
     second.load_state_dict(first.state_dict())
-    two = optim.build(settings, second, second.LAYERS)
+    two = build(settings, second, second.LAYERS)
     buffer = io.BytesIO()
     torch.save(one.state_dict(), buffer)
     buffer.seek(0)
@@ -165,12 +164,12 @@ def test_the_optimisers_state_goes_round(name):
 
 def test_a_state_from_before_there_were_scales_still_loads():
     module = network()
-    built = optim.build(OptimSettings(), module)
+    built = build(OptimSettings(), module)
     state = built.state_dict()
     for group in state["param_groups"]:
         del group["scale"]
     built.load_state_dict(state)
-    optim.set_lr(built, 0.5)
+    set_lr(built, 0.5)
     assert [group["lr"] for group in built.param_groups] == [0.5, 0.5]
 
 
@@ -179,7 +178,7 @@ def test_penalties_are_the_gradient_of_their_formula():
     x = torch.randn(2, 3, 8, 8)
     settings = OptimSettings(l1=0.03, l2=0.2)
     module(x).square().mean().backward()
-    optim.add_penalties(settings, module)
+    add_penalties(settings, module)
     matrices = [p for p in plain.parameters() if p.ndim > 1]
     penalty = 0.03 * sum(p.abs().sum() for p in matrices) + 0.1 * sum(p.square().sum() for p in matrices)
     (plain(x).square().mean() + penalty).backward()
@@ -193,11 +192,11 @@ def test_penalties_spare_vectors_and_what_is_frozen():
     weights = {name: p.detach().clone() for name, p in module.named_parameters()}
     for p in module.parameters():
         p.grad = torch.zeros_like(p)
-    optim.add_penalties(OptimSettings(l1=1.0, l2=1.0), module)
+    add_penalties(OptimSettings(l1=1.0, l2=1.0), module)
     touched = {name for name, p in module.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     assert touched == {"0.weight"}
     assert all(torch.equal(p, weights[name]) for name, p in module.named_parameters())
-    optim.add_penalties(OptimSettings(l1=1.0), nn.Linear(1, 1))  # nothing has a gradient yet
+    add_penalties(OptimSettings(l1=1.0), nn.Linear(1, 1))  # nothing has a gradient yet
 
 
 def test_l2_is_weight_decay_to_sgd():
@@ -207,11 +206,11 @@ def test_l2_is_weight_decay_to_sgd():
         (decayed, OptimSettings(name="sgd", lr=0.1, weight_decay=0.2)),
         (penalised, OptimSettings(name="sgd", lr=0.1, weight_decay=0.0, l2=0.2)),
     ):
-        built = optim.build(settings, module)
+        built = build(settings, module)
         for _ in range(3):
             built.zero_grad()
             module(x).square().mean().backward()
-            optim.add_penalties(settings, module)
+            add_penalties(settings, module)
             built.step()
     for a, b in zip(decayed.parameters(), penalised.parameters(), strict=True):
         torch.testing.assert_close(a, b)
@@ -222,11 +221,11 @@ def test_l1_drives_what_does_not_help_to_zero():
     x = torch.randn(256, 2)
     module = nn.Linear(2, 1, bias=False)
     settings = OptimSettings(name="sgd", lr=0.02, momentum=0.0, weight_decay=0.0, l1=0.3)
-    built = optim.build(settings, module)
+    built = build(settings, module)
     for _ in range(400):
         built.zero_grad()
         (module(x)[:, 0] - x[:, 0]).square().mean().backward()
-        optim.add_penalties(settings, module)
+        add_penalties(settings, module)
         built.step()
     useful, useless = module.weight[0].tolist()
     assert abs(useless) < 0.02
@@ -238,7 +237,7 @@ def test_clipping_scales_the_whole_gradient(clip, after):
     parameters = [nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))]
     for parameter, value in zip(parameters, (3.0, 4.0), strict=True):
         parameter.grad = torch.tensor([value])
-    norm = optim.clip_gradients(OptimSettings(clip=clip), parameters)
+    norm = clip_gradients(OptimSettings(clip=clip), parameters)
     assert norm.item() == pytest.approx(5.0)
     left = math.hypot(*(p.grad.item() for p in parameters if p.grad is not None))
     assert left == pytest.approx(after, rel=1e-5)

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from pipeline import pace
-from pipeline.pace import Pace
+from pipeline.training import step_timer
+from pipeline.training.step_timer import Pace
 
 CPU = torch.device("cpu")
 
@@ -28,7 +28,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
-    monkeypatch.setattr(pace, "time", made)
+    monkeypatch.setattr(step_timer, "time", made)
     return made
 
 

@@ -6,13 +6,14 @@ import pyarrow as pa
 import pytest
 import torch
 
-from pipeline import ensemble, loop, predictions
+from pipeline import predictions
 from pipeline.datasets import ingest
 from pipeline.models import bundle
-from pipeline.recipe import TrainConfig
 from pipeline.runtime.progress import NoSink, Progress
 from pipeline.scoring.job import predict
 from pipeline.stream import run_stream
+from pipeline.training import ensemble, loop
+from pipeline.training.train_config import TrainConfig
 
 HELD = {"val": 0.1, "calibration": 0.1}
 

@@ -7,7 +7,7 @@ import pytest
 import jobs
 from pipeline.config import load, merge, parse_sets
 from pipeline.errors import InputError
-from pipeline.recipe import TrainConfig
+from pipeline.training.train_config import TrainConfig
 
 TREE = {
     "task": "segmentation",

@@ -13,12 +13,13 @@ import pytest
 import torch
 from event_files import require_increasing, scalars
 
-from pipeline import checkpoint, ensemble, predictions, storage
+from pipeline import predictions, storage
 from pipeline.datasets import ingest
 from pipeline.errors import DoneError, InputError
-from pipeline.recipe import TrainConfig
 from pipeline.runtime.progress import NoSink
 from pipeline.scoring.job import predict
+from pipeline.training import checkpoint, ensemble
+from pipeline.training.train_config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 

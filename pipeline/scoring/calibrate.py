@@ -13,11 +13,11 @@ from pipeline.datasets.ingest import DatasetInfo, open_dataset, row_groups
 from pipeline.errors import InputError
 from pipeline.models import bundle as bundles
 from pipeline.models.bundle import Bundle
-from pipeline.recipe import CalibrateSettings
 from pipeline.runtime.progress import Sink
 from pipeline.scoring.job import score
 from pipeline.scoring.predictor import Purpose, task_of
 from pipeline.tasks import TASKS
+from pipeline.training.train_config import CalibrateSettings
 from pipeline.uncertainty import calibration
 
 SPLIT = "calibration"

@@ -15,8 +15,9 @@ import yaml
 from infra.local.cluster import LocalCluster, Node, _descendants, local_cluster
 from infra.local.network import allowed
 from infra.local.s3_server import binary
-from pipeline import checkpoint, predictions, storage
+from pipeline import predictions, storage
 from pipeline.models.bundle import open_bundle
+from pipeline.training import checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = "s3://data/digits"

@@ -4,7 +4,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline import optim
+from pipeline.training import optimizer
 
 
 @dataclass
@@ -70,9 +70,9 @@ class Plan:
         """Nominal steps that are done after step number ``step``."""
         return self.nominal_begin + (step - self.begin) * self.ratio
 
-    def lr(self, settings: optim.OptimSettings, step: int) -> float:
+    def lr(self, settings: optimizer.OptimSettings, step: int) -> float:
         """Learning rate of the step after ``step`` steps."""
-        return optim.lr_at(settings, self.at(step), self.steps if self.nominal is None else self.nominal)
+        return optimizer.lr_at(settings, self.at(step), self.steps if self.nominal is None else self.nominal)
 
     def looks(self, step: int) -> bool:
         """Whether the model is validated after step number ``step``."""

@@ -16,19 +16,20 @@ import ray.train.torch
 import safetensors.torch
 import torch
 
-from pipeline import checkpoint, storage
+from pipeline import storage
 from pipeline.datasets.ingest import open_dataset, row_groups
 from pipeline.errors import InputError
-from pipeline.flags import NonFiniteLossError
-from pipeline.journal import Journal, Made, Plan
-from pipeline.loop import Worker, build_worker, run_steps, steps_of, validate
 from pipeline.models.device import fuse
-from pipeline.recipe import TrainConfig
 from pipeline.runtime import prometheus, resources, tensorboard
 from pipeline.runtime.progress import BoardSink, NoSink, Progress
 from pipeline.scoring import actor_pool
 from pipeline.stream import run_stream
 from pipeline.stream.frame_cache import Framing, require_room
+from pipeline.training import checkpoint
+from pipeline.training.loop import Worker, build_worker, run_steps, steps_of, validate
+from pipeline.training.loss_readback import NonFiniteLossError
+from pipeline.training.run_state import Journal, Made, Plan
+from pipeline.training.train_config import TrainConfig
 
 COLLECTIVE_TIMEOUT_S = 300
 WARNING_EVERY = 10

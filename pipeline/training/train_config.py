@@ -13,11 +13,11 @@ from pipeline.errors import InputError
 from pipeline.models import ModelSettings, transfer
 from pipeline.models.device import Compile, Precision
 from pipeline.models.transfer import TransferSettings
-from pipeline.optim import OptimSettings
 from pipeline.storage import absolute
 from pipeline.stream.run_stream import StreamSettings
 from pipeline.tasks import TASKS
 from pipeline.tasks.base import Task
+from pipeline.training.optimizer import OptimSettings
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The training loop on tensors: step, validate, judge; one loop for both tasks.
 
-Knows no Ray: a list of batches drives it in a test. ``pipeline.train`` runs it inside Ray Train workers.
+Knows no Ray: a list of batches drives it in a test. ``pipeline.training.ray_train`` runs it inside Ray Train workers.
 """
 
 import contextlib
@@ -14,23 +14,25 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline import checkpoint, losses, models, optim
+from pipeline import losses, models
 from pipeline.augment import Augment
 from pipeline.datasets.ingest import DatasetInfo
 from pipeline.errors import InputError
-from pipeline.flags import Flags
 from pipeline.images.batch import Batch
 from pipeline.images.gpu_decode import DeviceDecoder
-from pipeline.journal import Journal, Made, Plan
 from pipeline.models import transfer
 from pipeline.models.device import Compiled, autocast, fuse, place, wants_compile
-from pipeline.pace import Pace
-from pipeline.recipe import Scale, TrainConfig
 from pipeline.runtime.progress import Progress
 from pipeline.stream import batches as batches_module
 from pipeline.stream import run_stream
 from pipeline.stream.batches import Step
 from pipeline.tasks.base import Task
+from pipeline.training import checkpoint
+from pipeline.training.loss_readback import Flags
+from pipeline.training.optimizer import Ema, add_penalties, build, clip_gradients, set_lr
+from pipeline.training.run_state import Journal, Made, Plan
+from pipeline.training.step_timer import Pace
+from pipeline.training.train_config import Scale, TrainConfig
 
 
 @dataclass
@@ -45,7 +47,7 @@ class Worker:
     """``module``, or DDP around it."""
     forward: Any
     """``model``, or its compiled call."""
-    average: optim.Ema | None
+    average: Ema | None
     """Exponential moving average of the weights, if asked for."""
     optimizer: torch.optim.Optimizer
     augment: Augment
@@ -104,8 +106,8 @@ def build_worker(
     worker = Worker(
         config=config, info=info, task=task, module=module, model=model,
         forward=Compiled(model) if whole else model,
-        average=optim.Ema(module, config.optim.ema) if config.optim.ema else None,
-        optimizer=optim.build(config.optim, module, models.layers_of(module)),
+        average=Ema(module, config.optim.ema) if config.optim.ema else None,
+        optimizer=build(config.optim, module, models.layers_of(module)),
         augment=Augment(config.augment, config.input, config.seed, config.passes(info), compile=fast),
         eval_augment=Augment(None, config.input, config.seed, compile=fast),
         device=device, decoder=_decoder(config, device, threads), rank=rank, world=world,
@@ -152,10 +154,10 @@ def train_step(worker: Worker, views: list[Batch], lr: float) -> Tensor:
             loss = losses.total(worker.task.loss(worker.ask(worker.forward, view), view), counts, worker.world)
             loss.backward()
         parts.append(loss.detach())
-    optim.add_penalties(worker.config.optim, worker.module)
+    add_penalties(worker.config.optim, worker.module)
     if worker.config.optim.clip:
-        optim.clip_gradients(worker.config.optim, worker.module.parameters())
-    optim.set_lr(worker.optimizer, lr)
+        clip_gradients(worker.config.optim, worker.module.parameters())
+    set_lr(worker.optimizer, lr)
     worker.optimizer.step()
     worker.optimizer.zero_grad(set_to_none=True)
     if worker.average is not None:

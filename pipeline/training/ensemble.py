@@ -12,23 +12,26 @@ from typing import Any
 
 import ray
 
-from pipeline import __version__, models, storage, train
+from pipeline import __version__, models, storage
 from pipeline.config import first_difference
 from pipeline.datasets.ingest import DatasetInfo, open_dataset, row_groups
 from pipeline.errors import DoneError, InputError, root_input_error
 from pipeline.models import bundle, transfer
-from pipeline.recipe import TrainConfig
 from pipeline.runtime import progress, prometheus
 from pipeline.schema import BUNDLE_JSON, SCHEMA_VERSION
 from pipeline.scoring import calibrate
+from pipeline.training import ray_train
+from pipeline.training.train_config import TrainConfig
 
 POLL_S = 0.5
-Fit = Callable[[train.Fit], dict[str, Any]]
+Fit = Callable[[ray_train.Fit], dict[str, Any]]
 _NO_INPUT = ("out", "data", "ensemble")
 """Keys of a config that do not decide what a member becomes: places (the data counts by its fingerprint), retries."""
 
 
-def run(config: TrainConfig, members: int, *, resume: bool, sink: progress.Sink, fit: Fit = train.fit) -> bundle.Bundle:
+def run(
+    config: TrainConfig, members: int, *, resume: bool, sink: progress.Sink, fit: Fit = ray_train.fit
+) -> bundle.Bundle:
     """Train ``members`` members into ``config.out`` and write ``config.out/bundle``.
 
     Args:
@@ -189,11 +192,11 @@ def _retry_note(failures: int) -> str:
     return f"taken up again after {failures} failure(s)" if failures else ""
 
 
-def _member(config: TrainConfig, k: int, members: int, threads: int, board: Any) -> train.Fit:
+def _member(config: TrainConfig, k: int, members: int, threads: int, board: Any) -> ray_train.Fit:
     tree = {**config.to_dict(), "seed": config.seed + k}
     stage = "train" if members == 1 else f"member {k}"
     uri, events = (storage.join(config.out, name, str(k)) for name in ("members", "tensorboard"))
-    return train.Fit(tree, uri, stage, threads, board, events, prometheus.source(stage))
+    return ray_train.Fit(tree, uri, stage, threads, board, events, prometheus.source(stage))
 
 
 def _manifest(

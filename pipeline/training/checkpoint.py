@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from pipeline import storage
-from pipeline.optim import Ema
 from pipeline.stream.run_stream import Ledger
+from pipeline.training.optimizer import Ema
 
 MODEL, STATE, PROGRESS = "model.safetensors", "state.pt", "progress.json"
 

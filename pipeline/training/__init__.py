@@ -1,0 +1,1 @@
+"""One member or many are trained: settings, loop, Ray Train, ensembles."""
