@@ -12,7 +12,7 @@ def show_all(registry: str) -> int:
     """Every model's champion; returns the exit code."""
 
     def story(terminal: Voice) -> None:
-        from pipeline import registry as champions
+        from pipeline.retraining import registry as champions
 
         names = champions.names(registry)
         for name in names:
@@ -27,7 +27,7 @@ def show(registry: str, name: str) -> int:
     """All champions of a model and all decisions; returns the exit code."""
 
     def story(terminal: Voice) -> None:
-        from pipeline import registry as champions
+        from pipeline.retraining import registry as champions
 
         every, decided = champions.entries(registry, name), champions.decisions(registry, name)
         if not every and not decided:
@@ -61,7 +61,7 @@ def rollback(registry: str, name: str, to: int | None) -> int:
 
 def _change(name: str, change: Callable[[Any], Any]) -> int:
     def story(terminal: Voice) -> None:
-        from pipeline import registry as champions
+        from pipeline.retraining import registry as champions
 
         try:
             made = change(champions)

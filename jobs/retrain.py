@@ -16,13 +16,13 @@ def run(config: str, force: bool, dry_run: bool, every: str, cron: str, sets: li
 
     def story(terminal: Voice) -> None:
         from jobs import tracking
-        from pipeline import retrain
+        from pipeline.retraining import run as run_module
 
         settings, log = _settings(config, sets)
         if log is not None:
             tracking.require()
         with ray_session(settings.recipe.get("train", {}).get("workers", 1)):
-            made = retrain.run(settings, force=force, dry_run=dry_run, sink=terminal)
+            made = run_module.run(settings, force=force, dry_run=dry_run, sink=terminal)
         terminal.close()
         for sentence in made.said:
             terminal.say(sentence)
@@ -38,7 +38,7 @@ def _settings(path: str, sets: list[str]) -> tuple[Any, Any]:
     """The retraining's settings with absolute URIs, and MLflow's if there are any."""
     from jobs.tracking import TrackingSettings
     from pipeline.config import load
-    from pipeline.retrain import RetrainConfig
+    from pipeline.retraining.run import RetrainConfig
     from pipeline.storage import absolute
 
     tree = load(path, sets)

@@ -10,10 +10,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline import drift, predictions
+from pipeline import predictions
 from pipeline.datasets import diff
 from pipeline.datasets.ingest import open_dataset
 from pipeline.errors import InputError
+from pipeline.retraining import drift
 from tests import tiny
 
 

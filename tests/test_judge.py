@@ -9,9 +9,9 @@ from metric_cases import box_images, detection
 from scipy import stats
 
 from pipeline.errors import InputError
-from pipeline.judge import JudgeSettings, Newest, Sides, decide, figures, gain
 from pipeline.metrics.detection import DetectionMetric
 from pipeline.metrics.segmentation import SegmentationMetric
+from pipeline.retraining.promotion import JudgeSettings, Newest, Sides, decide, figures, gain
 
 STRICT = JudgeSettings.parse({"tolerance": 0.005}, "test")
 IMAGES = 40

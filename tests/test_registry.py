@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from pipeline import registry, storage
+from pipeline import storage
 from pipeline.errors import InputError
+from pipeline.retraining import registry
 from pipeline.storage import lease
 from tests import tiny
 

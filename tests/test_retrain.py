@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline import registry, retrain
 from pipeline.datasets import ingest as ingest_module
 from pipeline.datasets.diff import digests
 from pipeline.errors import InputError
 from pipeline.models import bundle
+from pipeline.retraining import registry, run
 from tests import tiny
 
 RECIPE = {
@@ -45,12 +45,12 @@ def ingest(root: Path, version: str) -> str:
     return out
 
 
-def config(root: Path, **changes: Any) -> retrain.RetrainConfig:
+def config(root: Path, **changes: Any) -> run.RetrainConfig:
     tree = {
         "name": "cells", "registry": str(root / "registry"), "work": str(root / "work"),
         "data": str(root / "datasets"), "recipe": RECIPE, "judge": LOOSE, **changes,
     }  # fmt: skip
-    return retrain.RetrainConfig.parse(tree, "test")
+    return run.RetrainConfig.parse(tree, "test")
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def grown(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for n in range(60):
         write_square(root, n)
     ingest(root, "2026-11-01")
-    made = retrain.run(config(root))
+    made = run.run(config(root))
     assert made.kind == "promoted", made.said
     return root
 
@@ -92,7 +92,7 @@ def test_the_first_run_makes_a_champion_and_keeps_what_it_saw(grown: Path):
 
 def test_without_new_data_nothing_is_done(grown: Path):
     before = sorted(path for path in (grown / "work").rglob("*"))
-    made = retrain.run(config(grown))
+    made = run.run(config(grown))
     assert made.kind == "nothing"
     assert "0 new, 0 changed and 0 removed images since the champion's data, 0 to learn from" in made.said
     assert sorted(path for path in (grown / "work").rglob("*")) == before
@@ -101,11 +101,11 @@ def test_without_new_data_nothing_is_done(grown: Path):
 def test_too_little_new_data_waits_unless_doubt_drifted_or_it_is_forced(grown: Path, tmp_path: Path):
     root = copy_of(grown, tmp_path, more=range(60, 64))
     settings = config(root, least_new=5)
-    made = retrain.run(settings)
+    made = run.run(settings)
     assert made.kind == "nothing"
     assert "4 new, 0 changed and 0 removed images since the champion's data, 4 to learn from" in made.said
     assert "nothing to do (least_new = 5)" in made.said
-    assert retrain.run(settings, dry_run=True, force=True).kind == "dry run"
+    assert run.run(settings, dry_run=True, force=True).kind == "dry run"
     for name, brightness in (("then", 0), ("now", 100)):
         for n in range(20):
             path = tmp_path / name / f"{n}.png"
@@ -118,7 +118,7 @@ def test_too_little_new_data_waits_unless_doubt_drifted_or_it_is_forced(grown: P
         assert entry is not None
         predict(entry.bundle, str(tmp_path / name), str(tmp_path / f"{name}-out"))
     drift = {"reference": str(tmp_path / "then-out"), "recent": str(tmp_path / "now-out"), "least": 10}
-    made = retrain.run(config(root, least_new=5, drift=drift), dry_run=True)
+    made = run.run(config(root, least_new=5, drift=drift), dry_run=True)
     assert made.kind == "dry run", made.said
     assert any(sentence.startswith("doubt drifted") for sentence in made.said)
 
@@ -126,14 +126,14 @@ def test_too_little_new_data_waits_unless_doubt_drifted_or_it_is_forced(grown: P
 def test_of_a_folder_of_datasets_the_last_that_is_whole_counts(grown: Path, tmp_path: Path):
     root = copy_of(grown, tmp_path)
     (root / "datasets" / "2027-unfinished" / "data").mkdir(parents=True)
-    assert retrain.newest_dataset(str(root / "datasets")) == str(root / "datasets" / "2026-11-01")
+    assert run.newest_dataset(str(root / "datasets")) == str(root / "datasets" / "2026-11-01")
     one = str(root / "datasets" / "2026-11-01")
-    assert retrain.newest_dataset(one) == one
+    assert run.newest_dataset(one) == one
     for name in ("v9", "v10"):
         shutil.copytree(one, root / "numbered" / name)
-    assert retrain.newest_dataset(str(root / "numbered")) == str(root / "numbered" / "v10")
+    assert run.newest_dataset(str(root / "numbered")) == str(root / "numbered" / "v10")
     with pytest.raises(InputError, match="is no dataset and holds none; write one there with dubito ingest"):
-        retrain.newest_dataset(str(root / "work"))
+        run.newest_dataset(str(root / "work"))
 
 
 @pytest.mark.long
@@ -147,20 +147,20 @@ def test_a_run_that_ended_anywhere_is_finished_by_the_next(grown: Path, tmp_path
     def broken(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt
 
-    for where, name in ((retrain.exams, "sit"), (retrain.registry, "decide"), (retrain.registry, "add")):
+    for where, name in ((run.exams, "sit"), (run.registry, "decide"), (run.registry, "add")):
         with monkeypatch.context() as patch:
             patch.setattr(where, name, broken)
             with pytest.raises(KeyboardInterrupt):
-                retrain.run(settings)
+                run.run(settings)
         entry = registry.champion(settings.registry, "cells")
         assert entry is not None
         assert entry.number == 1, "no half champion"
-    made = retrain.run(settings)
+    made = run.run(settings)
     assert made.kind == "promoted", made.said
     runs = list((root / "work" / "cells").iterdir())
     assert len(runs) == 2, "the champion's and one more"
     assert len(registry.decisions(settings.registry, "cells")) == 2
-    again = retrain.run(settings)
+    again = run.run(settings)
     assert again.kind == "nothing"
     assert len(registry.decisions(settings.registry, "cells")) == 2
 
@@ -176,8 +176,8 @@ def test_somebody_else_promoted_meanwhile(grown: Path, tmp_path: Path, monkeypat
         return decide(*args[:3], {**args[3], "promote": True})
 
     with monkeypatch.context() as patch:
-        patch.setattr(retrain.registry, "decide", decides)
-        made = retrain.run(settings)
+        patch.setattr(run.registry, "decide", decides)
+        made = run.run(settings)
     assert made.kind == "overtaken"
     assert "was made by run promote-" in made.said[-1]
     assert [entry.kind for entry in registry.entries(settings.registry, "cells")] == ["promotion", "manual"]
@@ -186,7 +186,7 @@ def test_somebody_else_promoted_meanwhile(grown: Path, tmp_path: Path, monkeypat
 def test_a_frozen_test_that_is_trained_on_is_refused(grown: Path, tmp_path: Path):
     test = {"data": str(grown / "datasets" / "2026-11-01"), "split": "train"}
     with pytest.raises(InputError, match=r"images of split 'train' of .* are in the frozen test"):
-        retrain.run(config(grown, test=test, registry=str(tmp_path / "registry")))
+        run.run(config(grown, test=test, registry=str(tmp_path / "registry")))
 
 
 @pytest.mark.long
@@ -196,7 +196,7 @@ def test_many_looks_at_one_test_are_warned_of(grown: Path, tmp_path: Path, monke
     for n in range(60, 70):
         write_square(root, n)
     ingest(root, "2026-11-02")
-    made = retrain.run(config(root))
+    made = run.run(config(root))
     assert any(sentence.startswith("1 decisions looked at this frozen test before") for sentence in made.said)
     assert made.decision is not None
     assert made.decision["test"]["looks_before"] == 1
@@ -208,15 +208,15 @@ def test_one_that_knows_less_what_it_knows_is_refused_though_as_accurate(grown: 
     root = copy_of(grown, tmp_path, more=range(60, 70))
     settings = config(root, judge={"tolerance": 0.01})
 
-    def flattened(config: Any, news: retrain.News, name: str, sink: Any) -> str:
+    def flattened(config: Any, news: run.News, name: str, sink: Any) -> str:
         assert news.champion is not None
         source = bundle.open_bundle(news.champion.bundle)
         flat = {"kind": "temperature", "parameters": {"temperature": 30.0}, "fitted_on": "nothing", "n": 0}
         changed = bundle.derive(source, calibration=flat)
         return bundle.write(str(tmp_path / "flat"), changed.manifest, bundle.member_uris(source)).uri
 
-    monkeypatch.setattr(retrain, "_train", flattened)
-    made = retrain.run(settings)
+    monkeypatch.setattr(run, "_train", flattened)
+    made = run.run(settings)
     assert made.kind == "refused"
     assert made.decision is not None
     assert made.decision["gain"]["over_champion"]["difference"] == pytest.approx(0, abs=1e-6)

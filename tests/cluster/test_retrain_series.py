@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline import registry
 from pipeline.models.bundle import open_bundle
+from pipeline.retraining import registry
 from tests.test_retrain import LOOSE, RECIPE, write_square
 
 ROOT = Path(__file__).resolve().parents[2]

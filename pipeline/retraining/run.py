@@ -14,14 +14,15 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from pipeline import drift, exams, judge, registry, storage
+from pipeline import storage
 from pipeline.config import Settings
 from pipeline.datasets.diff import DIGESTS, Changes, between, digests, require_apart
 from pipeline.datasets.ingest import DATASET_JSON, DatasetInfo, open_dataset
-from pipeline.drift import DriftSettings
 from pipeline.errors import DoneError, InputError
-from pipeline.judge import JudgeSettings
 from pipeline.models.bundle import open_bundle
+from pipeline.retraining import drift, promotion, registry, stored_metrics
+from pipeline.retraining.drift import DriftSettings
+from pipeline.retraining.promotion import JudgeSettings
 from pipeline.runtime.progress import NoSink, Sink
 from pipeline.storage import lease
 from pipeline.training import ensemble
@@ -250,28 +251,28 @@ def _judge(config: RetrainConfig, news: News, frozen: FrozenSettings, challenger
     """The judge's record: challenger, champion and the best champion ever on the same images."""
     kept = storage.join(registry.folder(config.registry, config.name), "evaluations")
 
-    def pool(bundle: str, data: str, split: str) -> judge.Metric:
-        return exams.sit(kept, bundle, data, split, sink).pool
+    def pool(bundle: str, data: str, split: str) -> promotion.Metric:
+        return stored_metrics.sit(kept, bundle, data, split, sink).pool
 
     own = pool(challenger, frozen.data, frozen.split)
     if news.champion is None:
-        return judge.decide(config.judge, judge.Sides(own, None), None)
+        return promotion.decide(config.judge, promotion.Sides(own, None), None)
     last = pool(news.champion.bundle, frozen.data, frozen.split)
     best, notes = _best(config, news.champion, lambda bundle: pool(bundle, frozen.data, frozen.split))
     newest = None
     if news.changed is not None and news.changed.unseen and news.info.counts.get(config.newest, {}).get("labelled"):
         mine, its = (pool(bundle, news.info.uri, config.newest) for bundle in (challenger, news.champion.bundle))
-        newest = judge.Newest(mine, its, news.changed.unseen)
+        newest = promotion.Newest(mine, its, news.changed.unseen)
     drifted = news.drifted is not None and bool(news.drifted["drifted"])
-    made = judge.decide(config.judge, judge.Sides(own, last, best), newest, drifted)
+    made = promotion.decide(config.judge, promotion.Sides(own, last, best), newest, drifted)
     return {**made, "notes": notes}
 
 
 def _best(
-    config: RetrainConfig, champion: registry.Entry, pool: Callable[[str], judge.Metric]
-) -> tuple[judge.Metric | None, list[str]]:
+    config: RetrainConfig, champion: registry.Entry, pool: Callable[[str], promotion.Metric]
+) -> tuple[promotion.Metric | None, list[str]]:
     """The former champion that is best on the frozen test, unless it is champion again; and what was left out."""
-    found: dict[str, judge.Metric] = {}
+    found: dict[str, promotion.Metric] = {}
     notes: list[str] = []
     for entry in registry.entries(config.registry, config.name):
         if entry.bundle_id in found or entry.bundle_id == champion.bundle_id:
@@ -280,7 +281,7 @@ def _best(
             found[entry.bundle_id] = pool(entry.bundle)
         except InputError as error:
             notes.append(f"champion {entry.number} is not compared with: {error}")
-    ranked = {key: judge.main_figure(metric) for key, metric in found.items()}
+    ranked = {key: promotion.main_figure(metric) for key, metric in found.items()}
     known = {key: value for key, value in ranked.items() if value is not None}
     return (found[max(known, key=lambda key: known[key])] if known else None), notes
 
