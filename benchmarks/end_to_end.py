@@ -19,6 +19,7 @@ from PIL import Image
 from benchmarks import feed as images
 from benchmarks import harness
 from pipeline.datasets import ingest
+from pipeline.datasets.dataset import open_dataset
 from pipeline.runtime.progress import NoSink
 from pipeline.stream.batches import DEPTH
 from pipeline.training import loop
@@ -68,7 +69,7 @@ class Run:
         }  # fmt: skip
         fit = Fit(tree, f"{uri}-{name}/members/0", "benchmark", torch.get_num_threads())
         self.args, self.device, config = args, device, fit.settings()
-        self.worker = loop.build_worker(config, ingest.open_dataset(uri), device, threads=fit.threads)
+        self.worker = loop.build_worker(config, open_dataset(uri), device, threads=fit.threads)
         began = time.perf_counter()
         tables: Any = training_dataset(fit).iter_batches(
             batch_size=args.batch, batch_format="pyarrow", prefetch_batches=1

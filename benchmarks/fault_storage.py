@@ -13,7 +13,7 @@ from benchmarks.fault_jobs import Ended, Job, run
 from benchmarks.fault_world import NOISE, World, compare_rows, far_from, rows_of, tally, units
 from infra.local.fault_proxy import Kind, Rule
 from pipeline import predictions, storage
-from pipeline.datasets import ingest
+from pipeline.datasets.dataset import open_dataset, row_groups
 from pipeline.datasets.shard_reader import read_row_group
 from pipeline.errors import InputError
 from pipeline.models.bundle import open_bundle
@@ -103,7 +103,7 @@ def _compare(world: World, ended: dict[str, Ended], data: str, out: str, found: 
     done = {job for job, each in ended.items() if each.code == 0}
     counts = Counter(failed=len(ended) - len(done))
     if "ingest" in done:
-        counts["differ"] += ingest.open_dataset(data).fingerprint != world.fingerprint
+        counts["differ"] += open_dataset(data).fingerprint != world.fingerprint
     if "train" in done:
         counts["differ"] += far_from(world, out) > NOISE
     return counts + (compare_rows(rows_of(found), rows) if "predict" in done else Counter())
@@ -137,7 +137,7 @@ def gone(world: World, seconds: float) -> Counter[str]:
         elif name == "predict":
             counts += compare_rows(rows_of(out), world.rows)
         elif name == "ingest":
-            counts["differ"] += ingest.open_dataset(out).fingerprint != world.fingerprint
+            counts["differ"] += open_dataset(out).fingerprint != world.fingerprint
         else:
             counts["differ"] += far_from(world, out) > NOISE
     return counts
@@ -146,7 +146,7 @@ def gone(world: World, seconds: float) -> Counter[str]:
 def bits(world: World, rng: random.Random) -> Counter[str]:
     """One bit of a shard, a bundle and a file of predictions: found by verify, by its reader, and by a job."""
     counts, looked = Counter[str](), 0
-    groups = ingest.row_groups(ingest.open_dataset(world.uri("many")), "train")
+    groups = row_groups(open_dataset(world.uri("many")), "train")
     made, found = world.uri("run/bundle"), world.uri("predictions")
     plans: list[tuple[str, str, Callable[[], Any], bool]] = [
         (world.uri("many"), groups[0].file, lambda: [read_row_group(group, ["image"]) for group in groups], True),

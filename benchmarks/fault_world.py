@@ -15,7 +15,7 @@ from benchmarks.fault_jobs import Ended, run
 from infra.local.fault_proxy import FaultProxy
 from infra.local.s3_server import Server, environment, make_bucket
 from pipeline import predictions, storage
-from pipeline.datasets.ingest import open_dataset
+from pipeline.datasets.dataset import open_dataset
 from pipeline.training import checkpoint
 
 CLASSES = ["background", "square"]

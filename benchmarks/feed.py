@@ -42,6 +42,7 @@ from benchmarks.feed_rivals import (
 from benchmarks.images import make, photographs
 from jobs.session import ray_session
 from pipeline.datasets import ingest as ingest_module
+from pipeline.datasets.dataset import open_dataset
 from pipeline.stream.batches import ahead, collated
 from pipeline.training.ray_train import Fit, training_dataset
 
@@ -83,7 +84,7 @@ def stream(data: Data, passes: int) -> Iterator[Item]:
     }  # fmt: skip
     fit = Fit(tree, f"{data.uri}-run/members/0", "feed", threads)
     config = fit.settings()
-    task = config.build_task(ingest_module.open_dataset(config.data), threads)
+    task = config.build_task(open_dataset(config.data), threads)
     rows = training_dataset(fit)
 
     tables: Any = rows.iter_batches(batch_size=data.batch, batch_format="pyarrow", prefetch_batches=1)
@@ -187,7 +188,7 @@ def ingest(folder: Path, files: list[Path], size: tuple[int, int], args: argpars
     }
     uri = str(folder / "data")
     ingest_module.ingest("coco", str(files[0].parent), str(labels), uri, options=options)
-    info = ingest_module.open_dataset(uri)
+    info = open_dataset(uri)
     shards = sorted(f"{uri}/{file['path']}" for file in info.meta["files"] if file.get("split") == "train")
     return Data(files, uri, shards, args.side, args.batch)
 

@@ -30,10 +30,10 @@ from benchmarks import harness
 from benchmarks.scaling import descendants, tiny_bundle
 from jobs.session import ray_session
 from pipeline import predictions, schema
-from pipeline.datasets import ingest
+from pipeline.datasets.dataset import DATASET_JSON
 from pipeline.models import bundle
+from pipeline.runtime import ray_tasks
 from pipeline.runtime.progress import NoSink
-from pipeline.scoring import actor_pool
 from pipeline.scoring.job import predict
 from pipeline.scoring.plan import make_plan
 from pipeline.storage import checksum
@@ -82,13 +82,13 @@ def write_dataset(folder: Path, ids: int, shards: int, group: int = GROUP) -> st
     (folder / "data").mkdir(parents=True)
     each = ids // shards
     work = partial(write_shard, group=group)
-    files = list(actor_pool.in_tasks(work, [(str(folder), number, each) for number in range(shards)]))
+    files = list(ray_tasks.in_tasks(work, [(str(folder), number, each) for number in range(shards)]))
     meta = {
         "schema_version": schema.SCHEMA_VERSION, "name": "ids", "classes": ["thing", "background"], "background": 1,
         "tasks": [], "counts": {"test": {"images": each * shards}}, "fingerprint": f"{ids} ids", "statistics": {},
         "referenced": True, "files": files,
     }  # fmt: skip
-    (folder / ingest.DATASET_JSON).write_text(json.dumps(checksum.seal(meta)))
+    (folder / DATASET_JSON).write_text(json.dumps(checksum.seal(meta)))
     return str(folder)
 
 
@@ -115,7 +115,7 @@ def earlier_attempt(model: str, data: str, out: str) -> int:
         done = [unit for unit in piece.members if unit.number < len(plan.units) - LEFT]
         starts = [(unit.number, unit.source["group"] * GROUP + unit.source["start"], unit.rows) for unit in done]
         work.append((out, attempt.name, attempt.digest, f"{data}/{piece.members[0].source['file']}", starts))
-    return sum(actor_pool.in_tasks(write_units, work))
+    return sum(ray_tasks.in_tasks(write_units, work))
 
 
 def job(model: str, data: str, out: str, limit: int, pipe: Any) -> None:

@@ -37,11 +37,12 @@ from infra.local.fault_proxy import FaultProxy
 from infra.local.s3_server import environment, make_bucket, s3_server
 from jobs.session import ray_session
 from pipeline import schema
-from pipeline.datasets import ingest, metadata
+from pipeline.datasets import metadata
+from pipeline.datasets.dataset import DATASET_JSON
 from pipeline.models import bundle
 from pipeline.scoring import plan as planning
 from pipeline.storage import checksum
-from pipeline.stream import run_stream
+from pipeline.stream import epoch_order, run_stream
 from pipeline.stream.ledger import Ledger
 
 GROUPS = 5
@@ -76,7 +77,7 @@ def plan(folder: Path, model: str, groups: int) -> dict[str, float]:
     """What a row group costs before the first is read."""
     folder.mkdir()
     text = json.dumps(meta_of(groups), indent=1)
-    (folder / ingest.DATASET_JSON).write_text(text)
+    (folder / DATASET_JSON).write_text(text)
     opened, begin = bundle.open_bundle(model), cpu_s()
     made = planning.make_plan(opened, str(folder), "train", measure=False)
     assert made.digest
@@ -123,8 +124,8 @@ def order(groups: int) -> dict[str, float]:
         )
         for at in range(groups)
     ]
-    whole = run_stream.Order.of(every, 0, 64 * 2**20)
-    rest = run_stream.plan_rest(Ledger(), whole.rows, ids.GROUP)
+    whole = epoch_order.Order.of(every, 0, 64 * 2**20)
+    rest = epoch_order.plan_rest(Ledger(), whole.rows, ids.GROUP)
     sent = run_stream.Expand(whole, ("image",), 0, rest.stop, Ledger().to_bytes(), 16, "")
     data = ray.cloudpickle.dumps(sent)  # pyright: ignore[reportAttributeAccessIssue]
     times = []

@@ -35,7 +35,7 @@ from jobs.session import ray_session
 from pipeline import models, predictions, schema
 from pipeline.models import bundle
 from pipeline.runtime.progress import NoSink
-from pipeline.scoring.job import Scorer, predict
+from pipeline.scoring import job
 
 CLASSES = ["background", "first", "second", "third"]
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -60,7 +60,7 @@ class Stub(nn.Module):
         return self.mix(batch)
 
 
-class StubScorer(Scorer):
+class StubScorer(job.Scorer):
     """The actor with the stub in the place of every member."""
 
     def __init__(self, *args: Any) -> None:
@@ -132,13 +132,13 @@ class Side:
         return [extra / max(1e-3, seconds - self.start_s) for seconds in self.seconds]
 
 
-def ours(uri: str, scorer: type[Scorer], folder: Path, target: Path) -> None:
+def ours(uri: str, scorer: type[job.Scorer], folder: Path, target: Path) -> None:
     """``dubito predict``."""
-    kept, Scorer = Scorer, scorer
+    kept, job.Scorer = job.Scorer, scorer
     try:
-        predict(uri, str(folder), str(target), sink=NoSink())
+        job.predict(uri, str(folder), str(target), sink=NoSink())
     finally:
-        Scorer = kept
+        job.Scorer = kept
 
 
 # The rival: Ray's documentation, "Image Classification Batch Inference with PyTorch", with a mask for a label.
@@ -257,7 +257,7 @@ def compare(name: str, root: Path, args: argparse.Namespace, uri: str) -> tuple[
     stub = name == "stub"
     few, whole = folders(root / name, args, args.count if stub else args.model_count)
     weights = None if stub else str(Path(uri).parent / "0.safetensors")
-    sides = {OURS: Side(partial(ours, uri, StubScorer if stub else Scorer), few, whole, root / f"{name}-ours")}
+    sides = {OURS: Side(partial(ours, uri, StubScorer if stub else job.Scorer), few, whole, root / f"{name}-ours")}
     best, figures = 0.0, dict[str, Any](images=count(whole))
     plans = settings(args.small)
     for text, setting in plans.items():

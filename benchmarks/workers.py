@@ -7,8 +7,8 @@ The model is a stub that sleeps so long an image as a GPU would be at work, one 
 many workers fit on a few cores, and what is measured is what feeds them. Each has as many images to do, however many
 workers there are (weak scaling). Two jobs:
 
-- ``batch inference``: ``pipeline.scoring.job`` with so many actors over a dataset of tiny JPEGs, predictions written; the
-  members are replaced in the actors, maps are off.
+- ``batch inference``: ``pipeline.scoring.job`` with so many actors over a dataset of tiny JPEGs, predictions written;
+  the members are replaced in the actors, maps are off.
 - ``training stream``: ``pipeline.training.ray_train.training_dataset`` split for so many consumers as Ray Train does it
   (``streaming_split(equal=True)``); each takes batches of encoded images, and sleeps.
 
@@ -47,7 +47,7 @@ from jobs.session import ray_session
 from pipeline import schema
 from pipeline.datasets import ingest
 from pipeline.runtime.progress import NoSink
-from pipeline.scoring.job import Scorer, predict
+from pipeline.scoring import job
 from pipeline.scoring.plan import UNIT_ROWS
 from pipeline.training.ray_train import Fit, training_dataset
 
@@ -87,7 +87,7 @@ class SleepingModel(nn.Module):
         return batch[:, :2]
 
 
-class SleepingScorer(Scorer):
+class SleepingScorer(job.Scorer):
     """The actor with the sleeping model in the place of every member; its notes go into a file of its own."""
 
     def __init__(self, image_s: float, folder: str, *args: Any) -> None:
@@ -118,13 +118,13 @@ def inference(uri: str, model: str, args: argparse.Namespace, workers: int, fold
     """``dubito predict`` over the split that has so many images."""
     notes = folder / "notes"
     notes.mkdir(parents=True)
-    kept, Scorer = Scorer, partial(SleepingScorer, args.image_ms / 1e3, str(notes))  # type: ignore[misc]
+    kept, job.Scorer = job.Scorer, partial(SleepingScorer, args.image_ms / 1e3, str(notes))  # type: ignore[misc]
     try:
-        found = predict(
+        found = job.predict(
             model, uri, str(folder / "out"), split=splits(args)[workers], sink=NoSink(), actors=workers, batch=BATCH
         )
     finally:
-        Scorer = kept
+        job.Scorer = kept
     assert found["statuses"] == {"ok": workers * args.images}, found["statuses"]
     return [[Batch(*json.loads(line)) for line in file.read_text().splitlines()] for file in notes.iterdir()]
 

@@ -11,7 +11,7 @@ def run(bundle: str, data: str, out: str, kind: str, risk: float | None, delta: 
         from pipeline.config import merge, parse_sets
         from pipeline.models import bundle as bundles
         from pipeline.storage import absolute
-        from pipeline.training.train_config import CalibrateSettings
+        from pipeline.uncertainty.calibration.settings import CalibrateSettings
 
         settings = CalibrateSettings.parse({"kind": kind, "risk": risk, "delta": delta}, "options")
         source = bundles.open_bundle(bundle)

@@ -55,7 +55,7 @@ def _task(root: str, task: str, terminal: Voice) -> dict[str, Any]:
 
     from pipeline import predictions, storage
     from pipeline.config import load
-    from pipeline.datasets.ingest import open_dataset
+    from pipeline.datasets.dataset import open_dataset
     from pipeline.errors import DoneError
     from pipeline.report import summary
     from pipeline.scoring import job

@@ -11,7 +11,7 @@ def run(bundle: str, data: str, split: str, out: str, shift_data: str = "", shif
 
     def story(terminal: Voice) -> None:
         from pipeline import storage
-        from pipeline.datasets.ingest import open_dataset
+        from pipeline.datasets.dataset import open_dataset
         from pipeline.models.bundle import open_bundle
 
         where = storage.absolute(bundle), storage.absolute(data)

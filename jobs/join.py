@@ -10,13 +10,13 @@ def run(bundles: list[str], out: str, data: str, risk: float | None, delta: floa
     def story(terminal: Voice) -> None:
         from pipeline.config import merge, parse_sets
         from pipeline.errors import InputError
-        from pipeline.models import bundle
+        from pipeline.models import bundle, bundle_join
         from pipeline.storage import absolute
-        from pipeline.training.train_config import CalibrateSettings
+        from pipeline.uncertainty.calibration.settings import CalibrateSettings
 
         if risk is not None and not data:
             raise InputError("--risk wants a dataset with a calibration split: add --data URI")
-        manifest, weights = bundle.join([bundle.open_bundle(uri) for uri in bundles])
+        manifest, weights = bundle_join.join([bundle.open_bundle(uri) for uri in bundles])
         manifest["predict"] = merge(manifest["predict"], parse_sets(sets))
         made = bundle.stage(out, manifest, weights)
         if data:

@@ -10,7 +10,8 @@ from typing import Any
 import ray.data
 
 from pipeline import predictions, storage
-from pipeline.datasets import image_fetch, ingest, shard_reader
+from pipeline.datasets import image_fetch, shard_reader
+from pipeline.datasets.dataset import DATASET_JSON, open_dataset
 from pipeline.errors import InputError
 from pipeline.predictions.attempts import MANIFEST
 from pipeline.runtime.progress import NoSink, Progress, Sink
@@ -46,7 +47,7 @@ def verify(uri: str, sink: Sink | None = None) -> dict[str, Any]:
         progress.advance(1)
         if row["problem"]:
             damage.append({"file": storage.join(uri, row["file"]), "problem": row["problem"]})
-    if kind == "dataset" and ingest.open_dataset(uri).referenced:
+    if kind == "dataset" and open_dataset(uri).referenced:
         bad = {item["file"] for item in damage}
         shards = [{"file": file} for item in items if (file := storage.join(uri, item["file"])) not in bad]
         shards = [item for item in shards if "/data/" in item["file"].removeprefix(uri)]
@@ -93,7 +94,7 @@ def _files(uri: str) -> tuple[str, Mapping[str, Any]]:
 
 
 def _of_dataset(uri: str) -> dict[str, Any]:
-    return {file["path"]: file for file in ingest.open_dataset(uri).meta["files"]}
+    return {file["path"]: file for file in open_dataset(uri).meta["files"]}
 
 
 def _of_bundle(uri: str) -> dict[str, Any]:
@@ -112,7 +113,7 @@ def _of_predictions(uri: str) -> dict[str, Any]:
 
 
 _KINDS: dict[str, tuple[str, Callable[[str], dict[str, Any]]]] = {
-    "dataset": (ingest.DATASET_JSON, _of_dataset),
+    "dataset": (DATASET_JSON, _of_dataset),
     "bundle": (BUNDLE_JSON, _of_bundle),
     "predictions": (MANIFEST, _of_predictions),
 }

@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.augment import Augment, AugmentSettings, InputSettings
-from pipeline.images import boxes as box_ops
-from pipeline.images import frame_labels
+from pipeline.images import affine, frame_labels
 from pipeline.images.unframe import unframe_boxes, unframe_maps
 from pipeline.schema import VOID
 
@@ -169,7 +168,7 @@ def test_unframing_a_letterbox_never_mixes_in_the_padding_and_keeps_a_ramp():
         inner = (slice(edge, -edge), slice(edge, -edge))
         torch.testing.assert_close(back[n][0][inner], expected_x[inner], atol=1e-3, rtol=0)
         torch.testing.assert_close(back[n][1][inner], expected_y[inner], atol=1e-3, rtol=0)
-        place = box_ops.letterbox_placement((height, width), (48, 48))
+        place = affine.letterbox_placement((height, width), (48, 48))
         assert back[n][0].min() >= place.left + 0.5 - 1e-4
         assert back[n][0].max() <= place.left + place.width - 0.5 + 1e-4
 
@@ -185,7 +184,7 @@ def test_unframing_undoes_a_flip():
 def test_boxes_come_back_to_where_they_were(height: int, width: int, seed: int):
     random = np.random.default_rng(seed)
     boxes = np.sort(random.uniform(0, 1, (3, 2, 2)), 1).reshape(3, 4) * [width, height, width, height]
-    matrix, _ = box_ops.letterbox((height, width), (256, 320))
-    framed = box_ops.transform_boxes(torch.from_numpy(boxes).float(), matrix)
+    matrix, _ = affine.letterbox((height, width), (256, 320))
+    framed = affine.transform_boxes(torch.from_numpy(boxes).float(), matrix)
     back = unframe_boxes(framed[None], matrix.float()[None], torch.tensor([[height, width]]))
     assert np.abs(back[0].numpy() - boxes).max() < 1e-3 * max(1, max(height, width) / 100)

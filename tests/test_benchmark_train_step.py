@@ -26,7 +26,7 @@ def test_it_trains_on_the_stream_and_on_a_batch_that_stays(ray_local, capsys, ex
 
 @pytest.mark.long
 def test_its_dataset_has_distinct_images_with_masks_and_boxes(ray_local, tmp_path):
-    from pipeline.datasets.ingest import open_dataset
+    from pipeline.datasets.dataset import open_dataset
 
     info = open_dataset(end_to_end.make_dataset(tmp_path, feed.photographs(None), (64, 48), 6))
     assert info.counts["train"]["images"] == 6

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torchvision.ops import box_iou, generalized_box_iou
 
+from pipeline.images import affine
 from pipeline.images import boxes as box_ops
 
 
@@ -61,7 +62,7 @@ def test_iou_of_boxes_without_area_is_zero_and_giou_has_a_finite_gradient():
 def test_empty_lists():
     none = torch.zeros(0, 4)
     assert box_ops.iou(none, some_boxes(3, 0)).shape == (0, 3)
-    assert box_ops.transform_boxes(none, torch.eye(3)).shape == (0, 4)
+    assert affine.transform_boxes(none, torch.eye(3)).shape == (0, 4)
     assert box_ops.nms(none, torch.zeros(0), 0.5).shape == (0,)
 
 
@@ -86,28 +87,28 @@ def test_clip_to_one_size_and_to_a_size_each():
     out_w=st.integers(8, 600),
 )
 def test_letterbox_fits_touches_and_inverts(height: int, width: int, out_h: int, out_w: int):
-    place = box_ops.letterbox_placement((height, width), (out_h, out_w))
+    place = affine.letterbox_placement((height, width), (out_h, out_w))
     assert place.top >= 0
     assert place.left >= 0
     assert place.top + place.height <= out_h
     assert place.left + place.width <= out_w
     assert place.height == out_h or place.width == out_w
-    forward, inverse = box_ops.letterbox((height, width), (out_h, out_w))
+    forward, inverse = affine.letterbox((height, width), (out_h, out_w))
     torch.testing.assert_close(forward @ inverse, torch.eye(3, dtype=torch.float64))
-    whole = box_ops.transform_boxes(torch.tensor([[0.0, 0, width, height]], dtype=torch.float64), forward)
+    whole = affine.transform_boxes(torch.tensor([[0.0, 0, width, height]], dtype=torch.float64), forward)
     expected = [place.left, place.top, place.left + place.width, place.top + place.height]
     assert whole[0].tolist() == pytest.approx(expected, abs=1e-9)
 
 
 def test_letterbox_of_the_same_size_is_the_identity():
-    forward, inverse = box_ops.letterbox((48, 64), (48, 64))
+    forward, inverse = affine.letterbox((48, 64), (48, 64))
     assert torch.equal(forward, torch.eye(3, dtype=torch.float64))
     assert torch.equal(inverse, forward)
 
 
 def test_transform_by_the_identity_is_exact():
     boxes = some_boxes(50, 7, 1e4)
-    assert torch.equal(box_ops.transform_boxes(boxes, torch.eye(3)), boxes)
+    assert torch.equal(affine.transform_boxes(boxes, torch.eye(3)), boxes)
 
 
 @given(angle=st.floats(-180, 180), scale=st.floats(0.2, 5), shear=st.floats(-1, 1), seed=st.integers(0, 99))
@@ -125,11 +126,11 @@ def test_transform_is_the_hull_of_the_four_corners(angle: float, scale: float, s
     corners = boxes[:, [[0, 1], [2, 1], [0, 3], [2, 3]]]
     moved = corners @ matrix[:2, :2].T + matrix[:2, 2]
     expected = torch.cat([moved.amin(1), moved.amax(1)], 1)
-    torch.testing.assert_close(box_ops.transform_boxes(boxes, matrix), expected)
+    torch.testing.assert_close(affine.transform_boxes(boxes, matrix), expected)
 
 
 def test_inverse_of_affine_matrices():
     generator = torch.Generator().manual_seed(3)
     matrices = torch.eye(3, dtype=torch.float64).repeat(6, 1, 1)
     matrices[:, :2] += 0.4 * torch.rand(6, 2, 3, generator=generator, dtype=torch.float64)
-    torch.testing.assert_close(box_ops.invert_affine(matrices), torch.linalg.inv(matrices))
+    torch.testing.assert_close(affine.invert_affine(matrices), torch.linalg.inv(matrices))

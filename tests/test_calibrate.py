@@ -14,7 +14,7 @@ from pipeline.errors import InputError
 from pipeline.models import bundle as bundles
 from pipeline.scoring import calibrate, job
 from pipeline.scoring.evaluate import evaluate, gain, shifted
-from pipeline.training.train_config import CalibrateSettings
+from pipeline.uncertainty.calibration.settings import CalibrateSettings
 
 SPLITS = {"train": range(4), "calibration": range(4, 16), "test": range(16, 24)}
 

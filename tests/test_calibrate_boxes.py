@@ -10,11 +10,12 @@ from tiny import CLASSES, DETECTOR, UNET, make_bundle, make_squares, png, table
 from pipeline import predictions
 from pipeline.errors import InputError
 from pipeline.models import bundle as bundles
+from pipeline.models import bundle_join
 from pipeline.models.bundle import Bundle
 from pipeline.scoring import calibrate, job
 from pipeline.scoring.evaluate import evaluate
 from pipeline.scoring.predictor import Predictor
-from pipeline.training.train_config import CalibrateSettings
+from pipeline.uncertainty.calibration.settings import CalibrateSettings
 
 SPLITS = {"train": range(2), "val": range(2, 8), "calibration": range(8, 20), "test": range(20, 26)}
 YOLO = {"name": "yolo_v1", "stride": 8, "width": 4}
@@ -76,7 +77,7 @@ def test_the_score_threshold_is_that_of_the_best_f1_on_the_validation_split(data
 
 def test_unlike_detectors_become_one_ensemble(tmp_path: Path, data: str, detector: str):
     other = make_bundle(tmp_path / "yolo", YOLO, seeds=(7,), predict=PREDICT)
-    manifest, weights = bundles.join([bundles.open_bundle(uri) for uri in (detector, other)])
+    manifest, weights = bundle_join.join([bundles.open_bundle(uri) for uri in (detector, other)])
     staged = bundles.stage(str(tmp_path / "joined"), manifest, weights)
     assert (staged.members, staged.alike) == (3, False)
     assert [staged.model_settings(k).__class__.__name__ for k in range(3)] == ["AnchorFree", "AnchorFree", "YoloV1"]
@@ -93,7 +94,7 @@ def test_unlike_detectors_become_one_ensemble(tmp_path: Path, data: str, detecto
 
 def test_copies_joined_are_an_ordinary_ensemble(tmp_path: Path, detector: str):
     opened = bundles.open_bundle(detector)
-    manifest, weights = bundles.join([opened, opened])
+    manifest, weights = bundle_join.join([opened, opened])
     made = bundles.write(str(tmp_path / "twice"), manifest, weights)
     assert made.alike
     assert made.members == 4
@@ -103,7 +104,7 @@ def test_copies_joined_are_an_ordinary_ensemble(tmp_path: Path, detector: str):
 def test_members_may_be_normalised_each_in_its_own_way(tmp_path: Path, detector: str):
     dark = {"size": [32, 32], "fit": "letterbox", "mean": [0.2, 0.3, 0.4], "std": [0.5, 0.4, 0.3]}
     other = make_bundle(tmp_path / "dark", DETECTOR, seeds=(8,), predict=PREDICT, input=dark)
-    manifest, weights = bundles.join([bundles.open_bundle(uri) for uri in (detector, other)])
+    manifest, weights = bundle_join.join([bundles.open_bundle(uri) for uri in (detector, other)])
     made = bundles.write(str(tmp_path / "joined"), manifest, weights)
     assert [each["mean"][0] for each in made.manifest["normalise"]] == [0.5, 0.5, 0.2]
     joined, alone = Predictor(made, "cpu", threads=1), Predictor(other, "cpu", threads=1)
@@ -117,10 +118,10 @@ def test_members_may_be_normalised_each_in_its_own_way(tmp_path: Path, detector:
 def test_what_cannot_be_joined(tmp_path: Path, detector: str):
     opened = bundles.open_bundle(detector)
     with pytest.raises(InputError, match="wanted two bundles or more to join, found 1"):
-        bundles.join([opened])
+        bundle_join.join([opened])
     unet = bundles.open_bundle(make_bundle(tmp_path / "unet", UNET))
     with pytest.raises(InputError, match="bundles differ in task"):
-        bundles.join([opened, unet])
+        bundle_join.join([opened, unet])
     named = bundles.open_bundle(make_bundle(tmp_path / "named", DETECTOR, classes=["dog", CLASSES[1]]))
     with pytest.raises(InputError, match="bundles differ in classes"):
-        bundles.join([opened, named])
+        bundle_join.join([opened, named])

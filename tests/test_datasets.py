@@ -10,8 +10,9 @@ from PIL import Image
 
 from pipeline import schema, storage
 from pipeline.datasets import metadata, shard_writer, splits
+from pipeline.datasets.dataset import DatasetInfo, open_dataset, row_groups
 from pipeline.datasets.formats.base import Context, IngestSettings, Reject, Source
-from pipeline.datasets.ingest import DatasetInfo, ingest, open_dataset, row_groups
+from pipeline.datasets.ingest import ingest
 from pipeline.datasets.shard_reader import read_row_group
 from pipeline.errors import InputError
 

@@ -12,7 +12,7 @@ import pytest
 
 from pipeline import predictions
 from pipeline.datasets import diff
-from pipeline.datasets.ingest import open_dataset
+from pipeline.datasets.dataset import open_dataset
 from pipeline.errors import InputError
 from pipeline.retraining import drift
 from tests import tiny

@@ -14,12 +14,12 @@ import torch.distributed as dist
 from safetensors import safe_open
 
 from pipeline import schema
-from pipeline.datasets import ingest
+from pipeline.datasets.dataset import DatasetInfo
 from pipeline.errors import InputError
 from pipeline.images.batch import Batch
 from pipeline.models import device
 from pipeline.runtime.progress import NoSink, Progress
-from pipeline.stream import run_stream
+from pipeline.stream import epoch_order
 from pipeline.training import checkpoint, loop, loss_readback
 from pipeline.training.train_config import TrainConfig
 
@@ -43,9 +43,9 @@ def tree(task: str, **over):
     return TrainConfig.parse({**base, **over}, "test")
 
 
-def info() -> ingest.DatasetInfo:
+def info() -> DatasetInfo:
     classes = ("a", "b", schema.BACKGROUND)
-    return ingest.DatasetInfo("none", "t", classes, 2, ("segmentation", "detection"), {}, "f", {}, {})
+    return DatasetInfo("none", "t", classes, 2, ("segmentation", "detection"), {}, "f", {}, {})
 
 
 def rows(count: int, seed: int = 0, start: int = 0) -> pa.Table:
@@ -355,7 +355,7 @@ def test_a_restored_run_goes_on_as_if_nothing_had_happened(tmp_path, ema):
     run(second, tables[2:], journal=loop.Journal(**restored))
     for a, b in zip(whole.judged.state_dict().values(), second.judged.state_dict().values(), strict=True):
         assert torch.equal(a, b)
-    assert run_stream.plan_rest(second.ledger, 16, 4).steps == 0
+    assert epoch_order.plan_rest(second.ledger, 16, 4).steps == 0
 
 
 @pytest.mark.parametrize("loss", ["binary_cross_entropy", "binary_focal", "lovasz_hinge", "cross_entropy", "tversky"])
@@ -363,7 +363,7 @@ def test_a_binary_head_learns_with_either_kind_of_loss(loss: str):
     model = {"name": "unet", "width": 4, "depth": 2, "norm": "group", "head": "binary"}
     optim = {"name": "adamw", "lr": 0.02, "l1": 1e-6, "l2": 1e-4, "backbone_lr": 0.5, "layer_decay": 0.9}
     config = tree("segmentation", model=model, loss={loss: 1.0}, optim=optim)
-    two = ingest.DatasetInfo("none", "t", ("a", schema.BACKGROUND), 1, ("segmentation",), {}, "f", {}, {})
+    two = DatasetInfo("none", "t", ("a", schema.BACKGROUND), 1, ("segmentation",), {}, "f", {}, {})
     worker = loop.build_worker(config, two, torch.device("cpu"), threads=1)
     table = rows(4)
     masks = [schema.pack_map((np.frombuffer(schema.unpack_map(m, SIZE, SIZE), np.uint8) > 0).astype(np.uint8).tobytes())

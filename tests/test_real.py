@@ -8,10 +8,11 @@ import torch
 
 from pipeline import predictions
 from pipeline.datasets import ingest
+from pipeline.datasets.dataset import open_dataset, row_groups
 from pipeline.models import bundle
 from pipeline.runtime.progress import NoSink, Progress
 from pipeline.scoring.job import predict
-from pipeline.stream import run_stream
+from pipeline.stream import epoch_order, run_stream, validation
 from pipeline.training import ensemble, loop
 from pipeline.training.train_config import TrainConfig
 
@@ -20,10 +21,10 @@ HELD = {"val": 0.1, "calibration": 0.1}
 
 def few_steps(config: TrainConfig, folder: Path, steps: int) -> str:
     """Train without Ray, and write a bundle; returns its URI."""
-    info = ingest.open_dataset(config.data)
+    info = open_dataset(config.data)
     worker = loop.build_worker(config, info, torch.device("cpu"))
-    groups = ingest.row_groups(info, "train")
-    order = run_stream.Order.of(groups, 0, 2**26)
+    groups = row_groups(info, "train")
+    order = epoch_order.Order.of(groups, 0, 2**26)
     size = config.train.batch_size
     expand = run_stream.Expand(
         order,
@@ -39,8 +40,8 @@ def few_steps(config: TrainConfig, folder: Path, steps: int) -> str:
     first: list[float] = []
 
     def look(worker: loop.Worker, journal: loop.Journal) -> None:
-        tables = run_stream.share(info, "val", 0, 1, run_stream.training_columns(config.task, info))
-        first.append(loop.validate(worker, run_stream.slices(tables, size))["val_loss"])
+        tables = validation.share(info, "val", 0, 1, run_stream.training_columns(config.task, info))
+        first.append(loop.validate(worker, validation.slices(tables, size))["val_loss"])
 
     look(worker, journal)
     rows = pa.concat_tables(expand(units))

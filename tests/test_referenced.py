@@ -12,9 +12,10 @@ from tiny import UNET, make_bundle, make_squares, png
 from pipeline import predictions, storage
 from pipeline.augment import InputSettings
 from pipeline.datasets import image_fetch, ingest, shard_reader
+from pipeline.datasets.dataset import DatasetInfo, open_dataset, row_groups
 from pipeline.errors import InputError
 from pipeline.scoring.job import predict
-from pipeline.stream import run_stream
+from pipeline.stream import epoch_order, run_stream, validation
 from pipeline.stream.frame_cache import Framing
 from pipeline.stream.ledger import Ledger
 from pipeline.verify import verify
@@ -111,20 +112,20 @@ def test_a_row_to_train_on_whose_image_is_gone_names_it(tmp_path: Path):
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory, ray_local: None) -> dict[str, ingest.DatasetInfo]:
+def both(tmp_path_factory: pytest.TempPathFactory, ray_local: None) -> dict[str, DatasetInfo]:
     """The same images packed and referenced."""
     found, splits = {}, {"train": range(10), "val": range(10, 15)}
     for name in ("packed", "referenced"):
         root = tmp_path_factory.mktemp(name)
-        found[name] = ingest.open_dataset(make_squares(root, splits, referenced=name == "referenced"))
+        found[name] = open_dataset(make_squares(root, splits, referenced=name == "referenced"))
     return found
 
 
-def test_rows_refer_to_images_and_are_otherwise_those_of_a_packed_dataset(both: dict[str, ingest.DatasetInfo]):
+def test_rows_refer_to_images_and_are_otherwise_those_of_a_packed_dataset(both: dict[str, DatasetInfo]):
     here, there = both["packed"], both["referenced"]
     assert (here.referenced, there.referenced) == (False, True)
     assert here.fingerprint == there.fingerprint
-    groups = [ingest.row_groups(info, "train") for info in (here, there)]
+    groups = [row_groups(info, "train") for info in (here, there)]
     assert [(group.rows, group.num_bytes) for group in groups[0]] == [(g.rows, g.num_bytes) for g in groups[1]]
     one, other = (pa.concat_tables(map(shard_reader.read_row_group, part)) for part in groups)
     assert other["image"].null_count == other.num_rows == one.num_rows
@@ -132,9 +133,9 @@ def test_rows_refer_to_images_and_are_otherwise_those_of_a_packed_dataset(both: 
 
 
 @pytest.mark.parametrize("framed", [False, True])
-def test_training_rows_are_the_same(both: dict[str, ingest.DatasetInfo], framed: bool):
-    def walk(info: ingest.DatasetInfo) -> pa.Table:
-        order = run_stream.Order.of(ingest.row_groups(info, "train"), 3, 2**20)
+def test_training_rows_are_the_same(both: dict[str, DatasetInfo], framed: bool):
+    def walk(info: DatasetInfo) -> pa.Table:
+        order = epoch_order.Order.of(row_groups(info, "train"), 3, 2**20)
         columns = tuple(run_stream.training_columns("segmentation", info))
         framing = Framing(InputSettings(size=(32, 32)), 3) if framed else None
         expand = run_stream.Expand(order, columns, 0, 25, Ledger().to_bytes(), 4, "", framing)
@@ -145,20 +146,20 @@ def test_training_rows_are_the_same(both: dict[str, ingest.DatasetInfo], framed:
     assert found.equals(walk(both["packed"]))
 
 
-def test_validation_rows_are_the_same(both: dict[str, ingest.DatasetInfo]):
-    def rows(info: ingest.DatasetInfo, rank: int) -> pa.Table:
+def test_validation_rows_are_the_same(both: dict[str, DatasetInfo]):
+    def rows(info: DatasetInfo, rank: int) -> pa.Table:
         columns = run_stream.training_columns("segmentation", info)
-        return pa.concat_tables(run_stream.share(info, "val", rank, 2, columns))
+        return pa.concat_tables(validation.share(info, "val", rank, 2, columns))
 
     for rank in (0, 1):
         assert rows(both["referenced"], rank).equals(rows(both["packed"], rank))
 
 
-def test_cached_frames_of_referenced_images(both: dict[str, ingest.DatasetInfo]):
-    def frames(info: ingest.DatasetInfo) -> pa.Table:
-        groups = ingest.row_groups(info, "train")
-        order = run_stream.Order.of(groups, 3, 2**20)
-        rest = run_stream.plan_rest(Ledger(), order.rows, 4)
+def test_cached_frames_of_referenced_images(both: dict[str, DatasetInfo]):
+    def frames(info: DatasetInfo) -> pa.Table:
+        groups = row_groups(info, "train")
+        order = epoch_order.Order.of(groups, 3, 2**20)
+        rest = epoch_order.plan_rest(Ledger(), order.rows, 4)
         framing = Framing(InputSettings(size=(32, 32)), 3)
         columns = run_stream.training_columns("segmentation", info)
         data = run_stream.dataset(order, rest, Ledger(), columns, 4, "", framing, cached=True)

@@ -16,6 +16,7 @@ from tiny import DETECTOR, UNET, encode, make_bundle, png
 
 from pipeline import predictions, storage
 from pipeline.datasets import ingest, shard_reader
+from pipeline.datasets.dataset import open_dataset, row_groups
 from pipeline.errors import InputError
 from pipeline.models.bundle import open_bundle
 from pipeline.runtime.progress import NoSink
@@ -115,8 +116,8 @@ def test_every_image_of_a_dataset_once(tmp_path: Path, data: str, unet: str):
 
 def test_rows_on_ray_are_those_of_the_predictor(tmp_path: Path, data: str, detector: str):
     job.predict(detector, data, str(tmp_path / "p"), split="test", actors=1)
-    info = ingest.open_dataset(data)
-    source = pa.concat_tables(shard_reader.read_row_group(group) for group in ingest.row_groups(info, "test"))
+    info = open_dataset(data)
+    source = pa.concat_tables(shard_reader.read_row_group(group) for group in row_groups(info, "test"))
     wanted = Predictor(detector, "cpu", threads=1)(source).to_pylist()
     found = predictions.read(str(tmp_path / "p")).to_pylist()
     assert [row["image_id"] for row in found] == [row["image_id"] for row in wanted]
@@ -198,8 +199,8 @@ def test_predictions_and_metrics_in_one_pass_and_across_attempts(
 def test_evaluate_says_what_the_predictor_measures(data: str, name: str, request: pytest.FixtureRequest):
     uri = request.getfixturevalue(name)
     found, _ = evaluate(uri, data, "test", actors=1)
-    info = ingest.open_dataset(data)
-    source = pa.concat_tables(shard_reader.read_row_group(group) for group in ingest.row_groups(info, "test"))
+    info = open_dataset(data)
+    source = pa.concat_tables(shard_reader.read_row_group(group) for group in row_groups(info, "test"))
     wanted = Predictor(uri, "cpu", threads=1).measure(source)[1].compute()
     keys = ["miou", "dice", "accuracy", "nll", "brier", "ece"] if name == "unet" else ["map", "map50", "map75"]
     for mine, other in [(found, wanted), *zip(found["members"], wanted["members"], strict=True)]:

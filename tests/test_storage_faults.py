@@ -11,7 +11,8 @@ from tiny import make_squares
 
 from infra.local.fault_proxy import FaultProxy, Kind, Rule
 from pipeline import storage
-from pipeline.datasets import ingest, shard_reader
+from pipeline.datasets import shard_reader
+from pipeline.datasets.dataset import open_dataset, row_groups
 from pipeline.errors import InputError
 from pipeline.storage import retry
 
@@ -117,7 +118,7 @@ def test_a_shard_is_read_through_faults_and_a_bit_flipped_on_the_way_is_read_aga
     uri = storage.join(s3, "shards")
     for file in storage.list_files(local):
         storage.write_bytes(storage.join(uri, file.path), storage.read_bytes(storage.join(local, file.path)))
-    group = ingest.row_groups(ingest.open_dataset(uri), "train")[0]
+    group = row_groups(open_dataset(uri), "train")[0]
     whole = shard_reader.read_row_group(group)
     for rule in (
         Rule("corrupt", path="parquet", method="GET", times=1),

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from pipeline.datasets.shard_reader import RowGroup
 from pipeline.stream import run_stream
-from pipeline.stream.run_stream import Expand, Ledger, Order, plan_rest
+from pipeline.stream.epoch_order import Order, plan_rest
+from pipeline.stream.run_stream import Expand, Ledger
 
 
 def order_of(sizes: list[int], seed: int = 0, window_bytes: int = 250) -> Order:

@@ -17,8 +17,9 @@ from pipeline.augment import InputSettings
 from pipeline.datasets.shard_reader import RowGroup
 from pipeline.errors import InputError
 from pipeline.stream import run_stream
+from pipeline.stream.epoch_order import Order, plan_rest
 from pipeline.stream.frame_cache import Cache, Framing, require_room
-from pipeline.stream.run_stream import Expand, Ledger, Order, plan_rest
+from pipeline.stream.run_stream import Expand, Ledger
 from pipeline.tasks.collate import FAULT, FRAME
 
 COLUMNS = ["image_id", "image", "height", "width", "mask", "boxes"]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from task_cases import Output, detection, framed, output_of
 
 from pipeline.errors import InputError
-from pipeline.images.boxes import transform_boxes
+from pipeline.images.affine import transform_boxes
 from pipeline.tasks import Detection
 from pipeline.tasks.box_pooling import poolable
 from pipeline.tasks.pooled_boxes import expected_error

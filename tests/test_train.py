@@ -15,6 +15,7 @@ from event_files import require_increasing, scalars
 
 from pipeline import predictions, storage
 from pipeline.datasets import ingest
+from pipeline.datasets.dataset import open_dataset
 from pipeline.errors import DoneError, InputError
 from pipeline.runtime.progress import NoSink
 from pipeline.scoring.job import predict
@@ -45,7 +46,7 @@ def demo_on_s3(ray_local, s3) -> str:
 
 
 def test_s3_end_to_end_with_two_workers_and_an_ensemble(demo_on_s3, s3):
-    rows = ingest.open_dataset(demo_on_s3).counts["train"]["images"]
+    rows = open_dataset(demo_on_s3).counts["train"]["images"]
     config = TrainConfig.parse(tree(demo_on_s3, f"{s3}/one", workers=2, epochs=2), "test")
     one = ensemble.run(config, 1, resume=False, sink=NoSink())
     run = f"{s3}/one/members/0"
@@ -62,7 +63,7 @@ def test_s3_end_to_end_with_two_workers_and_an_ensemble(demo_on_s3, s3):
     padded = -(-2 * rows // 8) * 8
     assert (each[0] | each[1]).tolist() == [p < padded for p in range(4 * rows)]
     metrics = one.manifest["metrics"][0]
-    assert metrics["val_images"] == ingest.open_dataset(demo_on_s3).counts["val"]["images"]
+    assert metrics["val_images"] == open_dataset(demo_on_s3).counts["val"]["images"]
     assert metrics["augment"]["device"] == "cpu"
     assert sum(metrics["augment"]["ops"].values()) > 0, "Kornia did not run in the worker"
 
@@ -83,7 +84,7 @@ def test_s3_end_to_end_with_two_workers_and_an_ensemble(demo_on_s3, s3):
     # Batch norm's step counters are not taken over, and nothing depends on them.
     strayed = [name for name in moved if name.startswith(("stem.", "encoder.")) and "num_batches" not in name]
     assert not strayed, "the backbone was to stay as it is"
-    splits = ingest.open_dataset(demo_on_s3).counts
+    splits = open_dataset(demo_on_s3).counts
     assert two.manifest["calibration"]["n"] == splits["calibration"]["images"] == two.manifest["threshold"]["n"]
     with pytest.raises(DoneError, match="done already"):
         ensemble.run(config, 2, resume=False, sink=NoSink())
@@ -109,7 +110,7 @@ def _dubito(*args: str, cwd: Path, **kwargs) -> subprocess.Popen:
 def test_a_killed_run_resumes_and_trains_on_each_image_once_an_epoch(ray_local, tmp_path):
     data, out = str(tmp_path / "data"), str(tmp_path / "out")
     ingest.ingest("demo", None, None, data, options={"images": 60}, sink=NoSink())
-    rows = ingest.open_dataset(data).counts["train"]["images"]
+    rows = open_dataset(data).counts["train"]["images"]
     settings = tree(data, out, epochs=15, validate_every=15)
     config = tmp_path / "config.yaml"
     config.write_text(json.dumps(settings))

@@ -10,6 +10,7 @@ from tiny import UNET, make_bundle, make_squares
 
 from pipeline import predictions
 from pipeline.datasets import ingest, shard_reader
+from pipeline.datasets.dataset import open_dataset, row_groups
 from pipeline.errors import InputError
 from pipeline.models import bundle
 from pipeline.scoring.job import predict
@@ -71,8 +72,8 @@ def test_a_damaged_list_of_files_is_found_and_named(copy: Path):
 
 
 def test_a_shard_with_any_flipped_bit_is_refused_by_its_reader_or_reads_as_it_was(copy: Path):
-    info = ingest.open_dataset(str(copy / "data"))
-    group = ingest.row_groups(info, "train")[0]
+    info = open_dataset(str(copy / "data"))
+    group = row_groups(info, "train")[0]
     whole, path = shard_reader.read_row_group(group), Path(group.file)
     clean, draw, refused = path.read_bytes(), random.Random(0), 0
     tail = range(len(clean) - 3000, len(clean), 7)  # the footer, which no page's checksum covers
@@ -87,7 +88,7 @@ def test_a_shard_with_any_flipped_bit_is_refused_by_its_reader_or_reads_as_it_wa
 
 
 def test_storage_that_does_not_answer_is_no_damage(copy: Path, monkeypatch: pytest.MonkeyPatch):
-    group = ingest.row_groups(ingest.open_dataset(str(copy / "data")), "train")[0]
+    group = row_groups(open_dataset(str(copy / "data")), "train")[0]
     for fault in (TimeoutError("timed out"), OSError("AWS Error SLOW_DOWN during GetObject")):
 
         def fail(uri: str, fault: OSError = fault) -> None:
@@ -102,7 +103,7 @@ def test_storage_that_does_not_answer_is_no_damage(copy: Path, monkeypatch: pyte
 def test_what_commits_is_sealed_itself(copy: Path, kind: str, name: str):
     path = copy / kind / name
     clean, draw = path.read_bytes(), random.Random(1)
-    opened = ingest.open_dataset if kind == "data" else bundle.open_bundle
+    opened = open_dataset if kind == "data" else bundle.open_bundle
     meaning = json.loads(clean)
     for _ in range(300):
         path.write_bytes(clean)

@@ -8,16 +8,8 @@ from torch import Tensor, nn
 
 from pipeline import models
 from pipeline.errors import InputError
-from pipeline.uncertainty.tta import (
-    InferenceSettings,
-    TtaSettings,
-    View,
-    each_pass,
-    gaussian,
-    through_windows,
-    uses_windows,
-    views,
-)
+from pipeline.scoring.sliding_window import gaussian, through_windows, uses_windows
+from pipeline.uncertainty.tta import InferenceSettings, TtaSettings, View, each_pass, views
 
 ALL = views(TtaSettings(flips=True, turns=True))
 

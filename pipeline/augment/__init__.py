@@ -7,7 +7,8 @@ unframe_maps, unframe_boxes: from the network's frame back to an image's own pix
 
 from pipeline.augment.apply import Augment
 from pipeline.augment.draw import crop_offsets, draw, draw_mix
-from pipeline.augment.settings import PRESETS, AugmentSettings, InputSettings
+from pipeline.augment.settings import PRESETS, AugmentSettings
+from pipeline.images.input_settings import InputSettings
 
 __all__ = [
     "PRESETS",

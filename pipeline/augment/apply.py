@@ -12,12 +12,13 @@ from torch import Tensor
 from pipeline.augment import effects, mix
 from pipeline.augment.colour import colour_matrix
 from pipeline.augment.draw import draw, draw_mix
-from pipeline.augment.geometry import Geometry, centre_crop, sampling_theta, visible_boxes
+from pipeline.augment.geometry import Geometry, centre_crop, visible_boxes
 from pipeline.augment.pixels import Compiled, Pair, by_rows, normalise, render, sample, send
-from pipeline.augment.settings import AugmentSettings, InputSettings
+from pipeline.augment.settings import AugmentSettings
 from pipeline.errors import InputError
+from pipeline.images.affine import invert_affine, sampling_theta
 from pipeline.images.batch import Batch
-from pipeline.images.boxes import invert_affine
+from pipeline.images.input_settings import InputSettings
 
 
 class Augment:

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from pipeline.augment.pixels import resample, sampling_grid
 from pipeline.augment.settings import AugmentSettings
+from pipeline.images import affine
 from pipeline.images import boxes as box_ops
+from pipeline.images.affine import sampling_theta
 
 
 def _translation(x: float, y: float, like: Tensor) -> Tensor:
@@ -100,21 +102,6 @@ def centre_crop(canvas: tuple[int, int], size: tuple[int, int]) -> tuple[int, in
     return -((canvas[1] - size[1]) // 2), -((canvas[0] - size[0]) // 2)
 
 
-def sampling_theta(inverse: Tensor, source: tuple[int, int], output: tuple[int, int]) -> Tensor:
-    """(N, 2, 3) for ``affine_grid(align_corners=False)``, whose -1..1 runs from edge to edge as ours does.
-
-    Args:
-        inverse: (N, 3, 3) output -> source in continuous edges.
-        source: Height and width of what is sampled.
-        output: Height and width of what is made.
-    """
-    (height, width), (out_height, out_width) = source, output
-    x_scale, y_scale = inverse[:, 0] * (2 / width), inverse[:, 1] * (2 / height)
-    rows = torch.stack([x_scale, y_scale], 1)
-    linear_x, linear_y, offset = rows[..., 0] * (out_width / 2), rows[..., 1] * (out_height / 2), rows[..., 2]
-    return torch.stack([linear_x, linear_y, offset + linear_x + linear_y - 1], -1)
-
-
 def warp(images: Tensor, masks: Tensor | None, matrices: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
     """One bilinear resampling of the images and one nearest of the masks.
 
@@ -124,7 +111,7 @@ def warp(images: Tensor, masks: Tensor | None, matrices: Tensor, size: tuple[int
         matrices: (N, 3, 3), canvas -> output in continuous edges.
         size: Height and width of the output.
     """
-    theta = sampling_theta(box_ops.invert_affine(matrices), (images.shape[-2], images.shape[-1]), size)
+    theta = sampling_theta(affine.invert_affine(matrices), (images.shape[-2], images.shape[-1]), size)
     return resample(images, masks, sampling_grid(theta.float(), size))
 
 
@@ -158,7 +145,7 @@ def cut_boxes(
     min_visible: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``visible_boxes`` where it is known already what is ``seen`` of the whole ``boxes``: (..., B, 4) both."""
-    hull = box_ops.transform_boxes(seen, matrices)
+    hull = affine.transform_boxes(seen, matrices)
     clipped = box_ops.clip(hull, size)
     kept = _share(seen, boxes) * _share(clipped, hull)
     keep = (labels >= 0) & (box_ops.area(clipped) > 0) & ((kept >= min_visible) | crowd)

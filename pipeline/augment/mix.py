@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pipeline.augment.geometry import centre_crop, cut_boxes
 from pipeline.augment.pixels import Pair, by_rows, nearest, resample, void_is_zero
+from pipeline.images import affine
 from pipeline.images import boxes as box_ops
 from pipeline.images.batch import Batch
 
@@ -106,7 +107,7 @@ def _corners(batch: Batch, canvas: tuple[int, int]) -> tuple[Tensor, Tensor]:
     height, width = batch.sizes.to(batch.matrices).unbind(1)
     zero = torch.zeros_like(height)
     image = torch.stack([zero, zero, width, height], -1)[:, None]
-    content = box_ops.clip(box_ops.transform_boxes(image, batch.matrices), canvas).round()
+    content = box_ops.clip(affine.transform_boxes(image, batch.matrices), canvas).round()
     x1, y1, x2, y2 = content[:, 0].unbind(-1)
     right, bottom = torch.full_like(zero, canvas[1]), torch.full_like(zero, canvas[0])
     anchors = torch.stack([x2, y2, x1, y2, x2, y1, x1, y1], 1).unflatten(1, (4, 2))
@@ -140,7 +141,7 @@ def mosaic_images(
         column = torch.zeros(count, height + 1, width, device=masks.device)
         column[:, :height] = void_is_zero(masks)[:, 0]
         column = column.flatten(0, 1)
-    inverse = box_ops.invert_affine(matrices.index_select(0, mosaic.rows))
+    inverse = affine.invert_affine(matrices.index_select(0, mosaic.rows))
     return by_rows(
         _mosaics, inverse, mosaic.centre, mosaic.anchors, mosaic.sources,
         tall=tall.flatten(1, 2), column=column, canvas=(height, width), size=size,

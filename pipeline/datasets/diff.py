@@ -10,7 +10,7 @@ import pyarrow.compute
 import pyarrow.parquet as pq
 
 from pipeline import storage
-from pipeline.datasets.ingest import DatasetInfo, row_groups
+from pipeline.datasets.dataset import DatasetInfo, row_groups
 from pipeline.datasets.shard_reader import RowGroup, read_row_group
 from pipeline.errors import InputError
 

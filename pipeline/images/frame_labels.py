@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.augment.settings import InputSettings
-from pipeline.images import boxes as box_ops
+from pipeline.images import affine
 from pipeline.images.decode import Size
 from pipeline.images.host_frames import in_threads, paste_images, paste_nearest
+from pipeline.images.input_settings import InputSettings
 from pipeline.images.layout import Layout, lay_out
 from pipeline.schema import VOID
 
@@ -84,7 +84,7 @@ def frame_labels(
                 )
 
         in_threads(paste, len(sizes), threads)
-    matrices = [box_ops.placement_matrix(size, place) for size, place in zip(sizes, layout.places, strict=True)]
+    matrices = [affine.placement_matrix(size, place) for size, place in zip(sizes, layout.places, strict=True)]
     moved = _pad_boxes(boxes, labels, crowd, matrices, layout.canvas)
     return {
         "masks": out_masks,
@@ -116,7 +116,7 @@ def _pad_boxes(
     # All of the batch at once: a loop over images holds the interpreter's lock, and with it the decoding threads.
     box = torch.from_numpy(_joined([each[n][0] for n in some], np.float64).reshape(-1, 4))
     if len(which):
-        box = box_ops.transform_boxes(box[:, None], torch.stack(matrices)[which])[:, 0]
+        box = affine.transform_boxes(box[:, None], torch.stack(matrices)[which])[:, 0]
     label = _joined([each[n][1] for n in some], np.int64)
     many = _joined([np.zeros(counts[n], bool) if each[n][2] is None else each[n][2] for n in some], bool)
     seen = ((box[:, 2:] > 0).all(1) & (box[:, 0] < canvas[1]) & (box[:, 1] < canvas[0])).numpy()

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from pipeline.augment.settings import InputSettings
-from pipeline.images.boxes import Placement
+from pipeline.images.affine import Placement
+from pipeline.images.input_settings import InputSettings
 from pipeline.images.layout import Layout
 
 CHUNK_PIXELS = 8_000_000

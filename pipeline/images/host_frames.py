@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from pipeline.augment.settings import InputSettings
-from pipeline.images.boxes import Placement
+from pipeline.images.affine import Placement
 from pipeline.images.buffer_pool import Buffers
 from pipeline.images.decode import Reduced, Size, pool
+from pipeline.images.input_settings import InputSettings
 from pipeline.images.layout import Layout, canvas_size, place_image, shown_size
 
 

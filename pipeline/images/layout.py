@@ -5,10 +5,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.augment.settings import InputSettings
-from pipeline.images import boxes as box_ops
-from pipeline.images.boxes import Placement
+from pipeline.images import affine
+from pipeline.images.affine import Placement
 from pipeline.images.decode import Size
+from pipeline.images.input_settings import InputSettings
 
 
 class Layout(NamedTuple):
@@ -74,7 +74,7 @@ def place_image(
 ) -> Placement:
     """Where one image goes; ``offset`` as for ``lay_out``."""
     if input.fit == "letterbox":
-        return box_ops.letterbox_placement(size, canvas)
+        return affine.letterbox_placement(size, canvas)
     if input.fit == "stretch":
         return Placement(*canvas, 0, 0)
     if not train:

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample, interpolate
 
-from pipeline.augment.geometry import sampling_theta
+from pipeline.images import affine
 from pipeline.images import boxes as box_ops
-from pipeline.images.boxes import Placement
+from pipeline.images.affine import Placement, sampling_theta
 
 
 def unframe_maps(maps: Tensor, matrices: Tensor, sizes: Tensor) -> list[Tensor]:
@@ -41,12 +41,12 @@ def unframe_maps(maps: Tensor, matrices: Tensor, sizes: Tensor) -> list[Tensor]:
 
 def _upright_placement(matrix: Tensor, size: tuple[int, int], canvas: tuple[int, int]) -> Placement | None:
     """The whole pixels of the canvas that hold the image, where the matrix puts it into such a rectangle."""
-    corners = box_ops.transform_boxes(torch.tensor([[0.0, 0.0, size[1], size[0]]], dtype=matrix.dtype), matrix)[0]
+    corners = affine.transform_boxes(torch.tensor([[0.0, 0.0, size[1], size[0]]], dtype=matrix.dtype), matrix)[0]
     left, top, right, bottom = (round(value) for value in corners.tolist())
     place = Placement(bottom - top, right - left, top, left)
     inside = left >= 0 and top >= 0 and right <= canvas[1] and bottom <= canvas[0] and min(place[:2]) > 0
     # 1e-3 pixels: what float32 matrices of large images lose, and nothing that could be seen.
-    if not inside or not torch.allclose(box_ops.placement_matrix(size, place), matrix, rtol=1e-5, atol=1e-3):
+    if not inside or not torch.allclose(affine.placement_matrix(size, place), matrix, rtol=1e-5, atol=1e-3):
         return None
     return place
 
@@ -59,5 +59,5 @@ def unframe_boxes(boxes: Tensor, matrices: Tensor, sizes: Tensor) -> Tensor:
         matrices: (N, 3, 3) affine, source -> frame, as in Batch.
         sizes: (N, 2) height and width of the source images.
     """
-    inverse = box_ops.invert_affine(matrices.to(boxes.device, torch.float64)).to(boxes.dtype)
-    return box_ops.clip(box_ops.transform_boxes(boxes, inverse), sizes.to(boxes.device))
+    inverse = affine.invert_affine(matrices.to(boxes.device, torch.float64)).to(boxes.dtype)
+    return box_ops.clip(affine.transform_boxes(boxes, inverse), sizes.to(boxes.device))

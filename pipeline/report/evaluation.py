@@ -5,7 +5,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline import storage
-from pipeline.datasets.ingest import DatasetInfo
+from pipeline.datasets.dataset import DatasetInfo
 from pipeline.models.bundle import Bundle
 from pipeline.report import detection, diagrams
 from pipeline.report.gallery import gallery, most_doubtful

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline import predictions
-from pipeline.datasets.ingest import DatasetInfo, row_groups
+from pipeline.datasets.dataset import DatasetInfo, row_groups
 from pipeline.datasets.shard_reader import read_row_group
 from pipeline.metrics.ranking import auroc
 from pipeline.report.gallery import gallery, most_doubtful

@@ -16,8 +16,8 @@ from pydantic import Field
 
 from pipeline import storage
 from pipeline.config import Settings
+from pipeline.datasets.dataset import DATASET_JSON, DatasetInfo, open_dataset
 from pipeline.datasets.diff import DIGESTS, Changes, between, digests, require_apart
-from pipeline.datasets.ingest import DATASET_JSON, DatasetInfo, open_dataset
 from pipeline.errors import DoneError, InputError
 from pipeline.models.bundle import open_bundle
 from pipeline.retraining import drift, promotion, registry, stored_metrics

@@ -7,13 +7,13 @@ compared image by image later, without scoring either of them again.
 import hashlib
 
 from pipeline import storage
-from pipeline.datasets.ingest import open_dataset
+from pipeline.datasets.dataset import open_dataset
 from pipeline.errors import InputError
 from pipeline.models.bundle import open_bundle
 from pipeline.runtime.progress import Sink
 from pipeline.scoring.ensemble_metrics import Meters
 from pipeline.scoring.job import score
-from pipeline.scoring.predictor import task_of
+from pipeline.tasks.of_bundle import task_of
 
 _DIGEST = 32
 """Bytes of the sha256 before the counts."""

@@ -1,15 +1,10 @@
 """How many actors a scoring job may have, and giving back what a failed one held."""
 
-import ctypes
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import ray
 from ray.data import ActorPoolStrategy
-from ray.exceptions import RayTaskError
 
 from pipeline.runtime import resources
 
@@ -17,8 +12,6 @@ SETTLE_S = 5.0
 """How long CPUs of a job that has just ended may take to come back."""
 GPU_CALLS = 3
 """Units that an actor with a GPU has in hand: one decoded, one in the members, one encoded and written."""
-_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ALL = -1, -3, 2**30
-"""Options of mallopt (malloc.h), and a size in bytes above that of any block here."""
 
 
 @dataclass(frozen=True)
@@ -79,54 +72,3 @@ def plan(todo: int, actors: int | None, threads: int | None, free_cpus: float) -
     threads = threads or min(2, cpus)
     calls = max(1, min(threads, todo // size))
     return Pool(size, each, 0, max(1, threads // calls), calls)
-
-
-def keep_memory() -> bool:
-    """Make the C library keep what this process frees: for workers and actors, whose next batch takes the same again.
-
-    By default glibc gives large blocks back at once, and takes new ones page by page, cleared: elementwise
-    operations on maps of 512 x 512 took 2 to 3 times as long, whole units with a small model 1.5 times, training
-    steps of a U-Net 1.2 times. It costs memory: a fifth more in that training. Returns whether that was possible;
-    other C libraries stay as they are.
-    """
-    try:
-        library = ctypes.CDLL("libc.so.6")
-        return all(library.mallopt(option, _ALL) == 1 for option in (_TRIM_THRESHOLD, _MMAP_THRESHOLD))
-    except (OSError, AttributeError):
-        return False
-
-
-def in_tasks(work: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
-    """``map`` by Ray tasks, at most as many at once as the cluster has CPUs; results in order, errors as they were."""
-    call: Any = ray.remote(_call)
-    most, waiting = max(1, int(ray.cluster_resources().get("CPU", 1))), deque[Any]()
-    for item in items:
-        waiting.append(call.remote(work, item))
-        if len(waiting) >= most:
-            yield _result(waiting.popleft())
-    while waiting:
-        yield _result(waiting.popleft())
-
-
-def _call(work: Callable[[Any], Any], item: Any) -> Any:
-    return work(item)
-
-
-def _result(reference: Any) -> Any:
-    try:
-        return ray.get(reference)
-    except RayTaskError as error:
-        raise error.cause from None
-
-
-def forget_frames(error: BaseException | None) -> None:
-    """Drop the tracebacks of a chain of errors.
-
-    Their frames hold the execution that failed, and that holds its actors: as long as somebody keeps the error,
-    their CPUs would be gone (measured with Ray 2.60: 2 of 8 CPUs a failed run, until the error was collected).
-    """
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        error.__traceback__ = None
-        error = error.__cause__ or error.__context__

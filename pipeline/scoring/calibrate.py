@@ -9,16 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.datasets.ingest import DatasetInfo, open_dataset, row_groups
+from pipeline.datasets.dataset import DatasetInfo, open_dataset, row_groups
 from pipeline.errors import InputError
 from pipeline.models import bundle as bundles
 from pipeline.models.bundle import Bundle
 from pipeline.runtime.progress import Sink
 from pipeline.scoring.job import score
-from pipeline.scoring.predictor import Purpose, task_of
+from pipeline.scoring.predictor import Purpose
 from pipeline.tasks import TASKS
-from pipeline.training.train_config import CalibrateSettings
+from pipeline.tasks.of_bundle import task_of
 from pipeline.uncertainty import calibration
+from pipeline.uncertainty.calibration.settings import CalibrateSettings
 
 SPLIT = "calibration"
 

@@ -92,21 +92,6 @@ def begin(starts: Any, unit: int, source: prometheus.Source) -> tuple[int, list[
     return count, culprits
 
 
-def counted(items: Iterator[UnitFile], source: prometheus.Source) -> Iterator[UnitFile]:
-    """Finished units as they are, counted for those who watch: each once, however often it was begun."""
-    doubt, ok = 0.0, 0
-    with prometheus.running(source) as told:
-        for item in items:
-            for status, count in item.statuses.items():
-                told.count("dubito_images_total", count, status)
-            for decision, count in item.decisions.items():
-                told.count("dubito_decisions_total", count, decision)
-            doubt, ok = doubt + item.uncertainty_sum, ok + item.statuses.get("ok", 0)
-            if ok:
-                told.set("dubito_uncertainty_mean", doubt / ok)
-            yield item
-
-
 class Guarded:
     """What Ray starts as an actor: counted before anything large is imported, then what ``packed`` makes.
 

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.datasets.ingest import open_dataset
+from pipeline.datasets.dataset import open_dataset
 from pipeline.errors import InputError
 from pipeline.metrics import bootstrap, detection_bootstrap
 from pipeline.metrics.ranking import auroc, fpr_at_tpr, spearman

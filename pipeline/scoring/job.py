@@ -23,13 +23,14 @@ from pipeline.errors import InputError
 from pipeline.models.bundle import Bundle, open_bundle
 from pipeline.models.device import Compile, Precision
 from pipeline.predictions import Attempt, UnitFile
-from pipeline.runtime import prometheus
+from pipeline.runtime import memory, prometheus, ray_tasks
 from pipeline.runtime.progress import NoSink, Progress, Sink
-from pipeline.scoring import actor_pool, crash_guard
+from pipeline.scoring import actor_pool, crash_guard, run_metrics
 from pipeline.scoring.ensemble_metrics import Meters
 from pipeline.scoring.plan import UNIT_ROWS, Plan, Unit, make_plan
-from pipeline.scoring.predictor import Predictor, Purpose, task_of
+from pipeline.scoring.predictor import Predictor, Purpose
 from pipeline.scoring.unit_reader import Reader, read_stream, without_image, write_stream
+from pipeline.tasks.of_bundle import task_of
 
 _READ_CPUS = 0.5
 """A reading task mostly waits; and what differs from the actor's resources Ray does not fuse into the actor."""
@@ -93,7 +94,7 @@ def score(
         return _done_already(opened, plan, split, out, found, measure is not None)
     attempt = None
     if out is not None:
-        mapper = actor_pool.in_tasks
+        mapper = ray_tasks.in_tasks
         attempt = predictions.start(out, inputs=plan.inputs, digest=plan.digest, pieces=plan.pieces, mapper=mapper)
     adopted = attempt.adopted if attempt is not None else {}
     progress = Progress(sink or NoSink(), "evaluate" if out is None else "predict", plan.rows, 0)
@@ -104,7 +105,7 @@ def score(
     options = {"threads": pool.threads, "calls": pool.calls, "batch": batch, "precision": precision}
     options |= {"compile": compile, "steps": steps}
     wanted = _Wanted(measure, scalars and out is None, options, prometheus.source(progress.stage))
-    made = crash_guard.counted(_run(opened, plan, todo, attempt, wanted, progress, pool), wanted.source)
+    made = run_metrics.counted(_run(opened, plan, todo, attempt, wanted, progress, pool), wanted.source)
     finished = sorted([*adopted.values(), *made], key=lambda item: item.unit)
     predictions.check(finished, plan.expected)
     summary = _summary(opened, plan, split, finished, wanted)
@@ -204,7 +205,7 @@ def _stream(
             progress.advance(item.rows)
             yield item
     except Exception as error:
-        actor_pool.forget_frames(error)
+        ray_tasks.forget_frames(error)
         raise
     finally:
         if hasattr(found, "close"):
@@ -236,7 +237,7 @@ class Scorer:
 
     def __init__(self, bundle: Bundle, wanted: _Wanted, out: tuple[str, str, str] | None, starts: Any) -> None:
         torch.set_num_threads(wanted.options["threads"])
-        actor_pool.keep_memory()
+        memory.keep_memory()
         self.wanted, self.out, self.starts = wanted, out, starts
         self.fault: str | None = None
         try:

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline import storage
-from pipeline.datasets.ingest import DatasetInfo, open_dataset, row_groups
+from pipeline.datasets.dataset import DatasetInfo, open_dataset, row_groups
 from pipeline.datasets.shard_reader import read_ids
 from pipeline.errors import InputError
 from pipeline.images import decode

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline import models
-from pipeline.augment import Augment, InputSettings
+from pipeline.augment import Augment
 from pipeline.errors import InputError
 from pipeline.images import decode
 from pipeline.images.batch import Batch
@@ -29,28 +29,13 @@ from pipeline.scoring.batch_size import BatchSize, Measured, out_of_memory
 from pipeline.scoring.cuda_streams import Lanes
 from pipeline.scoring.ensemble_metrics import POOL, SAMPLE, UNCALIBRATED, Meters, member_sample
 from pipeline.scoring.prediction_rows import Rows
-from pipeline.tasks import TASKS
-from pipeline.tasks.base import Failure, Task
-from pipeline.uncertainty.tta import View, each_pass, through_windows, uses_windows
+from pipeline.scoring.sliding_window import through_windows, uses_windows
+from pipeline.tasks.base import Failure
+from pipeline.tasks.of_bundle import task_of
+from pipeline.uncertainty.tta import View, each_pass
 
 Purpose = Literal["metrics", "sample"]
 """What is counted against labels: metrics of pool and members, or what a calibration is fitted on."""
-
-
-def task_of(bundle: Bundle, threads: int = 1, multiple: int = 32) -> Task:
-    """The task that a bundle's members were trained for, over its classes and input."""
-    return TASKS[bundle.task](
-        classes=bundle.classes,
-        background=bundle.background,
-        input=InputSettings.parse(bundle.manifest["input"], f"bundle '{bundle.uri}': input"),
-        loss={},
-        predict=bundle.manifest["predict"],
-        threads=threads,
-        multiple=multiple,
-        calibration=bundle.manifest["calibration"],
-        score_threshold=bundle.manifest["score_threshold"],
-        alike=bundle.alike,
-    )
 
 
 class Predictor:

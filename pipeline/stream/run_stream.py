@@ -7,9 +7,8 @@ the order behind it is a pure function of (seed, epoch): row groups are permuted
 inside windows of neighbouring row groups bounded in bytes. It depends neither on workers nor on restarts.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
@@ -19,8 +18,9 @@ from pydantic import Field, model_validator
 
 from pipeline.config import Settings
 from pipeline.datasets import image_fetch
-from pipeline.datasets.ingest import DatasetInfo, row_groups
-from pipeline.datasets.shard_reader import RowGroup, read_row_group
+from pipeline.datasets.dataset import DatasetInfo
+from pipeline.datasets.shard_reader import read_row_group
+from pipeline.stream.epoch_order import Order, Rest
 from pipeline.stream.ledger import Ledger
 
 if TYPE_CHECKING:  # tasks that ship bytes do without it, and without torch: 2 s less to start each
@@ -58,77 +58,6 @@ class StreamSettings(Settings):
                 "set decode to auto or cluster, or cache to none"
             )
         return self
-
-
-@dataclass(frozen=True)
-class Order:
-    """The order of every epoch: which row stands at which stream position.
-
-    ``groups_per_window`` is one number for the whole run, so that window ``w`` of any epoch is found without
-    a walk over the others.
-    """
-
-    groups: tuple[RowGroup, ...]
-    seed: int
-    groups_per_window: int
-
-    @classmethod
-    def of(cls, groups: list[RowGroup], seed: int, window_bytes: int) -> Self:
-        """Windows of as many of the largest row groups as fit into ``window_bytes``, at least one."""
-        largest = max(group.num_bytes for group in groups)
-        return cls(tuple(groups), seed, max(1, window_bytes // max(largest, 1)))
-
-    @property
-    def rows(self) -> int:
-        """Rows in one epoch."""
-        return sum(group.rows for group in self.groups)
-
-    @property
-    def windows(self) -> int:
-        """Windows in one epoch."""
-        return -(-len(self.groups) // self.groups_per_window)
-
-    def window(self, epoch: int, window: int) -> tuple[list[RowGroup], int]:
-        """(its row groups in order, the stream position of its first row)."""
-        permuted, starts = _permuted(self, epoch)
-        first = window * self.groups_per_window
-        members = [self.groups[i] for i in permuted[first : first + self.groups_per_window]]
-        return members, epoch * self.rows + int(starts[first])
-
-    def row_order(self, epoch: int, window: int, rows: int) -> np.ndarray:
-        """Permutation of a window's rows: position ``start + k`` holds row ``order[k]``."""
-        return np.random.default_rng([self.seed, epoch, window, 1]).permutation(rows)
-
-
-@lru_cache(maxsize=4)
-def _permuted(order: Order, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-    permuted = np.random.default_rng([order.seed, epoch, 0]).permutation(len(order.groups))
-    rows = np.array([order.groups[i].rows for i in permuted], np.int64)
-    return permuted, np.concatenate([[0], np.cumsum(rows)])
-
-
-@dataclass(frozen=True)
-class Rest:
-    """What remains of a run: the positions in [first, stop) that the ledger lacks, a whole number of steps."""
-
-    first: int
-    stop: int
-    steps: int
-
-
-def plan_rest(ledger: Ledger, end: int, global_batch: int) -> Rest:
-    """Cut what remains of the run's ``end`` positions into whole global batches.
-
-    What is missing to the last batch is taken from the positions behind ``end`` (padding), so that an equal
-    split over the workers cuts nothing.
-    """
-    missing = end - ledger.count(0, end)
-    steps = -(-missing // global_batch)
-    wanted, stop = steps * global_batch - missing, end
-    while wanted > 0:
-        stop += wanted
-        wanted = steps * global_batch - missing - (stop - end - ledger.count(end, stop))
-    return Rest(ledger.first_free(), stop, steps)
 
 
 @dataclass(frozen=True)
@@ -241,33 +170,6 @@ def dataset(
 def training_columns(task: str, info: DatasetInfo) -> list[str]:
     """What is read of a training row: the encoded image, or where it is, and this task's labels."""
     return [*ROW_COLUMNS, *(image_fetch.WANTED if info.referenced else ()), *LABEL_COLUMNS[task]]
-
-
-def share(info: DatasetInfo, split: str, rank: int, world: int, columns: list[str]) -> Iterator[pa.Table]:
-    """This rank's rows of a split, one row group at a time: every row at exactly one rank, none dropped.
-
-    Validation reads its shards directly: a Ray Data execution costs a start, and an equal split loses rows.
-    """
-    groups = row_groups(info, split)
-    total = sum(group.rows for group in groups)
-    low, high = rank * total // world, (rank + 1) * total // world
-    start = 0
-    for group in groups:
-        a, b = max(low, start), min(high, start + group.rows)
-        if a < b:
-            part = read_row_group(group, columns).slice(a - start, b - a)
-            yield from image_fetch.require([part]) if image_fetch.asked(columns) else [part]
-        start += group.rows
-
-
-def slices(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:
-    """The same rows in tables of at most ``rows``, each of images of one size: no batch pads small to large."""
-    for table in tables:
-        sizes = np.stack([table["height"].to_numpy(), table["width"].to_numpy()], 1)
-        for size in np.unique(sizes, axis=0):
-            alike = table.take(pa.array(np.flatnonzero((sizes == size).all(1))))
-            for at in range(0, alike.num_rows, rows):
-                yield alike.slice(at, rows)
 
 
 def batch_arrays(table: pa.Table) -> dict[str, Any]:

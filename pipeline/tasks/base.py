@@ -16,7 +16,7 @@ from torch import Tensor
 from pipeline.augment import InputSettings, crop_offsets
 from pipeline.config import Settings
 from pipeline.errors import InputError
-from pipeline.images import boxes as box_ops
+from pipeline.images import affine
 from pipeline.images.batch import Batch
 from pipeline.images.buffer_pool import Buffers
 from pipeline.images.decode import DecodeError, Reduced, decode_many
@@ -277,7 +277,7 @@ def image_area(batch: Batch) -> Tensor:
     height, width = batch.sizes.to(batch.matrices).unbind(1)
     zero = torch.zeros_like(height)
     corners = torch.stack([zero, zero, width, height], 1)
-    return box_ops.transform_boxes(corners[:, None], batch.matrices)[:, 0]
+    return affine.transform_boxes(corners[:, None], batch.matrices)[:, 0]
 
 
 def _keys(table: pa.Table, train: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -2,9 +2,9 @@
 
 By location: members that predict at the same places are averaged there, class vectors and boxes alike, and
 suppressed once; the spread of a box is that of the members at its location. It is exact, needs no overlap
-threshold, and its doubt covers all locations. By clustering (``pipeline.uncertainty.box_fusion``): each member is suppressed
-by itself, and boxes that overlap are one object; for members of different kinds, for two-stage detectors, and for
-views whose locations do not fall onto each other.
+threshold, and its doubt covers all locations. By clustering (``pipeline.uncertainty.box_fusion``): each member is
+suppressed by itself, and boxes that overlap are one object; for members of different kinds, for two-stage detectors,
+and for views whose locations do not fall onto each other.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pipeline.images import affine
 from pipeline.images import boxes as box_ops
 from pipeline.tasks.pooled_boxes import Found, Pooled
 from pipeline.uncertainty import measures
@@ -185,8 +186,8 @@ class ByCluster:
 
 def restore(boxes: Tensor, centres: Tensor, look: View, size: tuple[int, int], seen: tuple[int, int]) -> list[Tensor]:
     """Boxes (N, L, 4) and centres of a view, ``seen`` (h, w) large, in the pixels of the frame of ``size``."""
-    inverse = box_ops.invert_affine(look.matrix(size, seen))
-    moved = box_ops.transform_boxes(boxes.double(), inverse.to(boxes.device)).to(boxes.dtype)
+    inverse = affine.invert_affine(look.matrix(size, seen))
+    moved = affine.transform_boxes(boxes.double(), inverse.to(boxes.device)).to(boxes.dtype)
     return [moved, _move_points(centres.double(), inverse.to(centres.device)).to(centres.dtype)]
 
 

@@ -14,7 +14,7 @@ import ray
 
 from pipeline import __version__, models, storage
 from pipeline.config import first_difference
-from pipeline.datasets.ingest import DatasetInfo, open_dataset, row_groups
+from pipeline.datasets.dataset import DatasetInfo, open_dataset, row_groups
 from pipeline.errors import DoneError, InputError, root_input_error
 from pipeline.models import bundle, transfer
 from pipeline.runtime import progress, prometheus

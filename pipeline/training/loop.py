@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipeline import losses, models
 from pipeline.augment import Augment
-from pipeline.datasets.ingest import DatasetInfo
+from pipeline.datasets.dataset import DatasetInfo
 from pipeline.errors import InputError
 from pipeline.images.batch import Batch
 from pipeline.images.gpu_decode import DeviceDecoder

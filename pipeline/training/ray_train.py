@@ -17,13 +17,12 @@ import safetensors.torch
 import torch
 
 from pipeline import storage
-from pipeline.datasets.ingest import open_dataset, row_groups
+from pipeline.datasets.dataset import open_dataset, row_groups
 from pipeline.errors import InputError
 from pipeline.models.device import fuse
-from pipeline.runtime import prometheus, resources, tensorboard
+from pipeline.runtime import memory, prometheus, resources, tensorboard
 from pipeline.runtime.progress import BoardSink, NoSink, Progress
-from pipeline.scoring import actor_pool
-from pipeline.stream import run_stream
+from pipeline.stream import epoch_order, run_stream, validation
 from pipeline.stream.frame_cache import Framing, require_room
 from pipeline.training import checkpoint
 from pipeline.training.loop import Worker, build_worker, run_steps, steps_of, validate
@@ -65,13 +64,13 @@ def training_dataset(fit: Fit, world: int | None = None) -> ray.data.Dataset:
     config = fit.settings()
     info = open_dataset(config.data)
     groups = row_groups(info, "train")
-    order = run_stream.Order.of(groups, config.seed, config.stream.window_mb * 2**20)
+    order = epoch_order.Order.of(groups, config.seed, config.stream.window_mb * 2**20)
     start = checkpoint.latest(fit.uri)
     ledger = checkpoint.read_ledger(start) if start else run_stream.Ledger()
     end, _ = config.length(order.rows)
     return run_stream.dataset(
         order,
-        run_stream.plan_rest(ledger, end, config.train.scaled(world or config.train.workers).images),
+        epoch_order.plan_rest(ledger, end, config.train.scaled(world or config.train.workers).images),
         ledger,
         run_stream.training_columns(config.task, info),
         config.train.batch_size,
@@ -122,8 +121,8 @@ def _check(config: TrainConfig, gpu: bool) -> None:
 def _look(worker: Worker, journal: Journal, fit: Fit, start: str, told: prometheus.Recorder) -> None:
     """Validate on all ranks, then report a checkpoint that holds every rank's ledger."""
     columns = run_stream.training_columns(worker.config.task, worker.info)
-    tables = run_stream.share(worker.info, "val", worker.rank, worker.world, columns)
-    metrics = validate(worker, run_stream.slices(tables, worker.config.train.batch_size))
+    tables = validation.share(worker.info, "val", worker.rank, worker.world, columns)
+    metrics = validate(worker, validation.slices(tables, worker.config.train.batch_size))
     journal.judge(metrics["val_loss"], worker.config.train.min_delta)
     journal.note(journal.step, **metrics)
     if worker.rank == 0:
@@ -212,7 +211,7 @@ def _restore(worker: Worker) -> tuple[Journal, str]:
 def _plan(worker: Worker, journal: Journal, rows: int, resumed_from: str) -> Plan:
     """What this worker group still has to do of a run over ``rows`` images."""
     end, nominal_batch = worker.config.length(rows)
-    rest, ratio = run_stream.plan_rest(worker.ledger, end, worker.scale.images), worker.scale.ratio
+    rest, ratio = epoch_order.plan_rest(worker.ledger, end, worker.scale.images), worker.scale.ratio
     used = worker.ledger.count(0, rest.stop)
     return Plan(
         journal.step + rest.steps, worker.config.validate_every(rows, nominal_batch), resumed_from,
@@ -224,7 +223,7 @@ def train_worker(loop_config: dict[str, Fit]) -> None:
     """What every Ray Train worker executes."""
     fit = loop_config["fit"]
     torch.set_num_threads(fit.threads)
-    actor_pool.keep_memory()
+    memory.keep_memory()
     config, context = fit.settings(), ray.train.get_context()
     info = open_dataset(config.data)
     rank, world = context.get_world_rank(), context.get_world_size()

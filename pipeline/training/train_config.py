@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from pipeline import models
 from pipeline.augment import AugmentSettings, InputSettings
 from pipeline.config import Settings
-from pipeline.datasets.ingest import DatasetInfo
+from pipeline.datasets.dataset import DatasetInfo
 from pipeline.errors import InputError
 from pipeline.models import ModelSettings, transfer
 from pipeline.models.device import Compile, Precision
@@ -18,6 +18,7 @@ from pipeline.stream.run_stream import StreamSettings
 from pipeline.tasks import TASKS
 from pipeline.tasks.base import Task
 from pipeline.training.optimizer import OptimSettings
+from pipeline.uncertainty.calibration.settings import CalibrateSettings
 
 
 @dataclass(frozen=True)
@@ -104,19 +105,6 @@ class EnsembleSettings(Settings):
     """How often a member that failed is taken up again, from its last checkpoint."""
     min_members: int | None = Field(default=None, ge=1)
     """A bundle is made of so many members at least, and says which failed; null: of all."""
-
-
-class CalibrateSettings(Settings):
-    """What is made of the ``calibration`` split, where the dataset has one."""
-
-    kind: Literal["auto", "temperature", "vector", "isotonic", "none"] = "auto"
-    """Segmentation: one temperature for all classes (``auto``), or a scale and a bias for each. Detection: score to
-    precision by isotonic regression (``auto``), and the spread of boxes to the size of their errors."""
-    risk: float | None = Field(default=None, gt=0, lt=1)
-    """Promise of the review threshold: accepted images have a mean loss (1 - IoU, or 1 - F1 of boxes at IoU 0.5) of
-    at most this; null: no threshold."""
-    delta: float = Field(default=0.1, gt=0, lt=1)
-    """Probability, over draws of the calibration split, that the promise is broken."""
 
 
 class TrainConfig(Settings):

@@ -9,8 +9,8 @@ import pytest
 import ray
 from tiny import make_squares
 
-from pipeline.datasets import ingest
-from pipeline.stream import run_stream
+from pipeline.datasets.dataset import DatasetInfo, open_dataset, row_groups
+from pipeline.stream import epoch_order, run_stream
 from pipeline.stream.ledger import Ledger
 
 EPOCHS, BATCH, SEED = 3, 4, 5
@@ -44,11 +44,11 @@ def reader_class() -> type:
     return Reader
 
 
-def start(info: ingest.DatasetInfo, ledger: Ledger, workers: int, pause_s: float) -> tuple[list[Any], list[Any], int]:
+def start(info: DatasetInfo, ledger: Ledger, workers: int, pause_s: float) -> tuple[list[Any], list[Any], int]:
     """Workers that read all that remains of the run: (their handles, their calls, steps)."""
-    order = run_stream.Order.of(ingest.row_groups(info, "train"), SEED, 4000)
+    order = epoch_order.Order.of(row_groups(info, "train"), SEED, 4000)
     assert order.windows > 1
-    rest = run_stream.plan_rest(ledger, EPOCHS * order.rows, BATCH * workers)
+    rest = epoch_order.plan_rest(ledger, EPOCHS * order.rows, BATCH * workers)
     columns = run_stream.training_columns("segmentation", info)
     shards = run_stream.dataset(order, rest, ledger, columns, BATCH, "").streaming_split(workers, equal=True)
     actor: Any = ray.remote(num_cpus=0.5, max_concurrency=2)(reader_class())
@@ -56,9 +56,9 @@ def start(info: ingest.DatasetInfo, ledger: Ledger, workers: int, pause_s: float
     return readers, [reader.read.remote(pause_s) for reader in readers], rest.steps
 
 
-def order_of(info: ingest.DatasetInfo) -> list[str]:
+def order_of(info: DatasetInfo) -> list[str]:
     """The image at each position of the whole run, read by nobody's workers."""
-    order = run_stream.Order.of(ingest.row_groups(info, "train"), SEED, 4000)
+    order = epoch_order.Order.of(row_groups(info, "train"), SEED, 4000)
     columns = tuple(run_stream.training_columns("segmentation", info))
     expand = run_stream.Expand(order, columns, 0, EPOCHS * order.rows, Ledger().to_bytes(), BATCH, "")
     units = {"id": np.arange(EPOCHS * order.windows)}
@@ -66,10 +66,10 @@ def order_of(info: ingest.DatasetInfo) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def info(tmp_path_factory: pytest.TempPathFactory, ray_local: None) -> ingest.DatasetInfo:
+def info(tmp_path_factory: pytest.TempPathFactory, ray_local: None) -> DatasetInfo:
     root = tmp_path_factory.mktemp("kills")
-    found = ingest.open_dataset(make_squares(root, {"train": range(IMAGES)}, shard_bytes=6000))
-    assert len(ingest.row_groups(found, "train")) > 3
+    found = open_dataset(make_squares(root, {"train": range(IMAGES)}, shard_bytes=6000))
+    assert len(row_groups(found, "train")) > 3
     return found
 
 
@@ -85,7 +85,7 @@ PAIRS = [(1, 3), (2, 1), (3, 2)]
     ],
 )  # fmt: skip
 def test_each_image_once_an_epoch_whatever_dies_and_however_many_go_on(
-    info: ingest.DatasetInfo, before: int, after: int, tmp_path: Path
+    info: DatasetInfo, before: int, after: int, tmp_path: Path
 ):
     truth = order_of(info)
     assert len(truth) == EPOCHS * IMAGES
