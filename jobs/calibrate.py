@@ -25,9 +25,3 @@ def run(bundle: str, data: str, out: str, kind: str, risk: float | None, delta: 
         terminal.say(f"bundle {written.uri} (id {written.id}): {calibrate.sentence(written)}")
 
     return run_job("calibrate", story)
-
-
-if __name__ == "__main__":
-    from jobs.cli import main
-
-    main("calibrate")

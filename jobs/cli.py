@@ -66,7 +66,7 @@ def verb(function: Callable[..., None]) -> Callable[..., None]:
             if given:
                 raise typer.BadParameter(f"--{given} is of no use without --submit URL")
             raise typer.Exit(importlib.import_module(f"jobs.{function.__name__}").run(**options))
-        raise typer.Exit(importlib.import_module("jobs.submit").of_command(ctx.command, options, **where))
+        raise typer.Exit(importlib.import_module("jobs.submission.client").of_command(ctx.command, options, **where))
 
     context = inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
     given = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in own.parameters.values()]
@@ -230,19 +230,19 @@ def rollback(
 @jobs.command("list")
 def list_jobs(address: Address) -> None:
     """The cluster's jobs, the newest first."""
-    raise typer.Exit(importlib.import_module("jobs.remote").show(address))
+    raise typer.Exit(importlib.import_module("jobs.submission.jobs_command").show(address))
 
 
 @jobs.command()
 def follow(job: Annotated[str, typer.Argument(metavar="ID")], address: Address) -> None:
     """Show what a job says, from its beginning, until it ends; Ctrl-C detaches."""
-    raise typer.Exit(importlib.import_module("jobs.remote").follow(job, address))
+    raise typer.Exit(importlib.import_module("jobs.submission.jobs_command").follow(job, address))
 
 
 @jobs.command()
 def stop(job: Annotated[str, typer.Argument(metavar="ID")], address: Address) -> None:
     """Stop a job. What it has committed stays, and the same command goes on from there."""
-    raise typer.Exit(importlib.import_module("jobs.remote").stop(job, address))
+    raise typer.Exit(importlib.import_module("jobs.submission.jobs_command").stop(job, address))
 
 
 def main(name: str | None = None) -> None:

@@ -111,9 +111,3 @@ def _table(summary: dict[str, Any], terminal: Voice) -> None:
     terminal.say(
         f"predictions (Parquet) {summary['predictions']}; figures {Path(summary['picture']).parent}/summary.json"
     )
-
-
-if __name__ == "__main__":
-    from jobs.cli import main
-
-    main("demo")

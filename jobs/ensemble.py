@@ -30,9 +30,3 @@ def run(config: str, members: int, resume: bool, sets: list[str], verb: str = "e
         terminal.say(calibrate.sentence(made))
 
     return run_job(verb, story)
-
-
-if __name__ == "__main__":
-    from jobs.cli import main
-
-    main("ensemble")

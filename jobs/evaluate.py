@@ -34,9 +34,3 @@ def run(bundle: str, data: str, split: str, out: str, shift_data: str = "", shif
         terminal.say(f"metrics {out}; plots {', '.join(plots)}")
 
     return run_job("evaluate", story)
-
-
-if __name__ == "__main__":
-    from jobs.cli import main
-
-    main("evaluate")

@@ -47,9 +47,3 @@ def sentence(made: dict[str, Any]) -> str:
     parts += made["notes"]
     parts.append("done already" if made["already"] else f"{made['seconds']:.1f} s")
     return "; ".join(parts)
-
-
-if __name__ == "__main__":
-    from jobs.cli import main
-
-    main("ingest")

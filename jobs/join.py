@@ -33,9 +33,3 @@ def run(bundles: list[str], out: str, data: str, risk: float | None, delta: floa
         terminal.say(f"bundle {written.uri} (id {written.id}, {written.members} members){said}")
 
     return run_job("join", story)
-
-
-if __name__ == "__main__":
-    from jobs.cli import main
-
-    main("join")

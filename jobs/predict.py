@@ -21,9 +21,3 @@ def run(bundle: str, data: str, out: str, split: str) -> int:
         terminal.say(f"predictions {made['out']}: {made['rows']} rows ({statuses}){doubt}; {done}")
 
     return run_job("predict", story)
-
-
-if __name__ == "__main__":
-    from jobs.cli import main
-
-    main("predict")

@@ -15,12 +15,12 @@ def run(config: str, force: bool, dry_run: bool, every: str, cron: str, sets: li
         return schedule.serve("retrain", lambda now: given, every, cron)
 
     def story(terminal: Voice) -> None:
-        from jobs import tracking
+        from jobs import mlflow_log
         from pipeline.retraining import run as run_module
 
         settings, log = _settings(config, sets)
         if log is not None:
-            tracking.require()
+            mlflow_log.require()
         with ray_session(settings.recipe.get("train", {}).get("workers", 1)):
             made = run_module.run(settings, force=force, dry_run=dry_run, sink=terminal)
         terminal.close()
@@ -28,7 +28,7 @@ def run(config: str, force: bool, dry_run: bool, every: str, cron: str, sets: li
             terminal.say(sentence)
         if log is not None and made.decision is not None:
             bundle = made.decision["challenger"]["bundle"]
-            name = tracking.log(log, made.run, settings.to_dict(), made.decision, bundle)
+            name = mlflow_log.log(log, made.run, settings.to_dict(), made.decision, bundle)
             terminal.say(f"mlflow run {name} in experiment '{log.experiment}'")
 
     return run_job("retrain", story)
@@ -36,7 +36,7 @@ def run(config: str, force: bool, dry_run: bool, every: str, cron: str, sets: li
 
 def _settings(path: str, sets: list[str]) -> tuple[Any, Any]:
     """The retraining's settings with absolute URIs, and MLflow's if there are any."""
-    from jobs.tracking import TrackingSettings
+    from jobs.mlflow_log import TrackingSettings
     from pipeline.config import load
     from pipeline.retraining.run import RetrainConfig
     from pipeline.storage import absolute
@@ -51,9 +51,3 @@ def _settings(path: str, sets: list[str]) -> tuple[Any, Any]:
     settings = RetrainConfig.parse(tree, path)
     places = {key: absolute(getattr(settings, key)) for key in ("registry", "work", "data")}
     return settings.model_copy(update=places), None if log is None else TrackingSettings.parse(log, path)
-
-
-if __name__ == "__main__":
-    from jobs.cli import main
-
-    main("retrain")

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from jobs import pins
+from jobs.submission import pinned_versions
 from pipeline.errors import DoneError, root_input_error
 from pipeline.runtime import prometheus
 from pipeline.runtime.json_log import run_of, voice
@@ -108,7 +108,7 @@ def run_job(verb: str, story: Callable[[Voice], int | None], here: bool = True) 
     prometheus.name(verb, run_of(log))
     with _last_word(verb, log) if here else contextlib.nullcontext(), diverted(log, voice(verb)) as terminal:
         try:
-            pins.check()
+            pinned_versions.check()
             return story(terminal) or 0
         except DoneError as done:
             terminal.close()

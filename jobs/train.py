@@ -6,9 +6,3 @@ from jobs import ensemble
 def run(config: str, resume: bool, sets: list[str]) -> int:
     """Run the job; returns the exit code."""
     return ensemble.run(config, 1, resume, sets, verb="train")
-
-
-if __name__ == "__main__":
-    from jobs.cli import main
-
-    main("train")

@@ -31,9 +31,3 @@ def run(uri: str) -> int:
         terminal.say(f"{found['kind']} {found['uri']}: {found['files']} files, {size}, all as committed")
 
     return run_job("verify", story)
-
-
-if __name__ == "__main__":
-    from jobs.cli import main
-
-    main("verify")

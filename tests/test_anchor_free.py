@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import train_step
+from benchmarks.speed import train_step
 from pipeline import losses
 from pipeline.errors import InputError
 from pipeline.models import layers_of, transfer

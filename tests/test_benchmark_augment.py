@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import augment, harness
+from benchmarks import harness
+from benchmarks.speed import augment
 from pipeline.augment import InputSettings
 
 TINY = [
@@ -76,7 +77,7 @@ def test_a_turn_counts_every_image_of_whole_batches(monkeypatch: pytest.MonkeyPa
         nonlocal clock
         clock += 0.5
 
-    monkeypatch.setattr("benchmarks.augment.time.perf_counter", lambda: clock)
+    monkeypatch.setattr("benchmarks.speed.augment.time.perf_counter", lambda: clock)
     given = augment.batches(augment.label(augment.photographs(None, 8, 16), torch.device("cpu")), 4)
     assert len(given) == 2
     assert augment.turn(side, given, 1.5) == 4 * 4 / 2.0

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import ensemble
+from benchmarks.speed import ensemble
 
 TINY = ["--small", "--count", "6", "--members", "2", "--size", "64x48", "--side", "64"]
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks import feed
-from benchmarks.feed_rivals import repeated
+from benchmarks.speed import feed
+from benchmarks.speed.feed_baselines import repeated
 
 
 @pytest.mark.long

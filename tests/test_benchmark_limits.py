@@ -5,9 +5,9 @@ import os
 
 import pytest
 
-from benchmarks import ids, limits
-from benchmarks.limits_store import counted_requests, listing
-from benchmarks.scaling import tiny_bundle
+from benchmarks.scale import driver_limits, ten_million_ids
+from benchmarks.scale.scaling import tiny_bundle
+from benchmarks.scale.store_cost import counted_requests, listing
 from infra.local.fault_proxy import FaultProxy
 
 
@@ -26,7 +26,7 @@ def test_all_keys_are_listed(s3):
 
 
 def test_a_plan_costs_so_much_a_row_group(tmp_path):
-    found = limits.plan(tmp_path / "data", tiny_bundle(tmp_path / "model"), 100)
+    found = driver_limits.plan(tmp_path / "data", tiny_bundle(tmp_path / "model"), 100)
     text = (tmp_path / "data/dataset.json").read_text()
     assert sum(len(file["row_groups"]) for file in json.loads(text)["files"]) == 100
     assert found["bytes of dataset.json"] == len(text) / 100
@@ -34,13 +34,13 @@ def test_a_plan_costs_so_much_a_row_group(tmp_path):
 
 
 def test_what_training_sends_to_a_task_grows_with_the_row_groups():
-    few, many = limits.order(1000), limits.order(4000)
+    few, many = driver_limits.order(1000), driver_limits.order(4000)
     assert many["bytes sent"] == pytest.approx(few["bytes sent"], rel=0.2)
     assert few["bytes sent"] > 8
 
 
 def test_digests_are_as_large_as_their_hashes(tmp_path):
-    found = limits.digests(tmp_path, 2000)
+    found = driver_limits.digests(tmp_path, 2000)
     assert 64 < found["bytes of digests.parquet"] < 128  # two hashes of 32 bytes, which cannot be compressed
     assert found["driver kB"] > 0.2
 
@@ -55,8 +55,8 @@ def test_a_billion_images_are_reckoned_by_hand():
         "driver": {"ms a unit scored": 10, "ms a unit before the first": 1, "ms a unit adopted": 0.1,
                    "bytes of lists a unit": 100, "units a second that are counted": 1000},
     }  # fmt: skip
-    args = limits.parse(["--images", str(1e6 * ids.GROUP)])
-    rows = {row["what"]: row["value"] for row in limits.grown(found, args)}
+    args = driver_limits.parse(["--images", str(1e6 * ten_million_ids.GROUP)])
+    rows = {row["what"]: row["value"] for row in driver_limits.grown(found, args)}
     assert rows["ingest: driver's memory"] == pytest.approx(102.4)
     assert rows["plan of a dataset: driver's time"] == pytest.approx(1)
     assert rows["listing of a folder, 1,000 keys a page"] == pytest.approx(256_000 * 0.1 / 3600)
@@ -68,7 +68,7 @@ def test_a_billion_images_are_reckoned_by_hand():
 
 @pytest.mark.long
 def test_it_runs(capsys: pytest.CaptureFixture[str]):
-    figures, _ = limits.main(["--units", "100", "--groups", "1000", "--keys", "200"])
+    figures, _ = driver_limits.main(["--units", "100", "--groups", "1000", "--keys", "200"])
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert line["benchmark"] == "limits"
     assert {name: line["figures"][name] for name in figures} == figures

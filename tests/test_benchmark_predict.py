@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from benchmarks import predict
+from benchmarks.speed import predict
 
 TINY = ["--small", "--count", "12", "--model-count", "6", "--size", "64x48", "--side", "64"]
 

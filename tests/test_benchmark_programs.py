@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import evaluate, write
+from benchmarks.speed import evaluate, write_predictions
 
 pytestmark = pytest.mark.long
 
@@ -28,7 +28,7 @@ def test_evaluate(capsys: pytest.CaptureFixture[str]):
 
 
 def test_write(capsys: pytest.CaptureFixture[str]):
-    write.main("--count 8 --size 64 --rounds 1".split())
+    write_predictions.main("--count 8 --size 64 --rounds 1".split())
     said = last(capsys)
     assert said["benchmark"] == "write"
     assert set(said["figures"]) == {"mask", "map", "writing"}

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import end_to_end, feed, train_step
+from benchmarks.speed import end_to_end, feed, train_step
 
 
 @pytest.mark.long

@@ -10,9 +10,9 @@ import time
 import pytest
 import torch
 
-from benchmarks import workers
-from benchmarks.cpu import Busy
-from benchmarks.workers import Batch
+from benchmarks.scale import workers
+from benchmarks.scale.cpu_time import Busy
+from benchmarks.scale.workers import Batch
 
 
 def test_a_batch_that_was_on_counts_by_its_share():
@@ -67,7 +67,7 @@ def test_the_model_sleeps_for_one_batch_at_a_time(tmp_path):
 
 
 def test_cpu_times_are_told_apart(monkeypatch):
-    monkeypatch.setattr("benchmarks.cpu.EVERY_S", 0.1)
+    monkeypatch.setattr("benchmarks.scale.cpu_time.EVERY_S", 0.1)
     begin, own = time.time(), time.process_time()
     with Busy() as busy:
         child = subprocess.run([sys.executable, "-c", "import time\nwhile time.process_time() < 0.5: pass"])

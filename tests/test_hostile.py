@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks import guided, hostile
+from benchmarks.faults import coverage_guided_fuzz, hostile_files
 from pipeline.datasets.formats import coco
 from pipeline.images.decode import DecodeError, decode
 
@@ -21,12 +21,12 @@ SECONDS = 5.0
 
 @pytest.mark.parametrize("part", range(4))
 def test_mutated_images_become_a_row_or_a_reject(real_or_none: Path | None, part: int):
-    rng, good = random.Random(part), hostile.good_images(real_or_none)
+    rng, good = random.Random(part), hostile_files.good_images(real_or_none)
     words: Counter[str] = Counter()
     for _ in range(250):
-        data = hostile.image(rng, good)
+        data = hostile_files.image(rng, good)
         began = time.monotonic()
-        words[hostile.judge_image(data)] += 1
+        words[hostile_files.judge_image(data)] += 1
         assert time.monotonic() - began < SECONDS
     assert words["row"] > 20
     assert words["corrupt"] > 50
@@ -35,22 +35,22 @@ def test_mutated_images_become_a_row_or_a_reject(real_or_none: Path | None, part
 @settings(max_examples=150)
 @given(st.data())
 def test_whatever_follows_a_known_beginning(data: st.DataObject):
-    good = hostile.good_images()
+    good = hostile_files.good_images()
     base = data.draw(st.sampled_from(good))
     cut = data.draw(st.integers(0, min(len(base), 200)))
-    hostile.judge_image(base[:cut] + data.draw(st.binary(max_size=300)))
+    hostile_files.judge_image(base[:cut] + data.draw(st.binary(max_size=300)))
 
 
-@pytest.mark.parametrize("format", sorted(hostile.CLASSES))
+@pytest.mark.parametrize("format", sorted(hostile_files.CLASSES))
 def test_mutated_labels_become_a_row_a_reject_or_a_sentence(tmp_path: Path, format: str):
-    rng, good = random.Random(7), hostile.good_labels(format)
-    assert hostile.judge_labels(format, *hostile.write_case(tmp_path, good)) == {"row": 3}
+    rng, good = random.Random(7), hostile_files.good_labels(format)
+    assert hostile_files.judge_labels(format, *hostile_files.write_case(tmp_path, good)) == {"row": 3}
     words: Counter[str] = Counter()
     for number in range(120):
-        files = hostile.label(rng, format, good)
+        files = hostile_files.label(rng, format, good)
         began = time.monotonic()
         try:
-            words += hostile.judge_labels(format, *hostile.write_case(tmp_path, files))
+            words += hostile_files.judge_labels(format, *hostile_files.write_case(tmp_path, files))
         except Exception as error:
             raise AssertionError(f"case {number}: {[data[:3000] for data in files.values()]}") from error
         assert time.monotonic() - began < SECONDS
@@ -59,18 +59,18 @@ def test_mutated_labels_become_a_row_a_reject_or_a_sentence(tmp_path: Path, form
     assert words.total() - words["row"] > 20
 
 
-@pytest.mark.parametrize("what", ["decoder", *sorted(hostile.CLASSES)])
+@pytest.mark.parametrize("what", ["decoder", *sorted(hostile_files.CLASSES)])
 @pytest.mark.parametrize("seconds", [6, pytest.param(60, marks=pytest.mark.long)])
 def test_what_reaches_new_lines_is_broken_further(what: str, seconds: float):
-    found = guided.images(seconds) if what == "decoder" else guided.labels(what, seconds)
+    found = coverage_guided_fuzz.images(seconds) if what == "decoder" else coverage_guided_fuzz.labels(what, seconds)
     assert found["crashes"] == []
     assert found["inputs"] > 10
     assert found["kept"] > 0, "nothing new was reached: is it looked at?"
-    assert found["slowest_s"] < guided.SLOW_S
+    assert found["slowest_s"] < coverage_guided_fuzz.SLOW_S
 
 
 def test_a_jpeg_of_a_thousand_scans_is_refused_at_once():
-    data = next(each for each in hostile.good_images() if b"\xff\xc2" in each[:700])
+    data = next(each for each in hostile_files.good_images() if b"\xff\xc2" in each[:700])
     at = data.rindex(b"\xff\xda")
     scan = data[at:-2]
     with pytest.raises(DecodeError, match="scans; at most"):
@@ -78,11 +78,11 @@ def test_a_jpeg_of_a_thousand_scans_is_refused_at_once():
 
 
 def test_ten_thousand_boxes_in_one_image(tmp_path: Path):
-    files = hostile.good_labels("voc")
+    files = hostile_files.good_labels("voc")
     thing = b"<object>" + files["a.xml"].split(b"<object>", 1)[1].split(b"</object>")[0] + b"</object>"
     files["a.xml"] = files["a.xml"].replace(b"</annotation>", thing * 10_000 + b"</annotation>")
     began = time.monotonic()
-    assert hostile.judge_labels("voc", *hostile.write_case(tmp_path, files)) == {"row": 3}
+    assert hostile_files.judge_labels("voc", *hostile_files.write_case(tmp_path, files)) == {"row": 3}
     assert time.monotonic() - began < SECONDS
 
 

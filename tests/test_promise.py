@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from benchmarks.promise import POPULATIONS, draw, repeated_splits
+from benchmarks.quality.review_threshold import POPULATIONS, draw, repeated_splits
 from pipeline.uncertainty.calibration import review_threshold
 from pipeline.uncertainty.calibration.review_threshold import p_value
 

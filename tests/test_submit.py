@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from jobs import pins, preflight, submit, tree
 from jobs.cli import app
+from jobs.submission import client, pinned_versions, visible_paths, working_tree
 from pipeline.errors import InputError
 from pipeline.runtime.json_log import Lines, Replay, voice
 from pipeline.runtime.progress import Terminal
@@ -36,36 +36,38 @@ TRACKED = [".gitignore", "config.yaml", "käse datei.txt", "lists/train.txt"]
 
 
 def test_the_tree_is_what_git_would_track(project: Path):
-    assert tree.files(project) == TRACKED, "a folder without a repository"
+    assert working_tree.files(project) == TRACKED, "a folder without a repository"
     subprocess.run(["git", "init", "-q"], cwd=project, check=True)
-    assert tree.files(project) == TRACKED
+    assert working_tree.files(project) == TRACKED
     subprocess.run(["git", "add", "config.yaml"], cwd=project, check=True)
-    assert tree.files(project) == TRACKED
+    assert working_tree.files(project) == TRACKED
     (project / "config.yaml").unlink()
-    assert tree.files(project) == [name for name in TRACKED if name != "config.yaml"], "deleted, not yet committed"
-    assert tree.root_of(project / "lists") == project
+    assert working_tree.files(project) == [name for name in TRACKED if name != "config.yaml"], (
+        "deleted, not yet committed"
+    )
+    assert working_tree.root_of(project / "lists") == project
 
 
 def test_without_git_caches_and_environments_stay_here(project: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PATH", "")
-    assert tree.files(project) == sorted([*TRACKED, "data/big.bin"])
+    assert working_tree.files(project) == sorted([*TRACKED, "data/big.bin"])
 
 
 def test_the_package_depends_on_names_and_contents_alone(project: Path, tmp_path: Path):
-    one = tree.pack(project, TRACKED, tmp_path / "1.zip")
+    one = working_tree.pack(project, TRACKED, tmp_path / "1.zip")
     (project / "config.yaml").touch()
-    assert tree.pack(project, TRACKED, tmp_path / "2.zip") == one
+    assert working_tree.pack(project, TRACKED, tmp_path / "2.zip") == one
     with zipfile.ZipFile(tmp_path / "1.zip") as archive:
         assert archive.namelist() == TRACKED
         assert archive.read("käse datei.txt") == b"x"
     (project / "config.yaml").write_text("task: detection\n")
-    assert tree.pack(project, TRACKED, tmp_path / "3.zip") != one
+    assert working_tree.pack(project, TRACKED, tmp_path / "3.zip") != one
 
 
 def test_a_tree_that_is_too_large_names_what_is(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(tree, "MOST_BYTES", 300)
+    monkeypatch.setattr(working_tree, "MOST_BYTES", 300)
     with pytest.raises(InputError, match=r"more than 0 MB.*\.gitignore \(the largest: data/big.bin 0.0 MB, "):
-        tree.pack(project, [*TRACKED, "data/big.bin"], tmp_path / "x.zip")
+        working_tree.pack(project, [*TRACKED, "data/big.bin"], tmp_path / "x.zip")
 
 
 @pytest.mark.parametrize(
@@ -82,34 +84,34 @@ def test_a_tree_that_is_too_large_names_what_is(project: Path, tmp_path: Path, m
 )
 def test_places_are_ones_that_the_cluster_sees(value: str, written: bool, fine: bool):
     if fine:
-        preflight.place("--x", value, TRACKED, written=written)
+        visible_paths.place("--x", value, TRACKED, written=written)
         return
     with pytest.raises(InputError, match=r"--x = '.*' is a path of this machine \(.*give an s3:// or gs:// URI"):
-        preflight.place("--x", value, TRACKED, written=written)
+        visible_paths.place("--x", value, TRACKED, written=written)
 
 
 def test_a_config_travels_and_names_places_of_the_cluster(project: Path):
     config = str(project / "config.yaml")
-    assert preflight.config(config, [], project, TRACKED) == "config.yaml"
+    assert visible_paths.config(config, [], project, TRACKED) == "config.yaml"
     with pytest.raises(InputError, match="out = 'runs/1' is a path of this machine"):
-        preflight.config(config, ["out=runs/1"], project, TRACKED)
+        visible_paths.config(config, ["out=runs/1"], project, TRACKED)
     with pytest.raises(InputError, match="transfer.weights = 'w.safetensors' is a path of this machine"):
-        preflight.config(config, ["transfer.weights=w.safetensors"], project, TRACKED)
+        visible_paths.config(config, ["transfer.weights=w.safetensors"], project, TRACKED)
     with pytest.raises(InputError, match=r"config '.*' does not travel with the working tree"):
-        preflight.config(config, [], project, [])
+        visible_paths.config(config, [], project, [])
 
 
-def request_of(line: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> submit.Request:
+def request_of(line: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> client.Request:
     """What ``dubito LINE --submit http://x:1`` would send."""
-    made: list[submit.Request] = []
+    made: list[client.Request] = []
 
-    def sends(verb: str, make: Any, cluster: submit.Cluster) -> int:
+    def sends(verb: str, make: Any, cluster: client.Cluster) -> int:
         assert cluster.address == "http://x:1"
         made.append(make())
         return 0
 
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(submit, "run", sends)
+    monkeypatch.setattr(client, "run", sends)
     with pytest.raises(SystemExit) as ended:
         app([*line.split(), "--submit", "http://x:1"])
     assert ended.value.code == 0
@@ -147,26 +149,26 @@ def test_every_verb_but_the_demo_can_be_submitted():
 
 def test_pins_are_those_of_the_tree_and_are_checked_where_the_job_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "constraints.txt").write_text("# tested\ntorch==9.9.9  # not yet\nkornia_rs==1\n")
-    wanted = pins.wanted(tmp_path)
+    wanted = pinned_versions.wanted(tmp_path)
     assert wanted["torch"] == "9.9.9"
     assert wanted["ray"].startswith("2."), "what is not pinned is as installed here"
     assert "pytest" not in wanted
-    monkeypatch.delenv(pins.VARIABLE, raising=False)
-    pins.check()
-    monkeypatch.setenv(pins.VARIABLE, json.dumps(pins.wanted(tmp_path / "nowhere")))
-    pins.check()
-    monkeypatch.setenv(pins.VARIABLE, json.dumps(wanted | {"nonsense-package": "1"}))
+    monkeypatch.delenv(pinned_versions.VARIABLE, raising=False)
+    pinned_versions.check()
+    monkeypatch.setenv(pinned_versions.VARIABLE, json.dumps(pinned_versions.wanted(tmp_path / "nowhere")))
+    pinned_versions.check()
+    monkeypatch.setenv(pinned_versions.VARIABLE, json.dumps(wanted | {"nonsense-package": "1"}))
     with pytest.raises(
         InputError, match=r"the cluster has torch 2\.[^ ]+ instead of 9\.9\.9, nonsense-package missing"
     ):
-        pins.check()
+        pinned_versions.check()
 
 
 def test_no_credential_travels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "geheim")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "geheim")
     monkeypatch.setenv("DUBITO_STORAGE_PATIENCE_S", "7")
-    runtime = submit._runtime(tmp_path, "job", tmp_path / "t.zip", submit.Cluster("http://x:1", environment="install"))
+    runtime = client._runtime(tmp_path, "job", tmp_path / "t.zip", client.Cluster("http://x:1", environment="install"))
     assert "geheim" not in json.dumps(runtime)
     assert runtime["env_vars"]["DUBITO_STORAGE_PATIENCE_S"] == "7"
     assert runtime["env_vars"]["DUBITO_LOG"] == "json"
@@ -209,6 +211,6 @@ def test_a_job_speaks_json_where_asked(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 def test_addresses_that_cannot_be_are_refused():
     with pytest.raises(InputError, match="'localhost': wanted the address of a cluster's dashboard"):
-        submit.connect("localhost")
+        client.connect("localhost")
     with pytest.raises(InputError, match=r"no Ray cluster answers at http://127.0.0.1:9 \("):
-        submit.connect("http://127.0.0.1:9")
+        client.connect("http://127.0.0.1:9")

@@ -1,7 +1,7 @@
 """Memory for pixels that is used again once nobody refers to it.
 
 Fresh memory of a megabyte and more comes from the system page by page, zeroed, which costs more than decoding or
-resizing into it: 0.9 ms instead of 0.2 for one image of 512 x 512 (``python -m benchmarks.feed --profile``).
+resizing into it: 0.9 ms instead of 0.2 for one image of 512 x 512 (``python -m benchmarks.speed.feed --profile``).
 """
 
 import sys

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 from tiny import UNET, encode, make_bundle, png
 
-from benchmarks.fault_jobs import NOBODY, Job, run
+from benchmarks.faults.jobs import NOBODY, Job, run
 from pipeline import predictions, storage
 from pipeline.images.decode import decode
 from pipeline.scoring import crash_guard, plan

@@ -1,0 +1,1 @@
+"""What models and doubt are worth on real images and in simulation."""

@@ -1,0 +1,1 @@
+"""What grows with images, workers and ids, and what bounds it."""

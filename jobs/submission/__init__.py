@@ -1,0 +1,1 @@
+"""A command as a job of a Ray cluster: sent, followed, listed, stopped."""
