@@ -3,7 +3,8 @@
     python -m benchmarks.faults.coverage_guided_fuzz --seconds 600
 
 Inputs are broken by ``benchmarks.faults.hostile_files``. While one is judged, the lines of
-``pipeline`` that run are noted, pairs of lines that follow one another included; an input that reaches a new pair joins those that are broken next.
+``pipeline`` that run are noted, pairs of lines that follow one another included; an input that reaches a new pair joins
+those that are broken next.
 """
 
 import argparse

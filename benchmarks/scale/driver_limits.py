@@ -30,10 +30,10 @@ import ray
 import ray.data
 
 from benchmarks import harness
-from benchmarks.scale.ten_million_ids import GROUP, ids_of
 from benchmarks.scale.driver_cost import cpu_s, driver, windows
 from benchmarks.scale.scaling import tiny_bundle
 from benchmarks.scale.store_cost import METHODS, counted_requests, listing
+from benchmarks.scale.ten_million_ids import GROUP, ids_of
 from infra.local.fault_proxy import FaultProxy
 from infra.local.s3_server import environment, make_bucket, s3_server
 from jobs.session import ray_session

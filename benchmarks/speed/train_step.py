@@ -4,8 +4,8 @@
     python -m benchmarks.speed.train_step --small
 
 First U-Net r34 and anchor_free end to end (``benchmarks.speed.end_to_end``): the real stream, augmentation and step
-against the same step on one augmented batch that lies on the device. Then anchor_free beside torchvision's one-stage detectors
-on made images (--against without names leaves this out).
+against the same step on one augmented batch that lies on the device. Then anchor_free beside torchvision's one-stage
+detectors on made images (--against without names leaves this out).
 
 There, a step is forward, loss, backward and optimiser on made images that already lie on the device. The networks take
 turns, a few steps each, so that a machine that slows down slows all of them; figures are medians over steps,

@@ -14,7 +14,8 @@ the largest accepted may be chosen. Accepting means score < t: the threshold is 
 
 Betting is the default because it sees small variance. Share accepted at n = 200, delta = 0.1, betting against
 Hoeffding-Bentkus (``python -m benchmarks.quality.review_threshold``): informative score, risk = mean loss: 0.71,
-0.35; useless score, risk = 1.5 times the mean loss: 0.98, 0.05. It is the weaker where losses are 0 or 1: risk = 1.5 times: 0.74, 0.86.
+0.35; useless score, risk = 1.5 times the mean loss: 0.98, 0.05. It is the weaker where losses are 0 or 1: risk = 1.5
+times: 0.74, 0.86.
 """
 
 import math
