@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tiny import UNET, make_bundle, make_squares
 
 from pipeline import predictions
 from pipeline.datasets import ingest, shard_reader
@@ -16,6 +15,7 @@ from pipeline.models import bundle
 from pipeline.scoring.job import predict
 from pipeline.storage import checksum
 from pipeline.verify import compare, verify
+from tests.support.tiny import UNET, make_bundle, make_squares
 
 pytestmark = pytest.mark.usefixtures("ray_local")
 

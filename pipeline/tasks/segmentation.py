@@ -22,8 +22,7 @@ from pipeline.losses import LOSSES, categorical
 from pipeline.metrics import SegmentationMetric
 from pipeline.tasks.base import Task, Term
 from pipeline.tasks.packed_masks import own_size, pack, unpack, valid_area
-from pipeline.uncertainty import calibration
-from pipeline.uncertainty import measures as measures_module
+from pipeline.uncertainty import calibration, measures
 from pipeline.uncertainty.calibration import PixelSample
 from pipeline.uncertainty.tta import InferenceSettings, View
 
@@ -60,7 +59,7 @@ class Mean:
     """Mean of one member's predictions."""
 
     def __init__(self) -> None:
-        self._mean = measures_module.RunningMean()
+        self._mean = measures.RunningMean()
 
     def add(self, prediction: Prediction) -> None:
         """Take in one."""
@@ -90,18 +89,18 @@ class Fused:
     def total(self) -> Tensor:
         """(N, h, w) entropy of the pool."""
         one = len(self.maps) == 1 and self.uncalibrated is self.probabilities
-        return self.expected_entropy if one else measures_module.entropy(self.probabilities, 1)
+        return self.expected_entropy if one else measures.entropy(self.probabilities, 1)
 
     @cached_property
     def mutual(self) -> Tensor:
         """(N, h, w) what members disagree about, before calibration."""
-        total = self.total if self.uncalibrated is self.probabilities else measures_module.entropy(self.uncalibrated, 1)
-        return measures_module.mutual_information(total, self.expected_entropy)
+        total = self.total if self.uncalibrated is self.probabilities else measures.entropy(self.uncalibrated, 1)
+        return measures.mutual_information(total, self.expected_entropy)
 
     @cached_property
     def said(self) -> tuple[Tensor, Tensor]:
         """The pool's largest probability (N, h, w) and its class, uint8."""
-        return measures_module.most_probable(self.probabilities)
+        return measures.most_probable(self.probabilities)
 
 
 class Segmentation(Task):
@@ -188,12 +187,12 @@ class Segmentation(Task):
 
     def fuse(self, members: Iterable[Prediction]) -> Fused:
         """Pool probabilities, not logits (Lakshminarayanan et al. 2017), then calibrate (Rahaman & Thiery 2021)."""
-        pool, expected = measures_module.RunningMean(), measures_module.RunningMean()
+        pool, expected = measures.RunningMean(), measures.RunningMean()
         maps: list[Tensor] = []
         for member in members:
             pool.add(member.probabilities)
-            expected.add(measures_module.entropy(member.probabilities, 1))
-            maps.append(measures_module.most_probable(member.probabilities)[1])
+            expected.add(measures.entropy(member.probabilities, 1))
+            maps.append(measures.most_probable(member.probabilities)[1])
             del member
         return Fused(calibration.apply(self.calibration, pool.mean), pool.mean, expected.mean, maps)
 
@@ -209,8 +208,8 @@ class Segmentation(Task):
         if isinstance(predicted, Fused):
             scores = self._uncertainty(predicted, batch)
         else:
-            total = measures_module.entropy(predicted.probabilities, 1)
-            scores = measures_module.masked_mean(total, valid_area(batch, total)).tolist()
+            total = measures.entropy(predicted.probabilities, 1)
+            scores = measures.masked_mean(total, valid_area(batch, total)).tolist()
         for n, probabilities, mask in self._labelled(predicted.probabilities, batch, truth):
             metric.update(probabilities, mask, batch.image_ids[n], scores[n])
 
@@ -251,31 +250,31 @@ class Segmentation(Task):
         total, mutual, labels, settings = fused.total, fused.mutual, fused.said[1], self.settings
         valid = valid_area(batch, total)
         found = {
-            "entropy_mean": measures_module.masked_mean(total, valid),
-            "entropy_p95": measures_module.masked_quantile(total, valid, 0.95),
-            "expected_entropy_mean": measures_module.masked_mean(fused.expected_entropy, valid),
-            "mutual_information_mean": measures_module.masked_mean(mutual, valid),
-            "mutual_information_p95": measures_module.masked_quantile(mutual, valid, 0.95),
-            "entropy_patch_max": measures_module.patch_max(total, valid, settings.patch),
-            "entropy_inner_mean": measures_module.inner_mean(total, labels, valid, settings.boundary),
-            "member_dice": measures_module.pairwise_dice(fused.maps, valid, self.num_outputs, self.background),
+            "entropy_mean": measures.masked_mean(total, valid),
+            "entropy_p95": measures.masked_quantile(total, valid, 0.95),
+            "expected_entropy_mean": measures.masked_mean(fused.expected_entropy, valid),
+            "mutual_information_mean": measures.masked_mean(mutual, valid),
+            "mutual_information_p95": measures.masked_quantile(mutual, valid, 0.95),
+            "entropy_patch_max": measures.patch_max(total, valid, settings.patch),
+            "entropy_inner_mean": measures.inner_mean(total, labels, valid, settings.boundary),
+            "member_dice": measures.pairwise_dice(fused.maps, valid, self.num_outputs, self.background),
         }
         fused.measures = {name: value.double() for name, value in found.items()}
         return fused.measures
 
     def to_columns(self, fused: Fused, batch: Batch) -> dict[str, list[Any]]:
         """Masks and maps at each image's own size; all measures over its area in the network's frame."""
-        measures = self._measures(fused, batch)
-        columns: dict[str, list[Any]] = dict(zip(measures, torch.stack(list(measures.values())).tolist(), strict=True))
+        image_measures = self._measures(fused, batch)
+        columns: dict[str, list[Any]] = dict(
+            zip(image_measures, torch.stack(list(image_measures.values())).tolist(), strict=True)
+        )
         columns |= {"uncertainty": self._uncertainty(fused, batch), "classes": self._classes(fused, batch)}
         return columns | self._pictures(fused.probabilities, fused.total, batch)
 
     def _classes(self, fused: Fused, batch: Batch) -> list[list[dict[str, Any]]]:
         """What each predicted class covers of each image, and the means over it."""
         (confidence, labels), valid = fused.said, valid_area(batch, fused.total)
-        area, *sums = measures_module.class_table(
-            labels, valid, self.num_outputs, confidence, fused.total, fused.mutual
-        )
+        area, *sums = measures.class_table(labels, valid, self.num_outputs, confidence, fused.total, fused.mutual)
         share = area / area.sum(1, keepdim=True).clamp(min=1)  # one copy for everything: (5, N, C)
         table = torch.stack([area, share, *(each / area.clamp(min=1) for each in sums)]).cpu().numpy()
         names = ("area_fraction", "probability", "entropy", "mutual_information")
@@ -294,7 +293,7 @@ class Segmentation(Task):
         matrices, sizes, scale = batch.matrices.cpu(), batch.sizes.cpu(), self.settings.map_scale
         relative = (total / math.log(max(2, self.num_outputs)))[:, None]
         for n, (height, width) in enumerate(sizes.tolist()):
-            (confidence,), (labels,) = measures_module.most_probable(own_size(probabilities, matrices, sizes, n)[None])
+            (confidence,), (labels,) = measures.most_probable(own_size(probabilities, matrices, sizes, n)[None])
             out["mask"][n] = pack(labels)
             if not self.settings.maps:
                 continue

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from tiny import UNET, encode, make_bundle, png
 
 from benchmarks.faults.jobs import NOBODY, Job, run
 from pipeline import predictions, storage
 from pipeline.images.decode import decode
 from pipeline.scoring import crash_guard, plan
 from pipeline.scoring import job as job_module
+from tests.support.tiny import UNET, encode, make_bundle, png
 
 IMAGES = 400
 

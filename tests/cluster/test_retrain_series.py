@@ -15,7 +15,7 @@ import yaml
 
 from pipeline.models.bundle import open_bundle
 from pipeline.retraining import registry
-from tests.test_retrain import LOOSE, RECIPE, write_square
+from tests.retraining.test_run import LOOSE, RECIPE, write_square
 
 ROOT = Path(__file__).resolve().parents[2]
 KILLS = 10

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
-from tiny import make_squares
 
 from pipeline.datasets.dataset import DatasetInfo, open_dataset, row_groups
 from pipeline.stream import epoch_order, run_stream
 from pipeline.stream.ledger import Ledger
+from tests.support.tiny import make_squares
 
 EPOCHS, BATCH, SEED = 3, 4, 5
 IMAGES = 30
