@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.session import ray_session, run_job
-from pipeline.runtime.progress import Voice
+from pipeline.runtime.progress import JobOutput
 
 MEMBERS = 2
 SEED = 1
@@ -18,7 +18,7 @@ TASKS = {"segmentation": "demo.yaml", "detection": "demo_detection.yaml"}
 def run(out: str) -> int:
     """Run the job; returns the exit code."""
 
-    def story(terminal: Voice) -> None:
+    def story(terminal: JobOutput) -> None:
         from pipeline import storage
 
         root, began = storage.absolute(out), time.monotonic()
@@ -39,7 +39,7 @@ def run(out: str) -> int:
     return run_job("demo", story)
 
 
-def _data(root: str, terminal: Voice) -> None:
+def _data(root: str, terminal: JobOutput) -> None:
     from pipeline import storage
     from pipeline.datasets import ingest
 
@@ -49,7 +49,7 @@ def _data(root: str, terminal: Voice) -> None:
         ingest.ingest("demo", None, None, storage.join(root, name), options=options, sink=terminal)
 
 
-def _task(root: str, task: str, terminal: Voice) -> dict[str, Any]:
+def _task(root: str, task: str, terminal: JobOutput) -> dict[str, Any]:
     """Two members, their bundle, predictions and metrics on the test split and on the shifted images."""
     import contextlib
 
@@ -65,7 +65,7 @@ def _task(root: str, task: str, terminal: Voice) -> dict[str, Any]:
     tree = load(str(CONFIGS / TASKS[task]), [f"data={root}/data", f"out={root}/{task}"])
     terminal.say(f"demo: training {MEMBERS} {task} members")
     with contextlib.suppress(DoneError):
-        ensemble.run(TrainConfig.parse(tree, TASKS[task]), MEMBERS, resume=True, sink=terminal)
+        ensemble.train_ensemble(TrainConfig.parse(tree, TASKS[task]), MEMBERS, resume=True, sink=terminal)
     terminal.close()
     bundle = storage.join(root, task, "bundle")
     tables, metrics = {}, {}
@@ -88,7 +88,7 @@ def _task(root: str, task: str, terminal: Voice) -> dict[str, Any]:
     return {key: found[key] for key in [*keys, "uncertainty_test", "uncertainty_shifted", "shift_auroc"]}
 
 
-def _table(summary: dict[str, Any], terminal: Voice) -> None:
+def _table(summary: dict[str, Any], terminal: JobOutput) -> None:
     seg, det = summary["segmentation"], summary["detection"]
     members = ", ".join(f"{value:.4f}" for value in seg["nll_members"])
     rows = [

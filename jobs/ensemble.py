@@ -1,13 +1,13 @@
 """``dubito ensemble``: fit M members that differ by seed; one bundle."""
 
 from jobs.session import ray_session, run_job
-from pipeline.runtime.progress import Voice
+from pipeline.runtime.progress import JobOutput
 
 
 def run(config: str, members: int, resume: bool, sets: list[str], verb: str = "ensemble") -> int:
     """Run the job; returns the exit code."""
 
-    def story(terminal: Voice) -> None:
+    def story(terminal: JobOutput) -> None:
         from pipeline.config import load
         from pipeline.training.train_config import TrainConfig
 
@@ -18,7 +18,7 @@ def run(config: str, members: int, resume: bool, sets: list[str], verb: str = "e
             from pipeline.scoring import calibrate
             from pipeline.training import ensemble
 
-            made = ensemble.run(settings, members, resume=resume, sink=terminal)
+            made = ensemble.train_ensemble(settings, members, resume=resume, sink=terminal)
             from pipeline.report import curves
 
             plot = curves.write(settings.out, members)
@@ -26,7 +26,7 @@ def run(config: str, members: int, resume: bool, sets: list[str], verb: str = "e
         losses = ", ".join(f"{metrics['val_loss']:.4f}" for metrics in made.manifest["metrics"])
         terminal.say(f"bundle {made.uri} (id {made.id}, {members} member(s), validation loss {losses}); curves {plot}")
         if made.manifest["transfer"] is not None:
-            terminal.say(transfer.Loaded(**made.manifest["transfer"]).sentence())
-        terminal.say(calibrate.sentence(made))
+            terminal.say(transfer.LoadedWeights(**made.manifest["transfer"]).describe())
+        terminal.say(calibrate.describe_calibration(made))
 
     return run_job(verb, story)

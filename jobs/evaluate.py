@@ -3,13 +3,13 @@
 import json
 
 from jobs.session import ray_session, run_job
-from pipeline.runtime.progress import Voice
+from pipeline.runtime.progress import JobOutput
 
 
 def run(bundle: str, data: str, split: str, out: str, shift_data: str = "", shift_split: str = "") -> int:
     """Run the job; returns the exit code."""
 
-    def story(terminal: Voice) -> None:
+    def story(terminal: JobOutput) -> None:
         from pipeline import storage
         from pipeline.datasets.dataset import open_dataset
         from pipeline.models.bundle import open_bundle
@@ -30,7 +30,7 @@ def run(bundle: str, data: str, split: str, out: str, shift_data: str = "", shif
 
         plots = evaluation.write(out, open_bundle(where[0]), open_dataset(where[1]), split, metrics, scalars)
         terminal.close()
-        terminal.say(evaluation.sentence(split, metrics))
+        terminal.say(evaluation.describe_evaluation(split, metrics))
         terminal.say(f"metrics {out}; plots {', '.join(plots)}")
 
     return run_job("evaluate", story)

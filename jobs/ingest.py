@@ -3,13 +3,13 @@
 from typing import Any
 
 from jobs.session import ray_session, run_job
-from pipeline.runtime.progress import Voice
+from pipeline.runtime.progress import JobOutput
 
 
 def run(format: str, images: str, labels: str, out: str, classes: str, splits: str, sets: list[str]) -> int:
     """Run the job; returns the exit code."""
 
-    def story(terminal: Voice) -> None:
+    def story(terminal: JobOutput) -> None:
         from pipeline.config import parse_sets
         from pipeline.storage import absolute
 
@@ -29,12 +29,12 @@ def run(format: str, images: str, labels: str, out: str, classes: str, splits: s
                 sink=terminal,
             )
         terminal.close()
-        terminal.say(sentence(made))
+        terminal.say(describe_ingest(made))
 
     return run_job("ingest", story)
 
 
-def sentence(made: dict[str, Any]) -> str:
+def describe_ingest(made: dict[str, Any]) -> str:
     """One paragraph of what was made: counts, and everything that was left out, mended or refused."""
     splits = ", ".join(f"{name} {count}" for name, count in made["splits"].items())
     parts = [f"dataset {made['uri']}: {made['images']} images ({splits}), classes {', '.join(made['classes'])}"]

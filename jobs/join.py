@@ -1,13 +1,13 @@
 """``dubito join``: one ensemble of the members of several bundles."""
 
 from jobs.session import ray_session, run_job
-from pipeline.runtime.progress import Voice
+from pipeline.runtime.progress import JobOutput
 
 
 def run(bundles: list[str], out: str, data: str, risk: float | None, delta: float, sets: list[str]) -> int:
     """Run the job; returns the exit code."""
 
-    def story(terminal: Voice) -> None:
+    def story(terminal: JobOutput) -> None:
         from pipeline.config import merge, parse_sets
         from pipeline.errors import InputError
         from pipeline.models import bundle, bundle_join
@@ -16,7 +16,7 @@ def run(bundles: list[str], out: str, data: str, risk: float | None, delta: floa
 
         if risk is not None and not data:
             raise InputError("--risk wants a dataset with a calibration split: add --data URI")
-        manifest, weights = bundle_join.join([bundle.open_bundle(uri) for uri in bundles])
+        manifest, weights = bundle_join.join_bundles([bundle.open_bundle(uri) for uri in bundles])
         manifest["predict"] = merge(manifest["predict"], parse_sets(sets))
         made = bundle.stage(out, manifest, weights)
         if data:
@@ -25,7 +25,7 @@ def run(bundles: list[str], out: str, data: str, risk: float | None, delta: floa
 
                 settings = CalibrateSettings.parse({"risk": risk, "delta": delta}, "options")
                 made = calibrate.calibrate(made, absolute(data), settings, sink=terminal)
-                said = f": {calibrate.sentence(made)}"
+                said = f": {calibrate.describe_calibration(made)}"
         else:
             said = ""
         written = bundle.commit(made)

@@ -1,13 +1,13 @@
 """``dubito predict``: score a dataset or a folder of images; one Parquet row an image."""
 
 from jobs.session import ray_session, run_job
-from pipeline.runtime.progress import Voice
+from pipeline.runtime.progress import JobOutput
 
 
 def run(bundle: str, data: str, out: str, split: str) -> int:
     """Run the job; returns the exit code."""
 
-    def story(terminal: Voice) -> None:
+    def story(terminal: JobOutput) -> None:
         from pipeline.storage import absolute
 
         with ray_session():

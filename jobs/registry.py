@@ -5,13 +5,13 @@ from typing import Any
 
 from jobs.session import run_job
 from pipeline.errors import InputError
-from pipeline.runtime.progress import Voice
+from pipeline.runtime.progress import JobOutput
 
 
 def show_all(registry: str) -> int:
     """Every model's champion; returns the exit code."""
 
-    def story(terminal: Voice) -> None:
+    def story(terminal: JobOutput) -> None:
         from pipeline.retraining import registry as champions
 
         names = champions.names(registry)
@@ -26,7 +26,7 @@ def show_all(registry: str) -> int:
 def show(registry: str, name: str) -> int:
     """All champions of a model and all decisions; returns the exit code."""
 
-    def story(terminal: Voice) -> None:
+    def story(terminal: JobOutput) -> None:
         from pipeline.retraining import registry as champions
 
         every, decided = champions.entries(registry, name), champions.decisions(registry, name)
@@ -60,7 +60,7 @@ def rollback(registry: str, name: str, to: int | None) -> int:
 
 
 def _change(name: str, change: Callable[[Any], Any]) -> int:
-    def story(terminal: Voice) -> None:
+    def story(terminal: JobOutput) -> None:
         from pipeline.retraining import registry as champions
 
         try:

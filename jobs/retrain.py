@@ -3,7 +3,7 @@
 from typing import Any
 
 from jobs.session import ray_session, run_job
-from pipeline.runtime.progress import Voice
+from pipeline.runtime.progress import JobOutput
 
 
 def run(config: str, force: bool, dry_run: bool, every: str, cron: str, sets: list[str]) -> int:
@@ -14,7 +14,7 @@ def run(config: str, force: bool, dry_run: bool, every: str, cron: str, sets: li
         given = ["retrain", config, *(["--force"] if force else []), *(f"--set={each}" for each in sets)]
         return schedule.serve("retrain", lambda now: given, every, cron)
 
-    def story(terminal: Voice) -> None:
+    def story(terminal: JobOutput) -> None:
         from jobs import mlflow_log
         from pipeline.retraining import run as run_module
 
@@ -22,7 +22,7 @@ def run(config: str, force: bool, dry_run: bool, every: str, cron: str, sets: li
         if log is not None:
             mlflow_log.require()
         with ray_session(settings.recipe.get("train", {}).get("workers", 1)):
-            made = run_module.run(settings, force=force, dry_run=dry_run, sink=terminal)
+            made = run_module.retrain(settings, force=force, dry_run=dry_run, sink=terminal)
         terminal.close()
         for sentence in made.said:
             terminal.say(sentence)

@@ -9,7 +9,7 @@ from typing import Any
 
 from jobs.session import run_job
 from pipeline.errors import InputError
-from pipeline.runtime.progress import Voice
+from pipeline.runtime.progress import JobOutput
 
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 
@@ -54,7 +54,7 @@ def serve(verb: str, command: Callable[[datetime], list[str]], every: str, cron:
     """
     from apscheduler.schedulers.blocking import BlockingScheduler
 
-    def story(terminal: Voice) -> None:
+    def story(terminal: JobOutput) -> None:
         when = trigger(every, cron)
 
         def work() -> None:

@@ -14,8 +14,8 @@ from pathlib import Path
 from jobs.submission import pinned_versions
 from pipeline.errors import DoneError, root_input_error
 from pipeline.runtime import prometheus
-from pipeline.runtime.json_log import run_of, voice
-from pipeline.runtime.progress import Voice, diverted
+from pipeline.runtime.json_log import job_output, run_of
+from pipeline.runtime.progress import JobOutput, redirect_output
 from pipeline.storage import retry
 
 THREADS_END_S = 3.0
@@ -97,16 +97,19 @@ def _last_word(verb: str, log: Path) -> Iterator[None]:
 _SPEAK = "import sys; sys.stdin.buffer.read() == b'done' or sys.stderr.write(sys.argv[1])"
 
 
-def run_job(verb: str, story: Callable[[Voice], int | None], here: bool = True) -> int:
+def run_job(verb: str, story: Callable[[JobOutput], int | None], here: bool = True) -> int:
     """Run a job's story; returns its exit code.
 
     0 done (or done already, or what the story returns) · 1 the machine failed: where the log is · 2 wrong input: one
     sentence. ``here``: the work is done by this machine, not by a cluster that goes on without it.
     """
     log = Path("runs") / "logs" / f"{verb}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
-    retry.expect_an_answer_soon()
-    prometheus.name(verb, run_of(log))
-    with _last_word(verb, log) if here else contextlib.nullcontext(), diverted(log, voice(verb)) as terminal:
+    retry.shorten_first_wait()
+    prometheus.set_run(verb, run_of(log))
+    with (
+        _last_word(verb, log) if here else contextlib.nullcontext(),
+        redirect_output(log, job_output(verb)) as terminal,
+    ):
         try:
             pinned_versions.check()
             return story(terminal) or 0

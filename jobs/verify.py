@@ -1,7 +1,7 @@
 """``dubito verify``: is what lies on storage what was committed?"""
 
 from jobs.session import ray_session, run_job
-from pipeline.runtime.progress import Voice
+from pipeline.runtime.progress import JobOutput
 
 SHOWN = 20
 
@@ -9,7 +9,7 @@ SHOWN = 20
 def run(uri: str) -> int:
     """Run the job; returns the exit code."""
 
-    def story(terminal: Voice) -> None:
+    def story(terminal: JobOutput) -> None:
         from pipeline.errors import InputError
         from pipeline.storage import absolute
 

@@ -14,7 +14,7 @@ from pipeline.datasets import image_fetch, shard_reader
 from pipeline.datasets.dataset import DATASET_JSON, open_dataset
 from pipeline.errors import InputError
 from pipeline.predictions.attempts import MANIFEST
-from pipeline.runtime.progress import NoSink, Progress, Sink
+from pipeline.runtime.progress import Progress, ProgressSink, SilentSink
 from pipeline.schema import BUNDLE_JSON
 
 CHUNK = 8 * 2**20
@@ -23,7 +23,7 @@ TASKS = 1000
 """At most, however many files there are."""
 
 
-def verify(uri: str, sink: Sink | None = None) -> dict[str, Any]:
+def verify(uri: str, sink: ProgressSink | None = None) -> dict[str, Any]:
     """Read every file that is named by what committed ``uri``, and compare size and sha256; Ray must be running.
 
     Args:
@@ -39,7 +39,7 @@ def verify(uri: str, sink: Sink | None = None) -> dict[str, Any]:
     """
     began, uri = time.monotonic(), storage.absolute(uri)
     kind, files = _files(uri)
-    progress, damage = Progress(sink or NoSink(), "verify", len(files), unit="files"), []
+    progress, damage = Progress(sink or SilentSink(), "verify", len(files), unit="files"), []
     ray.data.DataContext.get_current().enable_progress_bars = False
     items = [{"file": path, "size": entry["size"], "sha256": entry["sha256"]} for path, entry in files.items()]
     images, image_bytes = 0, 0
@@ -74,9 +74,9 @@ def _check_images(row: dict[str, Any]) -> dict[str, Any]:
     """The images that one shard refers to: fetched, and compared with the hashes that were ingested."""
     images, size, problems = 0, 0, []
     for group in shard_reader.groups_of(row["file"]):
-        table = shard_reader.read_row_group(group, ["image", *image_fetch.WANTED])
+        table = shard_reader.read_row_group(group, ["image", *image_fetch.REFERENCE_COLUMNS])
         for at in range(0, table.num_rows, image_fetch.AHEAD):
-            part = image_fetch.fill(table.slice(at, image_fetch.AHEAD))
+            part = image_fetch.with_images(table.slice(at, image_fetch.AHEAD))
             size += sum(len(image) for image in part["image"].to_pylist() if image)
             found = zip(part["uri"].to_pylist(), part["status"].to_pylist(), part["error"].to_pylist(), strict=True)
             problems += [(uri, f"{status}: {error}") for uri, status, error in found if status != "ok"]
@@ -104,7 +104,7 @@ def _of_bundle(uri: str) -> dict[str, Any]:
 
 
 def _of_predictions(uri: str) -> dict[str, Any]:
-    committed = predictions.committed(uri) or {"lists": []}
+    committed = predictions.committed_manifest(uri) or {"lists": []}
     files = {entry["file"]: entry for entry in committed["lists"]}
     for entry in committed["lists"]:
         with contextlib.suppress(InputError):  # the list itself is found damaged; what it names cannot be compared
@@ -129,10 +129,10 @@ class _Compare:
         problem = ""
         for left in reversed(range(TRIES)):
             try:
-                problem = compare(storage.join(self.uri, row["file"]), row["size"], row["sha256"])
+                problem = compare_file(storage.join(self.uri, row["file"]), row["size"], row["sha256"])
                 break
             except OSError as error:
-                word = storage.classify(error)
+                word = storage.error_status(error)
                 problem = word if word == "missing" else f"could not be read ({word})"
                 if word in ("missing", "forbidden") or not left:
                     break
@@ -140,7 +140,7 @@ class _Compare:
         return {"file": row["file"], "problem": problem}
 
 
-def compare(uri: str, size: int, sha256: str) -> str:
+def compare_file(uri: str, size: int, sha256: str) -> str:
     """What is wrong with one file; "" for nothing. Reads it in chunks.
 
     Raises:

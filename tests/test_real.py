@@ -10,7 +10,7 @@ from pipeline import predictions
 from pipeline.datasets import ingest
 from pipeline.datasets.dataset import open_dataset, row_groups
 from pipeline.models import bundle
-from pipeline.runtime.progress import NoSink, Progress
+from pipeline.runtime.progress import Progress, SilentSink
 from pipeline.scoring.job import predict
 from pipeline.stream import epoch_order, run_stream, validation
 from pipeline.training import ensemble, loop
@@ -24,9 +24,9 @@ def few_steps(config: TrainConfig, folder: Path, steps: int) -> str:
     info = open_dataset(config.data)
     worker = loop.build_worker(config, info, torch.device("cpu"))
     groups = row_groups(info, "train")
-    order = epoch_order.Order.of(groups, 0, 2**26)
+    order = epoch_order.EpochOrder.of(groups, 0, 2**26)
     size = config.train.batch_size
-    expand = run_stream.Expand(
+    expand = run_stream.ExpandUnits(
         order,
         tuple(run_stream.training_columns(config.task, info)),
         0,
@@ -36,26 +36,26 @@ def few_steps(config: TrainConfig, folder: Path, steps: int) -> str:
         "",
     )
     units = {"id": torch.arange(steps * size).numpy()}
-    journal = loop.Journal()
+    journal = loop.RunState()
     first: list[float] = []
 
-    def look(worker: loop.Worker, journal: loop.Journal) -> None:
-        tables = validation.share(info, "val", 0, 1, run_stream.training_columns(config.task, info))
-        first.append(loop.validate(worker, validation.slices(tables, size))["val_loss"])
+    def look(worker: loop.Worker, journal: loop.RunState) -> None:
+        tables = validation.rows_of_rank(info, "val", 0, 1, run_stream.training_columns(config.task, info))
+        first.append(loop.validate(worker, validation.same_size_batches(tables, size))["val_loss"])
 
     look(worker, journal)
     rows = pa.concat_tables(expand(units))
     tables = [rows.slice(at, size) for at in range(0, steps * size, size)]
-    plan, progress = loop.Plan(steps, steps, ""), Progress(NoSink(), "t", steps)
+    plan, progress = loop.StepSchedule(steps, steps, ""), Progress(SilentSink(), "t", steps)
     loop.run_steps(worker, loop.steps_of(worker, tables), journal, plan, progress, look)
     assert journal.step == steps
     assert first[1] < first[0], "the validation loss did not fall"
     weights = folder / "model.safetensors"
     from safetensors.torch import save_file
 
-    save_file({k: v.contiguous() for k, v in worker.judged.state_dict().items()}, weights)
+    save_file({k: v.contiguous() for k, v in worker.evaluated_module.state_dict().items()}, weights)
     manifest = ensemble._manifest(config, info, {0: {"metrics": {"val_loss": first[1]}}}, [])
-    return bundle.write(str(folder / "bundle"), manifest, [weights]).uri
+    return bundle.write_bundle(str(folder / "bundle"), manifest, [weights]).uri
 
 
 def test_bccd_boxes(ray_local, real_images, tmp_path):
@@ -77,8 +77,8 @@ def test_bccd_boxes(ray_local, real_images, tmp_path):
         },
         "test",
     )  # fmt: skip
-    made = ensemble.run(config, 1, resume=False, sink=NoSink())
-    predict(made.uri, config.data, str(tmp_path / "out/p"), split="test", sink=NoSink())
+    made = ensemble.train_ensemble(config, 1, resume=False, sink=SilentSink())
+    predict(made.uri, config.data, str(tmp_path / "out/p"), split="test", sink=SilentSink())
     table = predictions.read(str(tmp_path / "out/p"))
     assert table.num_rows == 87 == len(set(table["image_id"].to_pylist()))
     assert set(table["status"].to_pylist()) == {"ok"}
@@ -111,7 +111,7 @@ def test_masks(ray_local, real_images, tmp_path, kind):
     )  # fmt: skip
     uri = few_steps(config, tmp_path, config.train.steps or 0)
     source = str(root / "images") if kind == "chase" else made["uri"]
-    predict(uri, source, str(tmp_path / "p"), split=None if kind == "chase" else "test", sink=NoSink())
+    predict(uri, source, str(tmp_path / "p"), split=None if kind == "chase" else "test", sink=SilentSink())
     table = predictions.read(str(tmp_path / "p"))
     assert table.num_rows == (20 if kind == "chase" else 60)
     assert set(table["status"].to_pylist()) == {"ok"}

@@ -14,7 +14,7 @@ from pipeline.errors import InputError
 from pipeline.models import bundle
 from pipeline.scoring.job import predict
 from pipeline.storage import checksum
-from pipeline.verify import compare, verify
+from pipeline.verify import compare_file, verify
 from tests.support.tiny import UNET, make_bundle, make_squares
 
 pytestmark = pytest.mark.usefixtures("ray_local")
@@ -116,22 +116,22 @@ def test_what_commits_is_sealed_itself(copy: Path, kind: str, name: str):
 
 
 def test_a_seal_survives_json_and_tells_a_change():
-    sealed = checksum.seal({"b": (1, 2.5), "a": {3: None}, "ü": "é"})
+    sealed = checksum.with_checksum({"b": (1, 2.5), "a": {3: None}, "ü": "é"})
     read = json.loads(json.dumps(sealed, indent=2))
-    checksum.check(read, "here", "again")
-    assert checksum.seal(read) == read
+    checksum.verify_checksum(read, "here", "again")
+    assert checksum.with_checksum(read) == read
     for change in ({"b": [1, 2.5000001]}, {"c": 0}, {"digest": "0"}):
         with pytest.raises(InputError, match="'here' is not as it was committed .* damaged or edited; again"):
-            checksum.check({**read, **change}, "here", "again")
+            checksum.verify_checksum({**read, **change}, "here", "again")
     with pytest.raises(InputError):
-        checksum.check({"b": 1}, "here", "again")
+        checksum.verify_checksum({"b": 1}, "here", "again")
 
 
 def test_sizes_and_digests_are_compared(tmp_path: Path):
     path = tmp_path / "file"
     path.write_bytes(b"dubito")
-    assert "6 bytes where 7" in compare(str(path), 7, "")
-    assert "sha256 differs" in compare(str(path), 6, "0" * 64)
+    assert "6 bytes where 7" in compare_file(str(path), 7, "")
+    assert "sha256 differs" in compare_file(str(path), 6, "0" * 64)
     with pytest.raises(InputError, match="nothing is committed at .* check the path"):
         verify(str(tmp_path))
 

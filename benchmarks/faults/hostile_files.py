@@ -242,8 +242,8 @@ def judge_labels(format: str, images: Path, labels: Path) -> Counter[str]:
     except InputError as error:
         return Counter(["refused" if len(str(error)) < 4000 else "refused at length"])
     words = Counter(item.reason for item in index.rejects)
-    plan = shard_writer.Plan(str(images.parent / "out.parquet"), "train", format, index.sources)
-    written = shard_writer.write(plan, index.context)
+    plan = shard_writer.ShardPlan(str(images.parent / "out.parquet"), "train", format, index.sources)
+    written = shard_writer.write_shard(plan, index.context)
     words.update(item.reason for item in written.rejects)
     words["row"] += written.sums.images
     assert set(words) <= REASONS | {"row", "second_label"}, words

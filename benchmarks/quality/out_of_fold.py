@@ -23,7 +23,7 @@ from pipeline.config import load, merge
 from pipeline.datasets import ingest
 from pipeline.errors import DoneError
 from pipeline.metrics.ranking import spearman
-from pipeline.runtime.progress import Terminal, diverted
+from pipeline.runtime.progress import Terminal, redirect_output
 from pipeline.scoring import job
 from pipeline.training import ensemble
 from pipeline.training.train_config import TrainConfig
@@ -53,7 +53,7 @@ def predict_fold(args: Any, fold: int, terminal: Terminal) -> pa.Table:
     changes = {"data": data, "out": str(out / "model"), "train": length}
     config = TrainConfig.parse(merge(load(str(args.config), []), changes), str(args.config))
     try:
-        bundle = ensemble.run(config, args.members, resume=True, sink=terminal).uri
+        bundle = ensemble.train_ensemble(config, args.members, resume=True, sink=terminal).uri
     except DoneError:
         bundle = str(out / "model" / "bundle")
     found = job.score(bundle, data, split="test", measure="metrics", scalars=True, sink=terminal)
@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("--delta", type=float, default=0.1)
     args = parser.parse_args()
     args.out = args.out.resolve()
-    with diverted(args.out / "log.txt") as terminal, ray_session():
+    with redirect_output(args.out / "log.txt") as terminal, ray_session():
         folds = [predict_fold(args, fold, terminal) for fold in range(args.folds)]
         terminal.close()
     table = pa.concat_tables(folds)

@@ -19,7 +19,7 @@ from pipeline.config import merge
 from pipeline.datasets import ingest as ingest_module
 from pipeline.errors import DoneError
 from pipeline.models import bundle as bundles
-from pipeline.runtime.progress import Terminal, diverted
+from pipeline.runtime.progress import Terminal, redirect_output
 from pipeline.scoring.evaluate import evaluate
 from pipeline.training import ensemble
 from pipeline.training.train_config import TrainConfig
@@ -94,7 +94,7 @@ def fit(name: str, changes: dict[str, Any], members: int, data: str, args: Any, 
     tree = merge({**BASE, "data": data, "out": where, "seed": args.seed, "train": length}, changes)
     config = TrainConfig.parse(tree, name).with_absolute_uris()
     try:
-        return ensemble.run(config, members, resume=True, sink=terminal).uri
+        return ensemble.train_ensemble(config, members, resume=True, sink=terminal).uri
     except DoneError:
         return f"{config.out}/bundle"
 
@@ -103,7 +103,9 @@ def asked(bundle: str, predict: dict[str, Any], name: str) -> str:
     """The same weights, asked otherwise: another bundle."""
     source = bundles.open_bundle(bundle)
     out = f"{bundle}-{'-'.join(predict)}"
-    return bundles.write(out, bundles.derive(source, predict=predict).manifest, bundles.member_uris(source)).uri
+    return bundles.write_bundle(
+        out, bundles.with_changes(source, predict=predict).manifest, bundles.member_uris(source)
+    ).uri
 
 
 def judge(bundle: str, data: str, terminal: Terminal) -> dict[str, Any]:
@@ -127,7 +129,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="run the rows whose name contains this")
     args = parser.parse_args()
     args.out, rows = args.out.resolve(), []
-    with diverted(args.out / "log.txt") as terminal, ray_session():
+    with redirect_output(args.out / "log.txt") as terminal, ray_session():
         data = ingest(args.data.resolve(), args.out, args.images, args.seed, terminal)
         for name, changes, members, tests in RUNS:
             if args.only not in name:

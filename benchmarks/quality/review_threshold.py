@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.uncertainty.calibration import review_threshold
+from pipeline.uncertainty.calibration import fit_review_threshold
 from pipeline.uncertainty.calibration.review_threshold import Method
 
 SIZE = 1_000_000
@@ -80,7 +80,7 @@ def draw(
     violations, accepted = 0, 0
     for _ in range(draws):
         rows = rng.integers(0, SIZE, n)
-        value = review_threshold(scores[rows], losses[rows], risk, delta, method, explain=False).value
+        value = fit_review_threshold(scores[rows], losses[rows], risk, delta, method, explain=False).value
         if value is not None:
             passed = int(np.searchsorted(scores, np.float32(value), side="right"))
             accepted += passed
@@ -104,7 +104,7 @@ def repeated_splits(
     for _ in range(repeats):
         order = rng.permutation(len(scores))
         some, rest = order[:n], order[n:]
-        value = review_threshold(scores[some], losses[some], risk, delta, explain=False).value
+        value = fit_review_threshold(scores[some], losses[some], risk, delta, explain=False).value
         inside = scores[rest].astype(np.float32) <= np.float32(-np.inf if value is None else value)
         shares.append(float(inside.mean()))
         if inside.any():

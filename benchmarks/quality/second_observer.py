@@ -21,7 +21,7 @@ from pipeline.datasets import ingest as ingest_module
 from pipeline.errors import DoneError
 from pipeline.metrics.ranking import auroc
 from pipeline.models import bundle as bundles
-from pipeline.runtime.progress import Terminal, diverted
+from pipeline.runtime.progress import Terminal, redirect_output
 from pipeline.scoring.job import predict
 from pipeline.training import ensemble
 from pipeline.training.train_config import TrainConfig
@@ -110,12 +110,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     args = parser.parse_args()
     folder, out = args.data.resolve(), args.out.resolve()
-    with diverted(out / "log.txt") as terminal, ray_session():
+    with redirect_output(out / "log.txt") as terminal, ray_session():
         data = ingest(folder, out, terminal)
         length = {"batch_size": 8, "steps": args.steps, "validate_every": max(1, args.steps // 4)}
         config = TrainConfig.parse({**CONFIG, "data": data, "out": str(out / "model"), "train": length}, "observers")
         try:
-            bundle = ensemble.run(config, args.members, resume=True, sink=terminal).uri
+            bundle = ensemble.train_ensemble(config, args.members, resume=True, sink=terminal).uri
         except DoneError:
             bundle = str(out / "model" / "bundle")
         made = predict(bundle, data, str(out / "predictions" / bundles.open_bundle(bundle).id), "test", terminal)

@@ -11,7 +11,7 @@ import ray.data
 from benchmarks.scale import ten_million_ids
 from pipeline.predictions.attempts import MANIFEST
 from pipeline.predictions.resume import list_attempts
-from pipeline.runtime.progress import NoSink
+from pipeline.runtime.progress import SilentSink
 from pipeline.scoring import crash_guard
 from pipeline.scoring.job import predict
 
@@ -22,7 +22,7 @@ def cpu_s() -> float:
     return own.ru_utime + own.ru_stime
 
 
-class First(NoSink):
+class First(SilentSink):
     """Remembers when something was done for the first time."""
 
     def __init__(self) -> None:
@@ -72,7 +72,7 @@ def driver(folder: Path, model: str, counts: tuple[int, int]) -> dict[str, float
     """What a unit takes of the driver, by the difference of two jobs."""
     few, many = (job(folder / str(count), model, count) for count in counts)
     more = {key: (many[key] - few[key]) / (counts[1] - counts[0]) for key in few}
-    with crash_guard.counting() as starts:
+    with crash_guard.start_counter() as starts:
         began = time.perf_counter()
         for unit in range(counts[1]):
             starts.begin.remote(unit)

@@ -40,6 +40,7 @@ from jobs.session import ray_session
 from pipeline import schema
 from pipeline.datasets import metadata
 from pipeline.datasets.dataset import DATASET_JSON
+from pipeline.datasets.shard_reader import RowGroup
 from pipeline.models import bundle
 from pipeline.scoring import plan as planning
 from pipeline.storage import checksum
@@ -67,7 +68,7 @@ def meta_of(groups: int) -> dict[str, Any]:
          "rows": GROUP * GROUPS, "row_groups": [[GROUP, 26214400]] * GROUPS}
         for number in range(groups // GROUPS)
     ]  # fmt: skip
-    return checksum.seal({
+    return checksum.with_checksum({
         "schema_version": schema.SCHEMA_VERSION, "name": "limits", "classes": ["thing", "background"], "background": 1,
         "tasks": [], "counts": {"train": {"images": groups * GROUP}}, "fingerprint": "limits", "statistics": {},
         "files": files,
@@ -80,10 +81,10 @@ def plan(folder: Path, model: str, groups: int) -> dict[str, float]:
     text = json.dumps(meta_of(groups), indent=1)
     (folder / DATASET_JSON).write_text(text)
     opened, begin = bundle.open_bundle(model), cpu_s()
-    made = planning.make_plan(opened, str(folder), "train", measure=False)
+    made = planning.plan_scoring(opened, str(folder), "train", measure=False)
     assert made.digest
     seconds = cpu_s() - begin
-    again, held = traced(lambda: planning.make_plan(opened, str(folder), "train", measure=False))
+    again, held = traced(lambda: planning.plan_scoring(opened, str(folder), "train", measure=False))
     assert len(again.units) == groups
     return {
         "bytes of dataset.json": len(text) / groups,
@@ -98,9 +99,9 @@ def folder_plan(folder: Path, model: str, files: int) -> dict[str, float]:
     for number in range(files):
         (folder / f"image-{number:09d}.jpg").touch()
     opened = bundle.open_bundle(model)
-    _, held = traced(lambda: planning.make_plan(opened, str(folder), None, measure=False))
+    _, held = traced(lambda: planning.plan_scoring(opened, str(folder), None, measure=False))
     begin = cpu_s()
-    assert planning.make_plan(opened, str(folder), None, measure=False).digest
+    assert planning.plan_scoring(opened, str(folder), None, measure=False).digest
     return {"driver ms": 1e3 * (cpu_s() - begin) / files, "driver kB": held / files / 1e3}
 
 
@@ -120,12 +121,12 @@ def digests(folder: Path, images: int) -> dict[str, float]:
 def order(groups: int) -> dict[str, float]:
     """What a row group costs each reading task of training, whichever row groups it reads."""
     every = [
-        run_stream.RowGroup(f"s3://bucket/dataset/data/train-{at // GROUPS:05d}.parquet", at % GROUPS, GROUP, 26214400)
+        RowGroup(f"s3://bucket/dataset/data/train-{at // GROUPS:05d}.parquet", at % GROUPS, GROUP, 26214400)
         for at in range(groups)
     ]
-    whole = epoch_order.Order.of(every, 0, 64 * 2**20)
-    rest = epoch_order.plan_rest(Ledger(), whole.rows, GROUP)
-    sent = run_stream.Expand(whole, ("image",), 0, rest.stop, Ledger().to_bytes(), 16, "")
+    whole = epoch_order.EpochOrder.of(every, 0, 64 * 2**20)
+    rest = epoch_order.plan_remaining_rows(Ledger(), whole.rows, GROUP)
+    sent = run_stream.ExpandUnits(whole, ("image",), 0, rest.stop, Ledger().to_bytes(), 16, "")
     data = ray.cloudpickle.dumps(sent)  # pyright: ignore[reportAttributeAccessIssue]
     times = []
     for window in range(4):

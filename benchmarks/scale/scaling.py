@@ -37,9 +37,9 @@ from jobs.session import ray_session
 from pipeline import models
 from pipeline.datasets import ingest
 from pipeline.models import bundle
-from pipeline.runtime.progress import NoSink
+from pipeline.runtime.progress import SilentSink
 from pipeline.scoring import job as job_module
-from pipeline.training.ray_train import Fit, fit
+from pipeline.training.ray_train import MemberRun, train_member
 
 SCALES = (1, 4, 16)
 HELD_OUT = 16
@@ -119,13 +119,13 @@ def train_once(uri: str, out: str, rows: int) -> None:
         "augment": {"hflip": 0.5, "rotate": 10, "brightness": 0.2},
         "train": {"batch_size": BATCH, "epochs": 1}, "stream": {"window_mb": 1},
     }  # fmt: skip
-    found = fit(Fit(tree, f"{out}/members/0", "train", torch.get_num_threads()))
+    found = train_member(MemberRun(tree, f"{out}/members/0", "train", torch.get_num_threads()))
     assert found["metrics"]["step"] == -(-rows // BATCH), found["metrics"]
 
 
 def predict_once(uri: str, out: str, rows: int) -> None:
     """The train split as ``dubito predict`` runs it, with masks and maps."""
-    result = job_module.predict(tiny_bundle(Path(out)), uri, f"{out}/predictions", split="train", sink=NoSink())
+    result = job_module.predict(tiny_bundle(Path(out)), uri, f"{out}/predictions", split="train", sink=SilentSink())
     assert result["statuses"] == {"ok": rows}, result["statuses"]
 
 
@@ -140,7 +140,7 @@ def tiny_bundle(folder: Path, predict: dict[str, Any] | None = None) -> str:
         "input": {"size": [SIDE, SIDE], "fit": "stretch", "mean": [0.5] * 3, "std": [0.25] * 3},
         "predict": predict or {},
     }  # fmt: skip
-    return bundle.write(str(folder / "bundle"), manifest, [folder / "0.safetensors"]).uri
+    return bundle.write_bundle(str(folder / "bundle"), manifest, [folder / "0.safetensors"]).uri
 
 
 JOBS: dict[str, Callable[[str, str, int], None]] = {"training epoch": train_once, "batch inference": predict_once}
@@ -175,7 +175,7 @@ def make_datasets(folder: Path, args: argparse.Namespace) -> dict[int, str]:
         uris[scale] = str(folder / f"dataset{scale}")
         ingest.ingest(
             "instances", str(folder / "images"), str(folder / "labels"), uris[scale], classes=["thing"],
-            splits=str(folder / f"{scale}.json"), sink=NoSink(),
+            splits=str(folder / f"{scale}.json"), sink=SilentSink(),
         )  # fmt: skip
     return uris
 

@@ -33,9 +33,9 @@ from pipeline import predictions, schema
 from pipeline.datasets.dataset import DATASET_JSON
 from pipeline.models import bundle
 from pipeline.runtime import ray_tasks
-from pipeline.runtime.progress import NoSink
+from pipeline.runtime.progress import SilentSink
 from pipeline.scoring.job import predict
-from pipeline.scoring.plan import make_plan
+from pipeline.scoring.plan import plan_scoring
 from pipeline.storage import checksum
 
 GROUP = 256
@@ -82,13 +82,13 @@ def write_dataset(folder: Path, ids: int, shards: int, group: int = GROUP) -> st
     (folder / "data").mkdir(parents=True)
     each = ids // shards
     work = partial(write_shard, group=group)
-    files = list(ray_tasks.in_tasks(work, [(str(folder), number, each) for number in range(shards)]))
+    files = list(ray_tasks.map_in_tasks(work, [(str(folder), number, each) for number in range(shards)]))
     meta = {
         "schema_version": schema.SCHEMA_VERSION, "name": "ids", "classes": ["thing", "background"], "background": 1,
         "tasks": [], "counts": {"test": {"images": each * shards}}, "fingerprint": f"{ids} ids", "statistics": {},
         "referenced": True, "files": files,
     }  # fmt: skip
-    (folder / DATASET_JSON).write_text(json.dumps(checksum.seal(meta)))
+    (folder / DATASET_JSON).write_text(json.dumps(checksum.with_checksum(meta)))
     return str(folder)
 
 
@@ -108,14 +108,14 @@ def write_units(work: tuple[str, str, str, str, Sequence[tuple[int, int, int]]])
 
 def earlier_attempt(model: str, data: str, out: str) -> int:
     """An attempt that was killed shortly before its end; the number of its units."""
-    plan = make_plan(bundle.open_bundle(model), data, None, measure=False)
-    attempt = predictions.start(out, inputs=plan.inputs, digest=plan.digest, pieces=plan.pieces)
+    plan = plan_scoring(bundle.open_bundle(model), data, None, measure=False)
+    attempt = predictions.start_attempt(out, inputs=plan.inputs, digest=plan.digest, pieces=plan.pieces)
     work = []
     for piece in plan.pieces:
         done = [unit for unit in piece.members if unit.number < len(plan.units) - LEFT]
         starts = [(unit.number, unit.source["group"] * GROUP + unit.source["start"], unit.rows) for unit in done]
         work.append((out, attempt.name, attempt.digest, f"{data}/{piece.members[0].source['file']}", starts))
-    return sum(ray_tasks.in_tasks(write_units, work))
+    return sum(ray_tasks.map_in_tasks(write_units, work))
 
 
 def job(model: str, data: str, out: str, limit: int, pipe: Any) -> None:
@@ -132,7 +132,7 @@ def job(model: str, data: str, out: str, limit: int, pipe: Any) -> None:
         before = descendants()[os.getpid()]["private"]
         threading.Thread(target=watch, daemon=True).start()
         began = time.perf_counter()
-        found = predict(model, data, out, sink=NoSink())
+        found = predict(model, data, out, sink=SilentSink())
         seconds = time.perf_counter() - began
         stop.set()
     kept = {key: found[key] for key in ("rows", "statuses", "adopted", "scored")}
@@ -141,7 +141,7 @@ def job(model: str, data: str, out: str, limit: int, pipe: Any) -> None:
 
 def count(out: str, shards: int, rows: int) -> dict[str, int]:
     """Image_ids that are not once in what was committed."""
-    manifest = predictions.committed(out) or {"lists": []}
+    manifest = predictions.committed_manifest(out) or {"lists": []}
     named = sorted(
         (item["unit"], item["file"]) for entry in manifest["lists"] for item in predictions.read_list(out, entry)
     )

@@ -46,10 +46,10 @@ from benchmarks.scale.scaling import BATCH, MODEL, SIDE, tiny_bundle
 from jobs.session import ray_session
 from pipeline import schema
 from pipeline.datasets import ingest
-from pipeline.runtime.progress import NoSink
+from pipeline.runtime.progress import SilentSink
 from pipeline.scoring import job
 from pipeline.scoring.plan import UNIT_ROWS
-from pipeline.training.ray_train import Fit, training_dataset
+from pipeline.training.ray_train import MemberRun, training_dataset
 
 PARTS = 5
 """Of the steady time of a job; each gives a rate."""
@@ -121,7 +121,7 @@ def inference(uri: str, model: str, args: argparse.Namespace, workers: int, fold
     kept, job.Scorer = job.Scorer, partial(SleepingScorer, args.image_ms / 1e3, str(notes))  # type: ignore[misc]
     try:
         found = job.predict(
-            model, uri, str(folder / "out"), split=splits(args)[workers], sink=NoSink(), actors=workers, batch=BATCH
+            model, uri, str(folder / "out"), split=splits(args)[workers], sink=SilentSink(), actors=workers, batch=BATCH
         )
     finally:
         job.Scorer = kept
@@ -136,7 +136,7 @@ def training(uri: str, args: argparse.Namespace, workers: int, folder: Path) -> 
         "input": {"size": [SIDE, SIDE], "fit": "stretch"}, "loss": {"cross_entropy": 1},
         "train": {"batch_size": BATCH, "steps": args.images // BATCH, "workers": workers},
     }  # fmt: skip
-    shards = training_dataset(Fit(tree, f"{folder}/members/0", "train", 1)).streaming_split(workers, equal=True)
+    shards = training_dataset(MemberRun(tree, f"{folder}/members/0", "train", 1)).streaming_split(workers, equal=True)
     actor: Any = ray.remote(num_cpus=1)(Consumer)
     consumers = [actor.remote() for _ in shards]
     asked = [each.consume.remote(shard, args.image_ms / 1e3) for each, shard in zip(consumers, shards, strict=True)]
@@ -164,7 +164,7 @@ def make_dataset(folder: Path, args: argparse.Namespace) -> str:
     (folder / "splits.json").write_text(json.dumps(lists))
     ingest.ingest(
         "instances", str(folder / "images"), str(folder / "labels"), str(folder / "dataset"), classes=["thing"],
-        splits=str(folder / "splits.json"), sink=NoSink(),
+        splits=str(folder / "splits.json"), sink=SilentSink(),
     )  # fmt: skip
     return str(folder / "dataset")
 

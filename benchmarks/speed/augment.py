@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate
 
 from benchmarks import harness
-from pipeline.augment import PRESETS, Augment, InputSettings, draw
+from pipeline.augment import PRESETS, Augment, InputSettings, draw_parameters
 from pipeline.augment.geometry import affine_parameters
 from pipeline.images.batch import Batch
 from pipeline.models.device import pick_device
@@ -251,7 +251,7 @@ def difference(
     """Our geometry against a rival's, wherever the pixel and its neighbours come from inside the image."""
     ours = Augment(GEOMETRY, input)
     out = ours(batch)
-    images, masks, boxes = moved(batch, draw(GEOMETRY, 0, batch.epochs, batch.positions), input)
+    images, masks, boxes = moved(batch, draw_parameters(GEOMETRY, 0, batch.epochs, batch.positions), input)
     inside = ours(dataclasses.replace(batch, masks=torch.zeros_like(batch.masks))).masks == 0
     inside = avg_pool2d(inside.float()[:, None], 5, 1, 2) > 0.99  # and every neighbour is
     std = torch.tensor(input.std, device=images.device)[:, None, None]

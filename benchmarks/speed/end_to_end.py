@@ -20,10 +20,10 @@ from benchmarks import harness
 from benchmarks.speed import feed as images
 from pipeline.datasets import ingest
 from pipeline.datasets.dataset import open_dataset
-from pipeline.runtime.progress import NoSink
+from pipeline.runtime.progress import SilentSink
 from pipeline.stream.batches import DEPTH
 from pipeline.training import loop
-from pipeline.training.ray_train import Fit, training_dataset
+from pipeline.training.ray_train import MemberRun, training_dataset
 
 MODELS: dict[str, dict[str, Any]] = {
     "unet_r34": {
@@ -48,7 +48,7 @@ def make_dataset(folder: Path, sources: list[Image.Image], size: tuple[int, int]
         Image.fromarray(ids).save(folder / "labels" / f"{path.stem}.png", compress_level=1)
     ingest.ingest(
         "instances", str(folder / "images"), str(folder / "labels"), str(folder / "dataset"),
-        classes=["thing"], sink=NoSink(),
+        classes=["thing"], sink=SilentSink(),
         options={"hold_out": {"val": 0, "calibration": 0, "test": 0}},
     )  # fmt: skip
     return str(folder / "dataset")
@@ -67,7 +67,7 @@ class Run:
                       "compile": args.compile},
             "stream": {"decode": args.decode, "cache": args.cache, "prefetch": args.prefetch},
         }  # fmt: skip
-        fit = Fit(tree, f"{uri}-{name}/members/0", "benchmark", torch.get_num_threads())
+        fit = MemberRun(tree, f"{uri}-{name}/members/0", "benchmark", torch.get_num_threads())
         self.args, self.device, config = args, device, fit.settings()
         self.worker = loop.build_worker(config, open_dataset(uri), device, threads=fit.threads)
         began = time.perf_counter()

@@ -24,7 +24,7 @@ from benchmarks import harness
 from benchmarks.speed import predict as single
 from jobs.session import ray_session
 from pipeline import predictions
-from pipeline.runtime.progress import NoSink
+from pipeline.runtime.progress import SilentSink
 from pipeline.scoring import job as job_module
 
 ONE, OURS, RIVAL = "one pass", "a predict a member", "Ray's documented pattern a member"
@@ -99,7 +99,7 @@ class Runs:
         kept = job_module.Reader, job_module.Scorer
         job_module.Reader, job_module.Scorer = counting(self.log)
         try:
-            made = job_module.predict(uri, str(self.images), str(target), sink=NoSink())
+            made = job_module.predict(uri, str(self.images), str(target), sink=SilentSink())
         finally:
             job_module.Reader, job_module.Scorer = kept
         wanted = single.count(self.images)

@@ -43,8 +43,8 @@ from benchmarks.speed.feed_baselines import (  # fmt: skip
 from jobs.session import ray_session
 from pipeline.datasets import ingest as ingest_module
 from pipeline.datasets.dataset import open_dataset
-from pipeline.stream.batches import ahead, collated
-from pipeline.training.ray_train import Fit, training_dataset
+from pipeline.stream.batches import decode_batches, prefetch
+from pipeline.training.ray_train import MemberRun, training_dataset
 
 Side = Callable[[int], Iterator[Item]]
 """Number of passes -> batches."""
@@ -82,14 +82,14 @@ def stream(data: Data, passes: int) -> Iterator[Item]:
         "input": {"size": [data.side, data.side], "fit": "stretch"},
         "train": {"batch_size": data.batch, "steps": passes * len(data.files) // data.batch},
     }  # fmt: skip
-    fit = Fit(tree, f"{data.uri}-run/members/0", "feed", threads)
+    fit = MemberRun(tree, f"{data.uri}-run/members/0", "feed", threads)
     config = fit.settings()
     task = config.build_task(open_dataset(config.data), threads)
     rows = training_dataset(fit)
 
     tables: Any = rows.iter_batches(batch_size=data.batch, batch_format="pyarrow", prefetch_batches=1)
-    make = partial(collated, task, tables, train=True, seed=config.seed)
-    for item in ahead(make, config.stream.prefetch):
+    make = partial(decode_batches, task, tables, train=True, seed=config.seed)
+    for item in prefetch(make, config.stream.prefetch):
         assert not item.failures, item.failures
         yield item.batch.image_ids, item.batch.images
 

@@ -34,7 +34,7 @@ from benchmarks.speed import feed as images
 from jobs.session import ray_session
 from pipeline import models, predictions, schema
 from pipeline.models import bundle
-from pipeline.runtime.progress import NoSink
+from pipeline.runtime.progress import SilentSink
 from pipeline.scoring import job
 
 CLASSES = ["background", "first", "second", "third"]
@@ -82,7 +82,7 @@ def write_bundle(folder: Path, side: int, seeds: Sequence[int] = (0,)) -> str:
         "input": {"size": [side, side], "fit": "stretch", "mean": list(MEAN), "std": list(STD)},
         "predict": {"maps": False},
     }  # fmt: skip
-    return bundle.write(str(folder / "bundle"), manifest, files).uri
+    return bundle.write_bundle(str(folder / "bundle"), manifest, files).uri
 
 
 def build_unet() -> nn.Module:
@@ -136,7 +136,7 @@ def ours(uri: str, scorer: type[job.Scorer], folder: Path, target: Path) -> None
     """``dubito predict``."""
     kept, job.Scorer = job.Scorer, scorer
     try:
-        job.predict(uri, str(folder), str(target), sink=NoSink())
+        job.predict(uri, str(folder), str(target), sink=SilentSink())
     finally:
         job.Scorer = kept
 

@@ -17,8 +17,8 @@ from typing import Any
 from jobs.session import DEFAULTS, run_job
 from jobs.submission import pinned_versions, visible_paths, working_tree
 from pipeline.errors import InputError
-from pipeline.runtime.json_log import RUN, WANTED, Replay
-from pipeline.runtime.progress import Voice
+from pipeline.runtime.json_log import RUN, WANTED, JsonLogReplay
+from pipeline.runtime.progress import JobOutput
 
 AGAIN_S = 1.0
 """Between two attempts to follow a log whose connection was lost."""
@@ -110,7 +110,7 @@ def _seen_from_root(place: str, root: Path) -> str:
 def run(verb: str, make: Callable[[], Request], cluster: Cluster) -> int:
     """Submit what ``make`` gives, and follow; returns the job's exit code (0 when detached)."""
 
-    def story(terminal: Voice) -> int:
+    def story(terminal: JobOutput) -> int:
         request = make()
         client = connect(cluster.address)
         name = cluster.job or f"{request.verb}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
@@ -223,9 +223,9 @@ def _runtime(root: Path, name: str, package: Path, cluster: Cluster) -> dict[str
     return {**runtime, "env_vars": variables}
 
 
-def follow(client: Any, name: str, address: str, terminal: Voice) -> int:
+def follow(client: Any, name: str, address: str, terminal: JobOutput) -> int:
     """Show what the job says until it ends; returns its exit code. Ctrl-C detaches, the job goes on."""
-    replay, seen, silent_since = Replay(terminal), 0, 0.0
+    replay, seen, silent_since = JsonLogReplay(terminal), 0, 0.0
 
     def show(text: str) -> None:
         nonlocal seen
@@ -269,7 +269,7 @@ async def _tail(client: Any, name: str, show: Any, skip: int) -> None:
             skip = 0
 
 
-def _code(info: Any, name: str, terminal: Voice, chatter: list[str]) -> int:
+def _code(info: Any, name: str, terminal: JobOutput, chatter: list[str]) -> int:
     """The exit code of a job that ended; says why where the job itself did not."""
     if info.status.value == "SUCCEEDED":
         return 0

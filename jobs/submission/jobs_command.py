@@ -6,13 +6,13 @@ from typing import Any
 from jobs.session import run_job
 from jobs.submission import client as client_module
 from pipeline.errors import InputError
-from pipeline.runtime.progress import Voice
+from pipeline.runtime.progress import JobOutput
 
 
 def show(address: str) -> int:
     """List the cluster's jobs, the newest first; returns the exit code."""
 
-    def story(terminal: Voice) -> None:
+    def story(terminal: JobOutput) -> None:
         found = [job for job in client_module.connect(address).list_jobs() if job.submission_id]
         found.sort(key=lambda job: -(job.start_time or 0))
         for job in found:
@@ -36,7 +36,7 @@ def _short(entrypoint: str) -> str:
 def follow(job: str, address: str) -> int:
     """Show what a job says from its beginning; returns its exit code."""
 
-    def story(terminal: Voice) -> int:
+    def story(terminal: JobOutput) -> int:
         client = client_module.connect(address)
         _require(client, job, address)
         return client_module.follow(client, job, address, terminal)
@@ -47,7 +47,7 @@ def follow(job: str, address: str) -> int:
 def stop(job: str, address: str) -> int:
     """Stop a job; returns the exit code."""
 
-    def story(terminal: Voice) -> None:
+    def story(terminal: JobOutput) -> None:
         client = client_module.connect(address)
         _require(client, job, address)
         stopped = client.stop_job(job)

@@ -6,7 +6,7 @@ unframe_maps, unframe_boxes: from the network's frame back to an image's own pix
 """
 
 from pipeline.augment.apply import Augment
-from pipeline.augment.draw import crop_offsets, draw, draw_mix
+from pipeline.augment.draw import crop_offsets, draw_mix_partners, draw_parameters
 from pipeline.augment.settings import PRESETS, AugmentSettings
 from pipeline.images.input_settings import InputSettings
 
@@ -16,6 +16,6 @@ __all__ = [
     "AugmentSettings",
     "InputSettings",
     "crop_offsets",
-    "draw",
-    "draw_mix",
+    "draw_parameters",
+    "draw_mix_partners",
 ]

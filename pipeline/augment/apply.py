@@ -11,9 +11,9 @@ from torch import Tensor
 
 from pipeline.augment import effects, mix
 from pipeline.augment.colour import colour_matrix
-from pipeline.augment.draw import draw, draw_mix
+from pipeline.augment.draw import draw_mix_partners, draw_parameters
 from pipeline.augment.geometry import Geometry, centre_crop, visible_boxes
-from pipeline.augment.pixels import Compiled, Pair, by_rows, normalise, render, sample, send
+from pipeline.augment.pixels import Compiled, Pair, copy_to_device, in_row_chunks, normalise, render, sample
 from pipeline.augment.settings import AugmentSettings
 from pipeline.errors import InputError
 from pipeline.images.affine import invert_affine, sampling_theta
@@ -72,13 +72,13 @@ class Augment:
         self._norm = self._norm.to(self._device, non_blocking=True)
         canvas, size = (batch.images.shape[-2], batch.images.shape[-1]), self.input.size
         if self.settings is None or len(batch) == 0:
-            images, _ = by_rows(render, batch.images, None, None, None, None, norm=self._norm, size=canvas)
+            images, _ = in_row_chunks(render, batch.images, None, None, None, None, norm=self._norm, size=canvas)
             return dataclasses.replace(batch, images=images)
-        drawn = draw(self.settings, self.seed, batch.epochs.numpy(), batch.positions.numpy())
+        drawn = draw_parameters(self.settings, self.seed, batch.epochs.numpy(), batch.positions.numpy())
         mixed = self._mixture(batch)
-        given = self._moves(drawn, canvas) | self._colours(drawn) | effects.parcel(self.settings, drawn, size)
-        given |= {} if mixed is None else mix.parcel(mixed, canvas, size)
-        sent = send(given, self._device)
+        given = self._moves(drawn, canvas) | self._colours(drawn) | effects.device_arguments(self.settings, drawn, size)
+        given |= {} if mixed is None else mix.device_arguments(mixed, canvas, size)
+        sent = copy_to_device(given, self._device)
         out = self._move(batch, sent, mixed)
         images = effects.apply(out.images, given, sent, self.settings, self._norm[1], self._effects, self._run)
         return dataclasses.replace(out, images=images, box_counts=None)
@@ -100,7 +100,7 @@ class Augment:
                 f"augment.mixup: {self.settings.mixup} would blend masks, and class ids cannot be blended; "
                 "set augment.mixup to 0 (augment.mosaic moves masks too)"
             )
-        drawn = draw_mix(self.settings, self.seed, batch.epochs.numpy(), batch.positions.numpy(), self._last)
+        drawn = draw_mix_partners(self.settings, self.seed, batch.epochs.numpy(), batch.positions.numpy(), self._last)
         found = {name: int(drawn[name].sum()) for name in self._mixed}
         self._mixed.update(found)
         return drawn if any(found.values()) else None
@@ -164,7 +164,7 @@ class Augment:
         rest = sent["plain_rows"].long()
         if not len(rest):
             return made, made_masks
-        if not self._run.takes_whole(batch.images):
+        if not self._run.wants_whole_batch(batch.images):
             out, masks = made.new_empty(len(batch), *made.shape[1:]), None
             some = [None if each is None else each[rest] for each in (batch.images, batch.masks, theta)]
             images, plain_masks = self._run(sample, *some, **shared)

@@ -96,7 +96,9 @@ def crop_offsets(seed: int, epochs: ArrayLike, positions: ArrayLike) -> np.ndarr
     return np.stack([keyed.uniform("crop_y"), keyed.uniform("crop_x")], -1)
 
 
-def draw(settings: AugmentSettings, seed: int, epochs: ArrayLike, positions: ArrayLike) -> dict[str, np.ndarray]:
+def draw_parameters(
+    settings: AugmentSettings, seed: int, epochs: ArrayLike, positions: ArrayLike
+) -> dict[str, np.ndarray]:
     """All parameters of N images, each a pure function of its own key.
 
     Args:
@@ -140,7 +142,7 @@ def draw(settings: AugmentSettings, seed: int, epochs: ArrayLike, positions: Arr
     }
 
 
-def draw_mix(
+def draw_mix_partners(
     settings: AugmentSettings, seed: int, epochs: ArrayLike, positions: ArrayLike, last: float = np.inf
 ) -> dict[str, np.ndarray]:
     """Which of N rows are mixed, how, and with which other rows of these N.

@@ -13,7 +13,9 @@ from pipeline.augment.pixels import Compiled
 from pipeline.augment.settings import AugmentSettings
 
 
-def parcel(settings: AugmentSettings, drawn: dict[str, np.ndarray], size: tuple[int, int]) -> dict[str, np.ndarray]:
+def device_arguments(
+    settings: AugmentSettings, drawn: dict[str, np.ndarray], size: tuple[int, int]
+) -> dict[str, np.ndarray]:
     """What the device needs to know for images of ``size`` (H, W): which rows, how much, and where.
 
     Returns:
@@ -55,7 +57,7 @@ def apply(
     """
     if len(given["blur_rows"]):
         images = blur(images, sent["blur_rows"].long(), sent["blur_kernel"].float(), calls)
-    if compiled.takes_whole(images):
+    if compiled.wants_whole_batch(images):
         # All rows, touched or not, so that shapes never change: it is one kernel.
         if settings.noise or settings.erase:
             images = compiled(noise_and_erase, images, sent["noise_std"], sent["noise_key"], sent["erase"], std=std)

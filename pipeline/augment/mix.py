@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pipeline.augment.geometry import centre_crop, cut_boxes
-from pipeline.augment.pixels import Pair, by_rows, nearest, resample, void_is_zero
+from pipeline.augment.pixels import Pair, in_row_chunks, nearest, resample, void_is_zero
 from pipeline.images import affine
 from pipeline.images import boxes as box_ops
 from pipeline.images.batch import Batch
@@ -86,7 +86,9 @@ class Blend:
         return cls(sent["mixup_rows"].long(), sent["mixup_partner"].long(), sent["mixup_ratio"])
 
 
-def parcel(drawn: dict[str, np.ndarray], canvas: tuple[int, int], size: tuple[int, int]) -> dict[str, np.ndarray]:
+def device_arguments(
+    drawn: dict[str, np.ndarray], canvas: tuple[int, int], size: tuple[int, int]
+) -> dict[str, np.ndarray]:
     """Of what ``draw_mix`` drew, what the device needs to know; places in pixels of canvases (H, W)."""
     rows, blended = np.flatnonzero(drawn["mosaic"]), np.flatnonzero(drawn["mixup"])
     left, top = centre_crop(canvas, size)
@@ -142,7 +144,7 @@ def mosaic_images(
         column[:, :height] = void_is_zero(masks)[:, 0]
         column = column.flatten(0, 1)
     inverse = affine.invert_affine(matrices.index_select(0, mosaic.rows))
-    return by_rows(
+    return in_row_chunks(
         _mosaics, inverse, mosaic.centre, mosaic.anchors, mosaic.sources,
         tall=tall.flatten(1, 2), column=column, canvas=(height, width), size=size,
     )  # fmt: skip

@@ -28,7 +28,7 @@ Pair = tuple[Tensor, Tensor | None]
 """Images and, where there are any, masks."""
 
 
-def send(values: dict[str, np.ndarray], device: torch.device) -> dict[str, Tensor]:
+def copy_to_device(values: dict[str, np.ndarray], device: torch.device) -> dict[str, Tensor]:
     """Numbers from the host by one copy that nothing waits for; float64 wherever the device has it."""
     total = sum(value.size for value in values.values())
     dtype = torch.float32 if device.type == "mps" else torch.float64
@@ -153,7 +153,7 @@ def render(
     return normalise(images, matrix, offset, norm), masks
 
 
-def by_rows(function: Callable[..., Any], *rows: Tensor | None, **shared: Any) -> Any:
+def in_row_chunks(function: Callable[..., Any], *rows: Tensor | None, **shared: Any) -> Any:
     """Call a function with arguments of N rows each; on a CPU with few rows at a time.
 
     There, what one operation writes is in the cache still when the next reads it, and malloc hands out the same
@@ -200,7 +200,7 @@ class Compiled:
         self.backend, self.devices = backend, devices if enabled else ()
         self._shapes: dict[Callable[..., Any], set[tuple[Any, ...]]] = {}
 
-    def takes_whole(self, images: Tensor) -> bool:
+    def wants_whole_batch(self, images: Tensor) -> bool:
         """Whether to leave batches whole and their shapes as they are, since a kernel is compiled for them."""
         return not images.is_cpu or images.device.type in self.devices
 
@@ -208,12 +208,12 @@ class Compiled:
         """As ``by_rows``."""
         first = next(row for row in rows if row is not None)
         if first.device.type not in self.devices:
-            return by_rows(function, *rows, **shared)
+            return in_row_chunks(function, *rows, **shared)
         # A static kernel a shape; a few, since compiling takes longer than some batches save.
         shapes = self._shapes.setdefault(function, set())
         shape = tuple(None if row is None else (row.shape, row.stride(), row.dtype) for row in rows)
         if shape not in shapes and len(shapes) >= MAX_SHAPES:
-            return by_rows(function, *rows, **shared)
+            return in_row_chunks(function, *rows, **shared)
         try:
             out = _compiled(function, self.backend)(*rows, **shared)
         except torch.OutOfMemoryError:
@@ -222,7 +222,7 @@ class Compiled:
             self.devices = ()
             said = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
             log.warning("augmentation runs uncompiled, and slower, since torch.compile failed: %s", said)
-            return by_rows(function, *rows, **shared)
+            return in_row_chunks(function, *rows, **shared)
         shapes.add(shape)
         return out
 

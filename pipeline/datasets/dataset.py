@@ -56,7 +56,7 @@ def open_dataset(uri: str) -> DatasetInfo:
             f"dataset '{uri}' has schema version {meta.get('schema_version')}, this program reads "
             f"{schema.SCHEMA_VERSION}; ingest it again"
         )
-    checksum.check(meta, storage.join(uri, DATASET_JSON), "ingest again")
+    checksum.verify_checksum(meta, storage.join(uri, DATASET_JSON), "ingest again")
     return DatasetInfo(
         uri=uri,
         name=meta["name"],

@@ -22,7 +22,7 @@ pc: Any = pyarrow.compute  # its functions are made when it is imported
 
 
 @dataclass(frozen=True)
-class Changes:
+class DatasetDiff:
     """Counts of images, and the ids of those that nobody saw before."""
 
     new: int
@@ -39,7 +39,7 @@ class Changes:
         """Without the ids."""
         return {"new": self.new, "changed": self.changed, "removed": self.removed, "fresh": self.fresh}
 
-    def sentence(self) -> str:
+    def describe(self) -> str:
         """For a person."""
         counts = f"{self.new} new, {self.changed} changed and {self.removed} removed images since the champion's data"
         return f"{counts}, {self.fresh} to learn from"
@@ -58,7 +58,7 @@ def digests(uri: str) -> pa.Table:
         raise InputError(f"'{where}' is not there; was the dataset removed, or never finished?") from None
 
 
-def between(before: pa.Table, after: pa.Table) -> Changes:
+def diff_digests(before: pa.Table, after: pa.Table) -> DatasetDiff:
     """Compare two tables of digests by id; image and labels by their hashes, null equal to null alone."""
     joined = after.join(before, keys="image_id", join_type="full outer", right_suffix="_before", coalesce_keys=True)
     here, there = pc.is_valid(joined["sha256"]), pc.is_valid(joined["sha256_before"])
@@ -66,7 +66,7 @@ def between(before: pa.Table, after: pa.Table) -> Changes:
     new = pc.and_(here, pc.invert(there))
     labelled = after.filter(pc.is_valid(after["label_sha256"]))
     unseen = after["image_id"].filter(pc.invert(_among(after["sha256"], before["sha256"])))
-    return Changes(
+    return DatasetDiff(
         _count(new),
         _count(pc.and_(pc.and_(here, there), pc.invert(same))),
         _count(pc.and_(there, pc.invert(here))),
@@ -93,7 +93,7 @@ def _count(mask: pa.ChunkedArray) -> int:
     return int(pc.sum(mask).as_py() or 0)
 
 
-def require_apart(test: DatasetInfo, test_split: str, learned: DatasetInfo, splits: Sequence[str]) -> None:
+def require_disjoint(test: DatasetInfo, test_split: str, learned: DatasetInfo, splits: Sequence[str]) -> None:
     """Refuse to judge on images that the challenger learns from, by the hash of their bytes.
 
     Args:

@@ -16,13 +16,13 @@ THREADS = 16
 """Images fetched at a time by one task: enough to hide an object store's latency."""
 AHEAD = 64
 """Images that may be fetched before they are asked for."""
-WANTED = ("uri", "sha256")
+REFERENCE_COLUMNS = ("uri", "sha256")
 """Columns by which a row's image is found, and known again."""
 
 
-def asked(columns: Sequence[str]) -> bool:
+def may_be_referenced(columns: Sequence[str]) -> bool:
     """Whether rows with these columns may only refer to their images."""
-    return set(WANTED) <= set(columns)
+    return set(REFERENCE_COLUMNS) <= set(columns)
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def fetch(uri: str, size: int = 0, sha256: str | None = None) -> Fetched:
             data = storage.read_bytes(uri, MAX_BYTES + 1)
         except Exception as error:  # whatever a filesystem raises belongs to this image alone
             text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            return Fetched(None, storage.classify(error), text)
+            return Fetched(None, storage.error_status(error), text)
         if len(data) > MAX_BYTES:
             return Fetched(None, "error", too_large)
         if sha256 is None or hashlib.sha256(data).hexdigest() == sha256:
@@ -61,13 +61,13 @@ def fetch(uri: str, size: int = 0, sha256: str | None = None) -> Fetched:
     return Fetched(None, "corrupt", "sha256 differs from what was ingested: the file was damaged or changed since")
 
 
-def fetch_all(uris: Sequence[str], sizes: Sequence[int]) -> list[Fetched]:
+def fetch_images(uris: Sequence[str], sizes: Sequence[int]) -> list[Fetched]:
     """Each image, in order."""
     with ThreadPoolExecutor(THREADS, "fetch") as pool:
         return list(pool.map(fetch, uris, sizes))
 
 
-def fill(table: pa.Table) -> pa.Table:
+def with_images(table: pa.Table) -> pa.Table:
     """Rows with ``image`` in the place of null, and ``status`` and ``error`` of each."""
     ((rows, found),) = _each(iter([table]))
     words = ["ok" if item is None else item.status for item in found]
@@ -76,7 +76,7 @@ def fill(table: pa.Table) -> pa.Table:
     return table.append_column("error", pa.array(errors, pa.string()))
 
 
-def require(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+def require_images(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
     """Tables with ``image`` in the place of null, and without ``WANTED``: up to ``AHEAD`` images ahead.
 
     Raises:
@@ -90,7 +90,9 @@ def require(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
                     f"image '{name}' of the dataset is {item.status} at '{uri}': {item.error}; "
                     "put it back, or ingest again without it"
                 )
-        yield _with_images(table, found).drop_columns([name for name in WANTED if name in table.column_names])
+        yield _with_images(table, found).drop_columns(
+            [name for name in REFERENCE_COLUMNS if name in table.column_names]
+        )
 
 
 def _each(tables: Iterable[pa.Table]) -> Iterator[tuple[pa.Table, list[Fetched | None]]]:

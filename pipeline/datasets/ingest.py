@@ -18,7 +18,7 @@ from pipeline.datasets.formats import FORMATS
 from pipeline.datasets.formats.base import Context, Index, IngestSettings, Reject
 from pipeline.errors import InputError, nearest
 from pipeline.runtime import prometheus, resources
-from pipeline.runtime.progress import NoSink, Progress, Sink
+from pipeline.runtime.progress import Progress, ProgressSink, SilentSink
 from pipeline.storage import checksum
 
 
@@ -30,7 +30,7 @@ def ingest(
     classes: Sequence[str] | None = None,
     splits: str | None = None,
     options: dict[str, Any] | None = None,
-    sink: Sink | None = None,
+    sink: ProgressSink | None = None,
 ) -> dict[str, Any]:
     """Write a dataset to ``out``: one Ray Data job, committed by dataset.json last.
 
@@ -79,11 +79,11 @@ def ingest(
     source["listing"] = _listing(index)
     if committed is not None:
         _refuse_other(uri, committed, source)
-        return metadata.summary(uri, committed, time.monotonic() - began, already=True)
-    meta = _build(uri, format, index, lists, source, settings, sink or NoSink())
-    if not storage.create_once(storage.join(uri, DATASET_JSON), _json(checksum.seal(meta))):
+        return metadata.ingest_summary(uri, committed, time.monotonic() - began, already=True)
+    meta = _build(uri, format, index, lists, source, settings, sink or SilentSink())
+    if not storage.create_once(storage.join(uri, DATASET_JSON), _json(checksum.with_checksum(meta))):
         raise InputError(f"'{uri}' was committed by somebody else meanwhile; choose another --out")
-    return metadata.summary(uri, meta, time.monotonic() - began, already=False)
+    return metadata.ingest_summary(uri, meta, time.monotonic() - began, already=False)
 
 
 def _refuse_other(uri: str, committed: dict[str, Any], source: dict[str, Any]) -> None:
@@ -117,7 +117,7 @@ def _build(
     lists: dict[str, list[str]] | None,
     source: dict[str, Any],
     settings: IngestSettings,
-    sink: Sink,
+    sink: ProgressSink,
 ) -> dict[str, Any]:
     """Everything but the commit; returns the content of dataset.json."""
     assignment = splitting.assign(index.sources, lists, settings, format_name)
@@ -128,17 +128,17 @@ def _build(
         why = "--splits names none of the images" if lists is not None else "there are no images"
         raise InputError(f"the dataset would be empty: {why} ({len(index.sources)} found); check --images and --splits")
     if not settings.referenced:
-        resources.disk(uri, sum(item.size for item in kept), f"{len(kept)} images")
-    plans = shard_writer.plan(uri, format_name, kept, assignment.split_of, settings.shard_bytes)
+        resources.require_disk(uri, sum(item.size for item in kept), f"{len(kept)} images")
+    plans = shard_writer.plan_shards(uri, format_name, kept, assignment.split_of, settings.shard_bytes)
     progress = Progress(sink, "ingest", len(kept))
-    sums: dict[str, shard_writer.Sums] = {}
+    sums: dict[str, shard_writer.SplitStatistics] = {}
     digests: list[tuple[str, str, str, str | None]] = []
     files: list[dict[str, Any]] = []
     for plan_uri, written in _counted(_run(plans, index.context), rejects):
         progress.advance(written.sources)
         rejects.extend(written.rejects)
         if written.file is not None:
-            sums.setdefault(written.split, shard_writer.Sums()).add(written.sums)
+            sums.setdefault(written.split, shard_writer.SplitStatistics()).add(written.sums)
             digests += [(row[0], written.split, *row[1:]) for row in written.digests]
             path = plan_uri.removeprefix(uri + "/")
             files.append({"path": path, "split": written.split, **written.file})
@@ -158,13 +158,13 @@ def _build(
         "colours": index.colours or metadata.palette(len(context.classes)),
         "background": context.background,
         "tasks": list(context.tasks),
-        "counts": metadata.counts(sums, context),
+        "counts": metadata.split_counts(sums, context),
         "statistics": metadata.statistics(sums),
         "repairs": dict(sorted(repairs.items())),
-        "rejects": metadata.reasons(rejects),
+        "rejects": metadata.rejects_by_reason(rejects),
         "left_out": assignment.left_out,
         "referenced": settings.referenced,
-        "notes": metadata.notes(sums, context),
+        "notes": metadata.dataset_notes(sums, context),
         "fingerprint": metadata.fingerprint(digests, context),
         "source": source,
         "files": files,
@@ -172,10 +172,10 @@ def _build(
 
 
 def _counted(
-    made: Iterator[tuple[str, shard_writer.Written]], rejects: Sequence[Reject]
-) -> Iterator[tuple[str, shard_writer.Written]]:
+    made: Iterator[tuple[str, shard_writer.WrittenShard]], rejects: Sequence[Reject]
+) -> Iterator[tuple[str, shard_writer.WrittenShard]]:
     """The same shards, counted for those who watch, as are ``rejects`` of before."""
-    with prometheus.running(prometheus.source("ingest")) as told:
+    with prometheus.running(prometheus.stage_tags("ingest")) as told:
         for item in rejects:
             told.count("dubito_rejects_total", 1, item.reason)
         for uri, written in made:
@@ -185,7 +185,7 @@ def _counted(
             yield uri, written
 
 
-def _run(plans: list[shard_writer.Plan], context: Context) -> Iterator[tuple[str, shard_writer.Written]]:
+def _run(plans: list[shard_writer.ShardPlan], context: Context) -> Iterator[tuple[str, shard_writer.WrittenShard]]:
     """The one Ray Data job: a task a shard, small rows back, in any order."""
     import ray.data
 
@@ -198,4 +198,4 @@ def _run(plans: list[shard_writer.Plan], context: Context) -> Iterator[tuple[str
 
 def _task(row: dict[str, Any], context: Context) -> dict[str, Any]:
     plan = pickle.loads(row["plan"])
-    return {"written": pickle.dumps((plan.uri, shard_writer.write(plan, context)))}
+    return {"written": pickle.dumps((plan.uri, shard_writer.write_shard(plan, context)))}

@@ -14,11 +14,11 @@ import pyarrow.parquet as pq
 
 from pipeline import schema, storage
 from pipeline.datasets.formats.base import Context, IngestSettings, Reject
-from pipeline.datasets.shard_writer import Sums
+from pipeline.datasets.shard_writer import SplitStatistics
 from pipeline.errors import InputError
 
 
-def counts(sums: dict[str, Sums], context: Context) -> dict[str, Any]:
+def split_counts(sums: dict[str, SplitStatistics], context: Context) -> dict[str, Any]:
     """``{split: {images, labelled, boxes {class: n}, pixels {class: n}, void}}``, splits in schema order."""
     out: dict[str, Any] = {}
     for split in schema.SPLITS:
@@ -34,14 +34,14 @@ def counts(sums: dict[str, Sums], context: Context) -> dict[str, Any]:
     return out
 
 
-def statistics(sums: dict[str, Sums]) -> dict[str, Any]:
+def statistics(sums: dict[str, SplitStatistics]) -> dict[str, Any]:
     """Size and intensity of the train images (of all images where there is no train split).
 
     ``mean`` and ``std`` are per channel R, G, B over all pixels, on the 0 to 1 scale; ``height`` and
     ``width`` are in pixels, weighted by image.
     """
     split = "train" if "train" in sums else None
-    total = Sums()
+    total = SplitStatistics()
     for name, part in sums.items():
         if split in (None, name):
             total.add(part)
@@ -85,9 +85,9 @@ def fingerprint(digests: Sequence[tuple[str, str, str, str | None]], context: Co
     return digest.hexdigest()
 
 
-def notes(sums: dict[str, Sums], context: Context) -> list[str]:
+def dataset_notes(sums: dict[str, SplitStatistics], context: Context) -> list[str]:
     """Sentences on what is not wrong, but seldom meant."""
-    total = Sums()
+    total = SplitStatistics()
     for part in sums.values():
         total.add(part)
     out = []
@@ -100,7 +100,7 @@ def notes(sums: dict[str, Sums], context: Context) -> list[str]:
     return out
 
 
-def reasons(rejects: Sequence[Reject]) -> dict[str, int]:
+def rejects_by_reason(rejects: Sequence[Reject]) -> dict[str, int]:
     """Rejects by reason, the most frequent first."""
     return dict(sorted(Counter(item.reason for item in rejects).items(), key=lambda item: (-item[1], item[0])))
 
@@ -108,7 +108,7 @@ def reasons(rejects: Sequence[Reject]) -> dict[str, int]:
 def reject_table(rejects: Sequence[Reject]) -> str:
     """One line a reason: count, and the first case."""
     lines = []
-    for reason, count in reasons(rejects).items():
+    for reason, count in rejects_by_reason(rejects).items():
         first = next(item for item in rejects if item.reason == reason)
         lines.append(f"  {count:6d}  {reason:14s} first: {first.uri}: {first.detail}")
     return "\n".join(lines)
@@ -158,7 +158,7 @@ def _write_table(uri: str, path: str, table: pa.Table) -> dict[str, Any]:
     }
 
 
-def summary(uri: str, meta: dict[str, Any], seconds: float, *, already: bool) -> dict[str, Any]:
+def ingest_summary(uri: str, meta: dict[str, Any], seconds: float, *, already: bool) -> dict[str, Any]:
     """What ``dubito ingest`` says at the end."""
     per_split = {split: part["images"] for split, part in meta["counts"].items()}
     same = ("name", "fingerprint", "classes", "tasks", "left_out", "rejects", "repairs", "notes")

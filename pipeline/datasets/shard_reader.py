@@ -76,7 +76,7 @@ def _read_twice(file: str, read: Callable[[], T]) -> T:
     tries = 1 if storage.scheme_of(file) == "file" else 2
     for last in (tries == 1, True):
         try:
-            return storage.patiently(file, read)
+            return storage.with_retries(file, read)
         except InputError:
             if last:
                 raise
@@ -94,7 +94,7 @@ def _opened(file: str) -> Iterator[pq.ParquetFile]:
         raise _damaged(file, str(error)) from None
     except OSError as error:
         # Arrow says OSError of bytes that are no Parquet too; then neither system nor store has a say in it.
-        if error.errno is None and storage.classify(error) == "error" and "AWS Error" not in str(error):
+        if error.errno is None and storage.error_status(error) == "error" and "AWS Error" not in str(error):
             raise _damaged(file, str(error)) from None
         raise
 

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from pipeline import schema, storage
 from pipeline.datasets.formats import FORMATS
 from pipeline.datasets.formats.base import Context, LabelError, Labels, Reject, Source
-from pipeline.datasets.splits import place_of
+from pipeline.datasets.splits import hash_position
 from pipeline.images.decode import MAX_BYTES, DecodeError, decode, probe
 
 ROW_GROUP_ROWS = 256
@@ -27,7 +27,7 @@ THREADS = 8
 
 
 @dataclass(frozen=True)
-class Plan:
+class ShardPlan:
     """What one task does."""
 
     uri: str
@@ -37,9 +37,9 @@ class Plan:
     sources: tuple[Source, ...]
 
 
-def plan(
+def plan_shards(
     uri: str, format_name: str, sources: Sequence[Source], split_of: dict[str, str], shard_bytes: int
-) -> list[Plan]:
+) -> list[ShardPlan]:
     """Shards of about ``shard_bytes`` of encoded images, one split each.
 
     Images are in the order of their hash: what lies together in a folder (a patient, a class) must not fill
@@ -48,10 +48,10 @@ def plan(
     plans = []
     for split in schema.SPLITS:
         mine = [item for item in sources if split_of[item.image_id] == split]
-        mine.sort(key=lambda item: (place_of(item.image_id), item.image_id))
+        mine.sort(key=lambda item: (hash_position(item.image_id), item.image_id))
         for number, part in enumerate(_parts(mine, shard_bytes)):
             file = storage.join(uri, f"data/{split}-{number:05d}.parquet")
-            plans.append(Plan(file, split, format_name, tuple(part)))
+            plans.append(ShardPlan(file, split, format_name, tuple(part)))
     return plans
 
 
@@ -69,7 +69,7 @@ def _parts(sources: Sequence[Source], shard_bytes: int) -> Iterator[list[Source]
 
 
 @dataclass
-class Sums:
+class SplitStatistics:
     """What is counted over a split; adds up in any order."""
 
     images: int = 0
@@ -84,7 +84,7 @@ class Sums:
     """Pixels by channel (R, G, B) and value."""
     repairs: Counter[str] = field(default_factory=Counter)
 
-    def add(self, other: "Sums") -> None:
+    def add(self, other: "SplitStatistics") -> None:
         """Count what ``other`` counted as well."""
         self.images += other.images
         self.labelled += other.labelled
@@ -96,12 +96,12 @@ class Sums:
 
 
 @dataclass
-class Written:
+class WrittenShard:
     """What one task returns: small, whatever the size of its images."""
 
     split: str
     sources: int
-    sums: Sums
+    sums: SplitStatistics
     digests: list[tuple[str, str, str | None]]
     """(image_id, sha256 of the encoded image, sha256 of the labels) of each row."""
     rejects: list[Reject]
@@ -114,16 +114,16 @@ class _Row:
     values: dict[str, Any]
     label_sha256: str | None
     num_bytes: int
-    sums: Sums
+    sums: SplitStatistics
 
 
-def write(plan: Plan, context: Context) -> Written:
+def write_shard(plan: ShardPlan, context: Context) -> WrittenShard:
     """Read, validate and convert the sources of ``plan``, and publish its shard.
 
     Rows keep the order of the plan. What cannot be used becomes a reject; only storage that cannot be
     written raises.
     """
-    out = Written(plan.split, len(plan.sources), Sums(), [], [], None)
+    out = WrittenShard(plan.split, len(plan.sources), SplitStatistics(), [], [], None)
 
     def good() -> Iterator[_Row]:
         for result in _results(plan, context):
@@ -142,7 +142,7 @@ def write(plan: Plan, context: Context) -> Written:
     return out
 
 
-def _results(plan: Plan, context: Context) -> Iterator[_Row | Reject]:
+def _results(plan: ShardPlan, context: Context) -> Iterator[_Row | Reject]:
     with ThreadPoolExecutor(THREADS, "ingest") as pool:
         # A window at a time: what is ready but not yet written is bounded.
         for start in range(0, len(plan.sources), 4 * THREADS):
@@ -150,7 +150,7 @@ def _results(plan: Plan, context: Context) -> Iterator[_Row | Reject]:
             yield from pool.map(lambda source: _row(source, plan, context), window)
 
 
-def _row(source: Source, plan: Plan, context: Context) -> _Row | Reject:
+def _row(source: Source, plan: ShardPlan, context: Context) -> _Row | Reject:
     """One source as a row of ``schema.DATASET``, or why not."""
     uri = source.image_uri or f"{plan.format}:{source.image_id}"
     try:
@@ -200,7 +200,7 @@ def _fetch(uri: str) -> bytes:
         return storage.read_bytes(uri, MAX_BYTES + 1)
     except OSError as error:
         text = " ".join(str(error).split())[:200]
-        raise DecodeError(storage.classify(error), f"'{uri}' could not be read: {text}") from None
+        raise DecodeError(storage.error_status(error), f"'{uri}' could not be read: {text}") from None
 
 
 def _label_digest(labels: Labels) -> str:
@@ -218,8 +218,8 @@ def _hashed(value: Any) -> str:
     return hashlib.sha256(value).hexdigest()
 
 
-def _sums(source: Source, labels: Labels, pixels: np.ndarray) -> Sums:
-    out = Sums(images=1, labelled=int(source.labelled), repairs=Counter(labels.repairs))
+def _sums(source: Source, labels: Labels, pixels: np.ndarray) -> SplitStatistics:
+    out = SplitStatistics(images=1, labelled=int(source.labelled), repairs=Counter(labels.repairs))
     out.boxes.update(box["label"] for box in labels.boxes or [])
     if labels.mask is not None:
         counts = np.bincount(labels.mask.ravel(), minlength=256)

@@ -16,7 +16,7 @@ HELD_OUT = ("val", "calibration", "test")
 
 
 @dataclass
-class Assignment:
+class SplitAssignment:
     """The outcome: a split for each image that is kept."""
 
     split_of: dict[str, str] = field(default_factory=dict)
@@ -67,7 +67,7 @@ def _known(found: dict[str, list[str]], uri: str, renames: dict[str, str]) -> di
 
 def assign(
     sources: Sequence[Source], splits: dict[str, list[str]] | None, settings: IngestSettings, format_name: str
-) -> Assignment:
+) -> SplitAssignment:
     """A split for each source.
 
     Args:
@@ -76,7 +76,7 @@ def assign(
         settings: ``hold_out`` and ``group``.
         format_name: For the URI of sources that have no file.
     """
-    out = Assignment()
+    out = SplitAssignment()
     if splits is not None:
         _by_name(sources, splits, out)
     for source in sources:
@@ -99,7 +99,7 @@ def assign(
     return out
 
 
-def _by_name(sources: Sequence[Source], splits: dict[str, list[str]], out: Assignment) -> None:
+def _by_name(sources: Sequence[Source], splits: dict[str, list[str]], out: SplitAssignment) -> None:
     """Names match an image_id, or else its path without suffix, or else its file name with or without."""
     keys: list[dict[str, list[str]]] = [{}, {}, {}, {}]
     for source in sources:
@@ -146,7 +146,7 @@ def hold_out(
             wanted.pop(split, None)
     if not wanted or not groups:
         return
-    place = {name: place_of(name) for name in groups}
+    place = {name: hash_position(name) for name in groups}
     chosen, start = {name: "train" for name in groups}, 0.0
     middles = {}
     for split, share in wanted.items():
@@ -164,7 +164,7 @@ def hold_out(
         split_of.update(dict.fromkeys(ids, chosen[name]))
 
 
-def place_of(name: str) -> float:
+def hash_position(name: str) -> float:
     """The fixed place of a name in [0, 1)."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
 

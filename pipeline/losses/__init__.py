@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipeline.losses import pixel, region
 from pipeline.losses.base import BoxLoss, Term
-from pipeline.losses.dense import categorical, labelled_images, margin, valid_pixels
+from pipeline.losses.dense import binary_logit, categorical, labelled_images, valid_pixels
 from pipeline.losses.detection import DetectionLoss, counts, detection
 from pipeline.losses.softmax import SoftmaxLoss
 from pipeline.losses.two_stage import TwoStageLoss
@@ -30,7 +30,7 @@ __all__ = [
     "categorical",
     "counts",
     "detection",
-    "margin",
+    "binary_logit",
     "total",
 ]
 

@@ -34,7 +34,7 @@ def categorical(logits: Tensor) -> Tensor:
     return torch.cat([logits, torch.zeros_like(logits)], dim=1) if logits.shape[1] == 1 else logits
 
 
-def margin(logits: Tensor, loss: str, instead: str) -> Tensor:
+def binary_logit(logits: Tensor, loss: str, instead: str) -> Tensor:
     """Logit of class 0 against class 1, (N, ...): z of (N, 1, ...), z0 - z1 of (N, 2, ...).
 
     Args:
@@ -53,7 +53,7 @@ def margin(logits: Tensor, loss: str, instead: str) -> Tensor:
     return logits[:, 0] if logits.shape[1] == 1 else logits[:, 0] - logits[:, 1]
 
 
-def full(logits: Tensor) -> Tensor:
+def as_float32(logits: Tensor) -> Tensor:
     """In float32, or in float64 if they are."""
     return logits if logits.dtype == torch.float64 else logits.float()
 
@@ -64,7 +64,7 @@ def one_hot(target: Tensor, num_classes: int) -> Tensor:
     return target[:, None] == torch.arange(num_classes, device=target.device)[:, None, None]
 
 
-def check(loss: str, low: float, high: float = math.inf, **values: Any) -> None:
+def check_number(loss: str, low: float, high: float = math.inf, **values: Any) -> None:
     """Each of ``values`` (key = value) is a finite number from ``low`` to ``high``.
 
     Raises:
@@ -95,7 +95,7 @@ def class_weights(loss: str, weights: Sequence[float] | None, scores: Tensor) ->
             "list them in the order of the classes"
         )
     for number, weight in enumerate(weights):
-        check(loss, 0, **{f"weights[{number}]": weight})
+        check_number(loss, 0, **{f"weights[{number}]": weight})
     return _row(tuple(map(float, weights)), scores.device, scores.dtype)
 
 
@@ -106,7 +106,7 @@ def _row(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) ->
         return torch.tensor(values, device=device, dtype=dtype)
 
 
-def without(loss: str, present: Tensor, skip: Sequence[int]) -> Tensor:
+def without_classes(loss: str, present: Tensor, skip: Sequence[int]) -> Tensor:
     """``present`` (R, C) bool, False for the classes of ``skip``.
 
     Raises:

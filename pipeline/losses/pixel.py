@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.losses.dense import categorical, check, class_weights, full, margin, valid_pixels
+from pipeline.losses.dense import as_float32, binary_logit, categorical, check_number, class_weights, valid_pixels
 from pipeline.schema import VOID
 
 MAX_WIDTH = 20.0
@@ -37,8 +37,8 @@ def cross_entropy(
     Raises:
         InputError: A setting out of its range.
     """
-    check("cross_entropy", 0, 1, smoothing=smoothing)
-    scores = full(categorical(logits))
+    check_number("cross_entropy", 0, 1, smoothing=smoothing)
+    scores = as_float32(categorical(logits))
     weight = class_weights("cross_entropy", weights, scores)
     each = F.cross_entropy(
         scores, target.long(), weight, ignore_index=VOID, reduction="none", label_smoothing=smoothing
@@ -65,9 +65,9 @@ def binary_cross_entropy(
         InputError: More than two classes, or a setting out of its range.
     """
     name = "binary_cross_entropy"
-    check(name, 0, positive_weight=positive_weight)
-    check(name, 0, 1, smoothing=smoothing)
-    z = margin(full(logits), name, "cross_entropy")
+    check_number(name, 0, positive_weight=positive_weight)
+    check_number(name, 0, 1, smoothing=smoothing)
+    z = binary_logit(as_float32(logits), name, "cross_entropy")
     truth = (target == 0).to(z.dtype) * (1 - smoothing) + smoothing / 2
     each = -(positive_weight * truth * F.logsigmoid(z) + (1 - truth) * F.logsigmoid(-z))
     each = each.masked_fill(target == VOID, 0)
@@ -85,8 +85,8 @@ def focal(
     Raises:
         InputError: A setting out of its range.
     """
-    check("focal", 0, gamma=gamma)
-    scores = full(categorical(logits))
+    check_number("focal", 0, gamma=gamma)
+    scores = as_float32(categorical(logits))
     weight = class_weights("focal", weights, scores)
     each = _focal(-F.cross_entropy(scores, target.long(), ignore_index=VOID, reduction="none"), gamma)
     if weight is not None:
@@ -105,12 +105,12 @@ def binary_focal(
     Raises:
         InputError: More than two classes, or a setting out of its range.
     """
-    check("binary_focal", 0, gamma=gamma)
-    z = margin(full(logits), "binary_focal", "focal")
+    check_number("binary_focal", 0, gamma=gamma)
+    z = binary_logit(as_float32(logits), "binary_focal", "focal")
     positive = target == 0
     each = _focal(F.logsigmoid(torch.where(positive, z, -z)), gamma)
     if alpha is not None:
-        check("binary_focal", 0, 1, alpha=alpha)
+        check_number("binary_focal", 0, 1, alpha=alpha)
         each = torch.where(positive, alpha * each, (1 - alpha) * each)
     return each.masked_fill(target == VOID, 0).sum(), valid_pixels(target)
 
@@ -123,9 +123,9 @@ def _focal(log_p: Tensor, gamma: float) -> Tensor:
 
 
 def _at_boundary(loss: str, each: Tensor, target: Tensor, boundary: float, width: float) -> Tensor:
-    check(loss, 0, boundary=boundary)
+    check_number(loss, 0, boundary=boundary)
     # Below a fifth of a pixel the nearest neighbours get nothing.
-    check(loss, 0.2, MAX_WIDTH, boundary_width=width)
+    check_number(loss, 0.2, MAX_WIDTH, boundary_width=width)
     return each * boundary_weights(target, boundary, width).to(each.dtype) if boundary else each
 
 

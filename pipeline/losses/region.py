@@ -14,7 +14,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pipeline.losses.dense import categorical, check, check_per, full, labelled_images, margin, one_hot, without
+from pipeline.losses.dense import (
+    as_float32,
+    binary_logit,
+    categorical,
+    check_number,
+    check_per,
+    labelled_images,
+    one_hot,
+    without_classes,
+)
 from pipeline.schema import VOID
 
 _TINY = 1e-7
@@ -31,10 +40,10 @@ def dice(
     Raises:
         InputError: A setting out of its range.
     """
-    check("dice", 0, smooth=smooth)
+    check_number("dice", 0, smooth=smooth)
     overlap, predicted, area = _areas("dice", logits, target, per)
     misses = 1 - _ratio(2 * overlap + smooth, predicted + area + smooth)
-    return _mean(misses, without("dice", area > 0, skip), target, per)
+    return _mean(misses, without_classes("dice", area > 0, skip), target, per)
 
 
 def tversky(
@@ -58,14 +67,14 @@ def tversky(
     Raises:
         InputError: A setting out of its range.
     """
-    check("tversky", 0, alpha=alpha, beta=beta, smooth=smooth, gamma=gamma)
+    check_number("tversky", 0, alpha=alpha, beta=beta, smooth=smooth, gamma=gamma)
     overlap, predicted, area = _areas("tversky", logits, target, per)
     wrong = alpha * (predicted - overlap) + beta * (area - overlap)
     misses = 1 - _ratio(overlap + smooth, overlap + wrong + smooth)
     if gamma != 1:
         # The floor keeps the power's gradient finite where nothing is missed.
         misses = misses.clamp(min=_TINY) ** gamma
-    return _mean(misses, without("tversky", area > 0, skip), target, per)
+    return _mean(misses, without_classes("tversky", area > 0, skip), target, per)
 
 
 def jaccard(
@@ -80,10 +89,10 @@ def jaccard(
     Raises:
         InputError: A setting out of its range.
     """
-    check("jaccard", 0, smooth=smooth)
+    check_number("jaccard", 0, smooth=smooth)
     overlap, predicted, area = _areas("jaccard", logits, target, per)
     misses = 1 - _ratio(overlap + smooth, predicted + area - overlap + smooth)
-    return _mean(misses, without("jaccard", area > 0, skip), target, per)
+    return _mean(misses, without_classes("jaccard", area > 0, skip), target, per)
 
 
 def lovasz(logits: Tensor, target: Tensor, *, skip: Sequence[int] = (), per: str = "image") -> tuple[Tensor, Tensor]:
@@ -96,14 +105,14 @@ def lovasz(logits: Tensor, target: Tensor, *, skip: Sequence[int] = (), per: str
         InputError: A setting out of its range.
     """
     check_per("lovasz", per)
-    probabilities = full(categorical(logits)).softmax(dim=1)
+    probabilities = as_float32(categorical(logits)).softmax(dim=1)
     truth = one_hot(target, probabilities.shape[1])
     errors = torch.where(truth, 1 - probabilities, probabilities)
     known = (target != VOID)[:, None]
     if per == "batch":
         errors, truth, known = (each.movedim(0, 1).flatten(1)[None] for each in (errors, truth, known))
     errors, truth, known = errors.flatten(2), truth.flatten(2), known.flatten(2)
-    enters = without("lovasz", truth.any(dim=2), skip)
+    enters = without_classes("lovasz", truth.any(dim=2), skip)
     return _mean((errors * _steps(errors, truth, known, enters)).sum(dim=2), enters, target, per)
 
 
@@ -117,7 +126,7 @@ def lovasz_hinge(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         InputError: More than two classes.
     """
-    z = margin(full(logits), "lovasz_hinge", "lovasz").flatten(1)[:, None]
+    z = binary_logit(as_float32(logits), "lovasz_hinge", "lovasz").flatten(1)[:, None]
     truth, known = (target == 0).flatten(1)[:, None], (target != VOID).flatten(1)[:, None]
     errors = 1 - torch.where(truth, z, -z)
     steps = _steps(errors, truth, known, torch.ones_like(known[..., 0]))
@@ -127,7 +136,7 @@ def lovasz_hinge(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 def _areas(loss: str, logits: Tensor, target: Tensor, per: str) -> tuple[Tensor, Tensor, Tensor]:
     """``Σ p g``, ``Σ p``, ``Σ g`` over labelled pixels: (N, C) each, or (1, C) per batch."""
     check_per(loss, per)
-    probabilities = full(categorical(logits)).softmax(dim=1)
+    probabilities = as_float32(categorical(logits)).softmax(dim=1)
     truth = one_hot(target, probabilities.shape[1])
     dims = (0, 2, 3) if per == "batch" else (2, 3)
     overlap = (probabilities * truth).sum(dim=dims)

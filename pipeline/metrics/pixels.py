@@ -104,7 +104,7 @@ def bands(labels: Tensor, valid: Tensor) -> Tensor:
     """
     height, width = valid.shape
     distance = max(1, round(BOUNDARY * math.hypot(height, width)))
-    out = ~measures.inner(labels, valid.expand_as(labels), distance)
+    out = ~measures.interior(labels, valid.expand_as(labels), distance)
     rim = slice(-distance, None)
     out[:, :distance], out[:, rim], out[:, :, :distance], out[:, :, rim] = True, True, True, True
     return out

@@ -13,7 +13,7 @@ from torch import nn
 from pipeline.errors import InputError, nearest
 from pipeline.models.anchor_free import AnchorFree
 from pipeline.models.outputs import DetectionOutput, Detections, SoftmaxOutput
-from pipeline.models.parts import dropout_layers, layers_of, require_dropout, set_sampling
+from pipeline.models.parts import backbone_layers, dropout_layers, enable_dropout, require_dropout
 from pipeline.models.smp import Smp
 from pipeline.models.torchvision_detectors import Torchvision
 from pipeline.models.unet import UNet
@@ -37,11 +37,11 @@ __all__ = [
     "SoftmaxOutput",
     "describe",
     "dropout_layers",
-    "layers_of",
+    "backbone_layers",
     "parse",
     "require_dropout",
-    "set_sampling",
-    "skeleton",
+    "enable_dropout",
+    "build_untrained",
 ]
 
 
@@ -60,7 +60,7 @@ def describe(settings: ModelSettings) -> dict[str, Any]:
     return {"name": name, **settings.to_dict()}
 
 
-def skeleton(settings: ModelSettings, num_classes: int) -> nn.Module:
+def build_untrained(settings: ModelSettings, num_classes: int) -> nn.Module:
     """A network whose weights are about to be loaded: as ``build``, but never fetches pretrained ones."""
     if isinstance(settings, Smp):
         settings = settings.model_copy(update={"encoder_weights": None})

@@ -74,7 +74,7 @@ class Bundle:
         return len(self.manifest["files"])
 
     @property
-    def alike(self) -> bool:
+    def same_model(self) -> bool:
         """Whether all members are of one model."""
         return isinstance(self.manifest["model"], dict)
 
@@ -97,7 +97,7 @@ class Bundle:
         """
         path = member_path(k)
         state = _tensors(_verified(self.uri, path, self.manifest["files"][path]), f"'{self.uri}/{path}'")
-        module = models.skeleton(self.model_settings(k), self.num_outputs)
+        module = models.build_untrained(self.model_settings(k), self.num_outputs)
         try:
             module.load_state_dict(state)
         except RuntimeError as error:
@@ -106,7 +106,7 @@ class Bundle:
         return module.eval()
 
 
-def write(uri: str, manifest: Mapping[str, Any], members: Sequence[Path | str]) -> Bundle:
+def write_bundle(uri: str, manifest: Mapping[str, Any], members: Sequence[Path | str]) -> Bundle:
     """``stage`` and ``commit`` in one."""
     return commit(stage(uri, manifest, members))
 
@@ -144,7 +144,7 @@ def stage(uri: str, manifest: Mapping[str, Any], members: Sequence[Path | str]) 
     return _made(uri, whole)
 
 
-def derive(bundle: Bundle, **changes: Any) -> Bundle:
+def with_changes(bundle: Bundle, **changes: Any) -> Bundle:
     """The same weights with other entries in the manifest (calibration, threshold, predict); not committed."""
     return _made(bundle.uri, {**bundle.manifest, **changes})
 
@@ -167,7 +167,7 @@ def _made(uri: str, manifest: dict[str, Any]) -> Bundle:
 
 
 def _content(manifest: Mapping[str, Any]) -> bytes:
-    return json.dumps(checksum.seal(manifest), indent=1, sort_keys=True, allow_nan=False).encode()
+    return json.dumps(checksum.with_checksum(manifest), indent=1, sort_keys=True, allow_nan=False).encode()
 
 
 def _another(uri: str) -> InputError:
@@ -192,7 +192,7 @@ def open_bundle(uri: str, task: str | None = None) -> Bundle:
     except (ValueError, RecursionError):
         raise InputError(f"'{target}' is not JSON; write the bundle again") from None
     _check(target, manifest)
-    checksum.check(manifest, target, "write the bundle again")
+    checksum.verify_checksum(manifest, target, "write the bundle again")
     if task is not None and manifest["task"] != task:
         raise InputError(
             f"bundle of another task: wanted {task}, '{uri}' is for {manifest['task']}; choose another bundle"
@@ -238,7 +238,9 @@ def _verified(uri: str, path: str, wanted: Mapping[str, Any]) -> bytes:
     try:
         data = storage.read_bytes(where)
     except OSError as error:
-        raise InputError(f"'{where}' could not be read ({storage.classify(error)}); write the bundle again") from None
+        raise InputError(
+            f"'{where}' could not be read ({storage.error_status(error)}); write the bundle again"
+        ) from None
     if len(data) != wanted["size"]:
         raise InputError(f"'{where}': {len(data)} bytes, the manifest says {wanted['size']}; write the bundle again")
     found = hashlib.sha256(data).hexdigest()

@@ -13,7 +13,7 @@ _SHARED = ("task", "classes", "background", "size", "fit")
 _COLOUR = ("mean", "std")
 
 
-def join(bundles: Sequence[Bundle]) -> tuple[dict[str, Any], list[str]]:
+def join_bundles(bundles: Sequence[Bundle]) -> tuple[dict[str, Any], list[str]]:
     """Manifest and members' weights of one ensemble of all members, for ``stage``: not calibrated.
 
     Members may be normalised by other means and deviations: ``normalise`` then has a ``{mean, std}`` for each. What

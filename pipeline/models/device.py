@@ -40,7 +40,7 @@ def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractC
     return torch.autocast(device.type, torch.bfloat16)
 
 
-def place(module: nn.Module, device: torch.device) -> nn.Module:
+def to_device_channels_last(module: nn.Module, device: torch.device) -> nn.Module:
     """The module on the device, its weights channels last: convolutions are faster so on CPUs and GPUs alike."""
     module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     return module.to(device)
@@ -83,7 +83,7 @@ class Compiled:
             return self._module(*args)
 
 
-def fuse(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+def use_fused_kernels(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
     """One kernel for all weights on a GPU; call after a state was loaded, which brings its own device's choice."""
     fused = device.type == "cuda"
     for group in optimizer.param_groups:

@@ -5,7 +5,7 @@ from typing import ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from pipeline.uncertainty.measures import with_rest
+from pipeline.uncertainty.measures import add_background_class
 
 
 class Detections(Protocol):
@@ -56,7 +56,7 @@ class DetectionOutput(NamedTuple):
 
     def probabilities(self) -> Tensor:
         """Existence is the best class's score, shared out among the classes; see ``with_rest``."""
-        return with_rest(self.logits.float().sigmoid())
+        return add_background_class(self.logits.float().sigmoid())
 
     def scores(self) -> Tensor:
         """Class probability, times quality where there is one."""

@@ -19,7 +19,7 @@ def dropout_layers(module: nn.Module) -> list[nn.Module]:
     return [layer for layer in module.modules() if isinstance(layer, DROPOUT) and layer.p > 0]
 
 
-def set_sampling(module: nn.Module, on: bool) -> None:
+def enable_dropout(module: nn.Module, on: bool) -> None:
     """Put a network in eval mode, but with ``on`` its dropout layers in train mode: batch norm stays as learnt.
 
     Without dropout layers ``on`` changes nothing; ask ``dropout_layers`` first.
@@ -29,7 +29,7 @@ def set_sampling(module: nn.Module, on: bool) -> None:
         layer.train()
 
 
-def layers_of(module: nn.Module) -> list[list[str]]:
+def backbone_layers(module: nn.Module) -> list[list[str]]:
     """Names of the backbone's parameters by layer, input first; each name once, as ``module`` names it.
 
     A layer is what shares the first component of its name, and the second where that is a number: ``conv1``,

@@ -51,7 +51,7 @@ class TransferSettings(Settings):
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedWeights:
     """What was taken over."""
 
     source: str
@@ -62,7 +62,7 @@ class Loaded:
     unused: int = 0
     """Tensors of the file that nothing asked for, such as a classifier's."""
 
-    def sentence(self) -> str:
+    def describe(self) -> str:
         """For a person."""
         rest = f"; {self.unused} of the file unused" if self.unused else ""
         return f"{self.tensors} of {self.total} tensors loaded from {self.source}{rest}"
@@ -72,7 +72,7 @@ class Loaded:
         return asdict(self)
 
 
-def prepare(settings: TransferSettings, module: nn.Module) -> Loaded | None:
+def load_pretrained(settings: TransferSettings, module: nn.Module) -> LoadedWeights | None:
     """Load what ``settings`` ask for into ``module``, in place; with ``frozen`` its backbone stops learning.
 
     Args:
@@ -95,7 +95,7 @@ def prepare(settings: TransferSettings, module: nn.Module) -> Loaded | None:
     return loaded
 
 
-def check(settings: TransferSettings, pretrained: bool) -> None:
+def check_transfer(settings: TransferSettings, pretrained: bool) -> None:
     """Refuse to tune or freeze what nothing was loaded into; ``pretrained``: the model brings its own weights."""
     if settings.init != "random" and settings.weights is None and not pretrained:
         raise InputError(
@@ -104,7 +104,7 @@ def check(settings: TransferSettings, pretrained: bool) -> None:
         )
 
 
-def hold(settings: TransferSettings, module: nn.Module) -> None:
+def keep_frozen_eval(settings: TransferSettings, module: nn.Module) -> None:
     """Call after ``module.train()``: a frozen backbone keeps its batch-norm statistics, and drops nothing."""
     if settings.init == "frozen":
         for part in backbone(module):
@@ -130,7 +130,7 @@ def read(weights: str) -> tuple[dict[str, Tensor], str]:
         data = storage.read_bytes(uri)
     except OSError as error:
         raise InputError(
-            f"transfer.weights: '{weights}' could not be read ({storage.classify(error)}); check the path"
+            f"transfer.weights: '{weights}' could not be read ({storage.error_status(error)}); check the path"
         ) from None
     return _parse(data, uri, weights), hashlib.sha256(data).hexdigest()
 
@@ -182,7 +182,7 @@ def _from_timm(name: str) -> dict[str, Tensor]:
         raise InputError(f"transfer.weights: timm has or gives no weights '{name}': {_short(error)}") from None
 
 
-def _load(settings: TransferSettings, module: nn.Module, state: dict[str, Tensor], digest: str) -> Loaded:
+def _load(settings: TransferSettings, module: nn.Module, state: dict[str, Tensor], digest: str) -> LoadedWeights:
     wanted = _wanted(settings, module)
     given = {name: value for name, value in state.items() if not name.endswith(_COUNTERS)}
     source = str(settings.weights)
@@ -192,7 +192,7 @@ def _load(settings: TransferSettings, module: nn.Module, state: dict[str, Tensor
             wanted[name].copy_(given[other])
     used = set(pairs.values())
     total = len(_wanted(settings.model_copy(update={"skip": ()}), module))
-    return Loaded(source, digest, len(pairs), total, len(set(given) - used))
+    return LoadedWeights(source, digest, len(pairs), total, len(set(given) - used))
 
 
 def _wanted(settings: TransferSettings, module: nn.Module) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from pipeline.config import Settings
 from pipeline.errors import InputError
 from pipeline.models.anchor_free import grid_centres
 from pipeline.models.layers import Norm, check_input, norm_layer
-from pipeline.uncertainty.measures import with_rest
+from pipeline.uncertainty.measures import add_background_class
 
 SLOPE = 0.1
 """Of the leaky ReLU below 0 (the paper's equation 2)."""
@@ -47,7 +47,7 @@ class YoloOutput(NamedTuple):
 
     def probabilities(self) -> Tensor:
         """Existence is the best class's score, shared out among the classes; see ``with_rest``."""
-        return with_rest(self.scores())
+        return add_background_class(self.scores())
 
     def scores(self) -> Tensor:
         """Confidence times class probability (equation 1), each clamped to 0..1: linear outputs may leave it."""

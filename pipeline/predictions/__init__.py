@@ -7,25 +7,25 @@ the result, by way of Parquet lists in ``_lists/``. Readers trust it alone: what
 finishes late is never seen.
 """
 
-from pipeline.predictions.attempts import Attempt, check, commit, committed, start
-from pipeline.predictions.file_lists import listed, read_list
-from pipeline.predictions.reader import read, read_each
-from pipeline.predictions.resume import Piece
+from pipeline.predictions.attempts import Attempt, check_complete, commit_attempt, committed_manifest, start_attempt
+from pipeline.predictions.file_lists import iter_files, read_list
+from pipeline.predictions.reader import iter_tables, read
+from pipeline.predictions.resume import UnitGroup
 from pipeline.predictions.unit_file import UnitFile, count_statuses, summarise, write_unit
 
 __all__ = [
     "Attempt",
-    "Piece",
+    "UnitGroup",
     "UnitFile",
-    "check",
-    "commit",
-    "committed",
+    "check_complete",
+    "commit_attempt",
+    "committed_manifest",
     "count_statuses",
-    "listed",
+    "iter_files",
     "read",
-    "read_each",
+    "iter_tables",
     "read_list",
-    "start",
+    "start_attempt",
     "summarise",
     "write_unit",
 ]

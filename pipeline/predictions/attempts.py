@@ -11,7 +11,7 @@ from pipeline import storage
 from pipeline.config import first_difference
 from pipeline.errors import InputError
 from pipeline.predictions.file_lists import FOLDER, write_lists
-from pipeline.predictions.resume import Mapper, Piece, adopt, list_attempts
+from pipeline.predictions.resume import Mapper, UnitGroup, adopt_finished_units, list_attempts
 from pipeline.predictions.unit_file import UnitFile, count_statuses
 from pipeline.schema import SCHEMA_VERSION
 from pipeline.storage import checksum
@@ -34,8 +34,8 @@ class Attempt:
         return f"attempt-{self.number}"
 
 
-def start(
-    uri: str, *, inputs: Mapping[str, Any], digest: str, pieces: Sequence[Piece], mapper: Mapper = map
+def start_attempt(
+    uri: str, *, inputs: Mapping[str, Any], digest: str, pieces: Sequence[UnitGroup], mapper: Mapper = map
 ) -> Attempt:
     """Begin the next attempt: decide, for good, which finished units of earlier attempts it adopts.
 
@@ -48,7 +48,7 @@ def start(
     """
     names = list_attempts(uri)
     number = 1 + max((attempt_number(name) for name in names), default=-1)
-    adopted = adopt(uri, names, digest, pieces, mapper)
+    adopted = adopt_finished_units(uri, names, digest, pieces, mapper)
     while True:
         content = {
             "schema_version": SCHEMA_VERSION,
@@ -65,7 +65,7 @@ def start(
 
 
 def _json(content: Mapping[str, Any]) -> bytes:
-    return json.dumps(checksum.seal(content), indent=1).encode()
+    return json.dumps(checksum.with_checksum(content), indent=1).encode()
 
 
 def attempt_number(name: str) -> int:
@@ -74,7 +74,7 @@ def attempt_number(name: str) -> int:
     return int(head) if "/" in name and head.isdecimal() and name.startswith("attempt-") else -1
 
 
-def check(units: Sequence[UnitFile], expected: Mapping[int, int]) -> None:
+def check_complete(units: Sequence[UnitFile], expected: Mapping[int, int]) -> None:
     """Every unit of the plan once, with all its rows.
 
     That a unit's rows are its images, each once, is checked where it is written, and where it is adopted; that no two
@@ -93,7 +93,7 @@ def check(units: Sequence[UnitFile], expected: Mapping[int, int]) -> None:
         )
 
 
-def commit(
+def commit_attempt(
     attempt: Attempt,
     units: Sequence[UnitFile],
     *,
@@ -113,7 +113,7 @@ def commit(
     Raises:
         InputError: A job with other inputs committed meanwhile.
     """
-    check(units, expected)
+    check_complete(units, expected)
     content = {
         "schema_version": SCHEMA_VERSION,
         "plan": attempt.digest,
@@ -127,7 +127,7 @@ def commit(
     if storage.create_once(storage.join(attempt.uri, MANIFEST), _json(content)):
         _tidy(attempt.uri, {item.file for item in units} | {item["file"] for item in content["lists"]})
         return content
-    won = committed(attempt.uri, inputs)
+    won = committed_manifest(attempt.uri, inputs)
     if won is None:
         raise RuntimeError(f"'{attempt.uri}': the manifest could neither be written nor read")
     return won
@@ -143,7 +143,7 @@ def _tidy(uri: str, kept: set[str]) -> None:
                 filesystem.delete_file(f"{root}/{listed.path}")
 
 
-def committed(uri: str, inputs: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
+def committed_manifest(uri: str, inputs: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
     """The manifest at ``uri``, or None where nothing was committed.
 
     Args:
@@ -163,7 +163,7 @@ def committed(uri: str, inputs: Mapping[str, Any] | None = None) -> dict[str, An
         if isinstance(error, InputError):
             raise
         raise InputError(f"'{target}' is not a manifest of predictions; choose another folder") from None
-    checksum.check(manifest, target, "predict again to another folder")
+    checksum.verify_checksum(manifest, target, "predict again to another folder")
     difference = first_difference(found, dict(inputs)) if inputs is not None else None
     if difference:
         raise InputError(

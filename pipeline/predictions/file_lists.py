@@ -68,7 +68,7 @@ def read_list(uri: str, entry: Mapping[str, Any]) -> list[dict[str, Any]]:
     return table.to_pylist()
 
 
-def listed(uri: str, manifest: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def iter_files(uri: str, manifest: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Every file of a committed manifest, in the order of the plan; one list is held at a time.
 
     Raises:
@@ -89,7 +89,7 @@ def read_named(uri: str, entry: Mapping[str, Any]) -> bytes:
         data = storage.read_bytes(where)
     except OSError as error:
         raise InputError(
-            f"'{where}' could not be read ({storage.classify(error)}), but the manifest names it"
+            f"'{where}' could not be read ({storage.error_status(error)}), but the manifest names it"
         ) from None
     if hashlib.sha256(data).hexdigest() != entry["sha256"]:
         raise InputError(f"'{where}' is not what the manifest says (sha256 differs); predict again to another folder")

@@ -17,7 +17,7 @@ Mapper = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
 """``map``, or what does the same elsewhere."""
 
 
-class Piece(Protocol):
+class UnitGroup(Protocol):
     """Neighbouring units of a plan whose rows come from one place; small enough to hold all its image_ids."""
 
     @property
@@ -34,11 +34,13 @@ class Piece(Protocol):
 class _Found:
     """A piece, and the files that may be of its units."""
 
-    piece: Piece
+    piece: UnitGroup
     names: list[str]
 
 
-def adopt(uri: str, names: Iterable[str], digest: str, pieces: Sequence[Piece], mapper: Mapper) -> dict[int, UnitFile]:
+def adopt_finished_units(
+    uri: str, names: Iterable[str], digest: str, pieces: Sequence[UnitGroup], mapper: Mapper
+) -> dict[int, UnitFile]:
     """The finished units among the files ``names``, one file each; no more ids are held than one piece has.
 
     Args:

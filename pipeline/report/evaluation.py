@@ -55,7 +55,7 @@ _SHOWN = {
 }  # fmt: skip
 
 
-def sentence(split: str, metrics: dict[str, Any]) -> str:
+def describe_evaluation(split: str, metrics: dict[str, Any]) -> str:
     """The main figures, the members' in brackets."""
     members = metrics["members"] if len(metrics["members"]) > 1 else []
     parts = []

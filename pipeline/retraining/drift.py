@@ -52,7 +52,7 @@ def psi(reference: np.ndarray, recent: np.ndarray) -> float:
     return float(((p - q) * np.log(p / q)).sum())
 
 
-def measure(settings: DriftSettings) -> dict[str, Any]:
+def measure_drift(settings: DriftSettings) -> dict[str, Any]:
     """Compare the two folders.
 
     Returns:
@@ -78,7 +78,7 @@ def measure(settings: DriftSettings) -> dict[str, Any]:
     return {"drifted": drifted, "threshold": settings.threshold, "groups": groups}
 
 
-def sentence(found: dict[str, Any]) -> str:
+def describe_drift(found: dict[str, Any]) -> str:
     """The largest index beside its limit, and what it says."""
     known = {name: each for name, each in found["groups"].items() if each["psi"] is not None}
     if not known:
@@ -90,7 +90,7 @@ def sentence(found: dict[str, Any]) -> str:
 
 
 def _require_one_bundle(settings: DriftSettings) -> None:
-    manifests = [predictions.committed(uri) or {} for uri in (settings.reference, settings.recent)]
+    manifests = [predictions.committed_manifest(uri) or {} for uri in (settings.reference, settings.recent)]
     known = [each.get("inputs", {}).get("bundle_id") for each in manifests]
     if None not in known and known[0] != known[1]:
         raise InputError(
@@ -146,10 +146,10 @@ def _histograms(uri: str, edges: dict[str, np.ndarray]) -> dict[str, np.ndarray]
 
 def _values(uri: str) -> Iterator[tuple[str, np.ndarray]]:
     """(group, float64 values) of each file."""
-    manifest = predictions.committed(uri)
+    manifest = predictions.committed_manifest(uri)
     nested = "classes" if manifest is not None and manifest["task"] == "segmentation" else "boxes"
     leaves = [f"{nested}.list.element.{leaf}" for leaf in _LEAVES[nested]]  # not the boxes' class vectors
-    for table in predictions.read_each(uri, ["uncertainty", *leaves]):
+    for table in predictions.iter_tables(uri, ["uncertainty", *leaves]):
         yield OVERALL, _numbers(table["uncertainty"])
         rows = table[nested].combine_chunks().flatten()
         parts = dict(zip(rows.type.names, rows.flatten(), strict=True))

@@ -34,7 +34,7 @@ from pipeline.metrics.detection import DetectionMetric
 from pipeline.metrics.segmentation import SegmentationMetric
 
 Metric = SegmentationMetric | DetectionMetric
-GUARDS = {"nll": -1, "ece": -1, "aurc": -1, "recall": 1}
+GUARD_METRICS = {"nll": -1, "ece": -1, "aurc": -1, "recall": 1}
 """Figure -> 1 where more is better, -1 where less is."""
 
 
@@ -54,7 +54,7 @@ class JudgeSettings(Settings):
 
 
 @dataclass(frozen=True)
-class Sides:
+class FrozenTestMetrics:
     """Counts on the same images; None: there is no such champion."""
 
     challenger: Metric
@@ -64,7 +64,7 @@ class Sides:
 
 
 @dataclass(frozen=True)
-class Newest:
+class NewestMetrics:
     """Counts on a split that has the newest images, and which of its images those are."""
 
     challenger: Metric
@@ -72,7 +72,9 @@ class Newest:
     ids: frozenset[str]
 
 
-def decide(settings: JudgeSettings, frozen: Sides, newest: Newest | None, drifted: bool = False) -> dict[str, Any]:
+def decide_promotion(
+    settings: JudgeSettings, frozen: FrozenTestMetrics, newest: NewestMetrics | None, drifted: bool = False
+) -> dict[str, Any]:
     """The decision, as JSON.
 
     Returns:
@@ -92,12 +94,12 @@ def decide(settings: JudgeSettings, frozen: Sides, newest: Newest | None, drifte
     conditions: list[dict[str, Any]] = []
     for name, other in (("champion", frozen.champion), ("best", frozen.best)):
         if other is not None:
-            gained = gain(settings, frozen.challenger, other)
+            gained = paired_gain(settings, frozen.challenger, other)
             record["gain"][f"over_{name}"] = gained
             conditions.append(_limit(settings, name, gained))
     record["newest"] = None if newest is None or not newest.ids else _newest(newest)
     conditions.append(_improves(record))
-    conditions += [_guard(name, getattr(settings, name), own, sides["champion"]) for name in GUARDS]
+    conditions += [_guard(name, getattr(settings, name), own, sides["champion"]) for name in GUARD_METRICS]
     failed = [each for each in conditions if not each["holds"]]
     reasons = [f"refused: {each['name']}: {each['found']}; wanted {each['wanted']}" for each in failed]
     reasons = reasons or [f"promoted: {each['name']}: {each['found']}" for each in conditions]
@@ -145,7 +147,7 @@ def _main(metric: Metric) -> Callable[[np.ndarray], np.ndarray]:
     return detection_bootstrap.map_of(metric)
 
 
-def gain(settings: JudgeSettings, challenger: Metric, other: Metric) -> dict[str, float | None]:
+def paired_gain(settings: JudgeSettings, challenger: Metric, other: Metric) -> dict[str, float | None]:
     """``difference`` of the main figures, and its one-sided ``lower`` limit; None where not defined.
 
     Raises:
@@ -170,7 +172,7 @@ def _limit(settings: JudgeSettings, name: str, gained: dict[str, float | None]) 
     }
 
 
-def _newest(newest: Newest) -> dict[str, Any]:
+def _newest(newest: NewestMetrics) -> dict[str, Any]:
     """The main figures over the newest images that are labelled."""
     out: dict[str, Any] = {}
     for name, metric in (("challenger", newest.challenger), ("champion", newest.champion)):
@@ -211,7 +213,7 @@ def _guard(name: str, tolerance: float, own: dict[str, float | None], other: dic
     if its is None or mine is None:
         holds, found = its is None, f"challenger {_text(mine)}, champion {_text(its)}"
     else:
-        worse = (its - mine) * GUARDS[name]
+        worse = (its - mine) * GUARD_METRICS[name]
         holds = worse <= tolerance
         found = f"challenger {mine:.4f}, champion {its:.4f}, {abs(worse):.4f} {'worse' if worse > 0 else 'better'}"
     return {

@@ -19,7 +19,7 @@ from pipeline.storage import checksum
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
 _ENTRY = re.compile(r"^(\d{6})\.json$")
 _SEALED = "restore it from a copy; entries are never changed"
-LOOKS = 20
+MAX_DECISIONS_ON_TEST = 20
 """From so many looks at one frozen test on, its figures are no longer of images that nothing was chosen on."""
 
 
@@ -103,7 +103,7 @@ def entry(registry: str, name: str, number: int) -> Entry:
         if isinstance(error, InputError):
             raise
         raise InputError(f"'{uri}' is not JSON; {_SEALED}") from None
-    checksum.check(found, uri, _SEALED)
+    checksum.verify_checksum(found, uri, _SEALED)
     if found["number"] != number:
         raise InputError(f"'{uri}' is a copy of entry {found['number']}; {_SEALED}")
     return Entry(**{each.name: found[each.name] for each in fields(Entry)})
@@ -132,7 +132,7 @@ def add(registry: str, name: str, after: int, **values: Any) -> Entry:
         raise InputError(f"'{name}' has {there} champions; number {after + 1} cannot follow them")
     made = Entry(number=after + 1, parent=after or None, time=_now(), **values)
     uri = _uri(registry, name, made.number)
-    content = json.dumps(checksum.seal(asdict(made)), indent=1, sort_keys=True).encode()
+    content = json.dumps(checksum.with_checksum(asdict(made)), indent=1, sort_keys=True).encode()
     won = storage.create_once(uri, content)
     kept = made if won else entry(registry, name, made.number)
     if kept.run != made.run:
@@ -204,10 +204,10 @@ def _decision_uri(registry: str, name: str, run: str) -> str:
     return storage.join(folder(registry, name), "decisions", f"{run}.json")
 
 
-def decide(registry: str, name: str, run: str, record: dict[str, Any]) -> dict[str, Any]:
+def record_decision(registry: str, name: str, run: str, record: dict[str, Any]) -> dict[str, Any]:
     """Keep a decision, for good; returns what is kept, which is an earlier one if the run had decided before."""
     uri = _decision_uri(registry, name, run)
-    content = json.dumps(checksum.seal({"run": run, "time": _now(), **record}), indent=1, sort_keys=True)
+    content = json.dumps(checksum.with_checksum({"run": run, "time": _now(), **record}), indent=1, sort_keys=True)
     storage.create_once(uri, content.encode())
     found = decision(registry, name, run)
     assert found is not None
@@ -229,7 +229,7 @@ def decision(registry: str, name: str, run: str) -> dict[str, Any] | None:
         found = json.loads(content)
     except ValueError:
         raise InputError(f"'{uri}' is not JSON; {_SEALED}") from None
-    checksum.check(found, uri, _SEALED)
+    checksum.verify_checksum(found, uri, _SEALED)
     return found
 
 
@@ -241,7 +241,7 @@ def decisions(registry: str, name: str) -> list[dict[str, Any]]:
     return sorted(found, key=lambda each: (each["time"], each["run"]))
 
 
-def looks(registry: str, name: str, fingerprint: str, split: str) -> int:
+def decisions_on_test(registry: str, name: str, fingerprint: str, split: str) -> int:
     """How many decisions were made on this frozen test before."""
     wanted = {"fingerprint": fingerprint, "split": split}
     tests = (each.get("test") or {} for each in decisions(registry, name))

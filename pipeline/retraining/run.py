@@ -17,13 +17,13 @@ from pydantic import Field
 from pipeline import storage
 from pipeline.config import Settings
 from pipeline.datasets.dataset import DATASET_JSON, DatasetInfo, open_dataset
-from pipeline.datasets.diff import DIGESTS, Changes, between, digests, require_apart
+from pipeline.datasets.diff import DIGESTS, DatasetDiff, diff_digests, digests, require_disjoint
 from pipeline.errors import DoneError, InputError
 from pipeline.models.bundle import open_bundle
 from pipeline.retraining import drift, promotion, registry, stored_metrics
 from pipeline.retraining.drift import DriftSettings
 from pipeline.retraining.promotion import JudgeSettings
-from pipeline.runtime.progress import NoSink, Sink
+from pipeline.runtime.progress import ProgressSink, SilentSink
 from pipeline.storage import lease
 from pipeline.training import ensemble
 from pipeline.training.train_config import TrainConfig
@@ -69,12 +69,12 @@ class RetrainConfig(Settings):
 
 
 @dataclass(frozen=True)
-class News:
+class RetrainReason:
     """What a run finds before it does anything."""
 
     champion: registry.Entry | None
     info: DatasetInfo
-    changed: Changes | None
+    changed: DatasetDiff | None
     drifted: dict[str, Any] | None
     reason: str
     """Why a challenger is to be trained; '' where there is no reason."""
@@ -82,7 +82,7 @@ class News:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RetrainOutcome:
     """What became of a run: sentences for a person, and the decision where one was made."""
 
     kind: Literal["nothing", "dry run", "refused", "promoted", "overtaken"]
@@ -91,7 +91,9 @@ class Outcome:
     decision: dict[str, Any] | None = None
 
 
-def run(config: RetrainConfig, *, force: bool = False, dry_run: bool = False, sink: Sink | None = None) -> Outcome:
+def retrain(
+    config: RetrainConfig, *, force: bool = False, dry_run: bool = False, sink: ProgressSink | None = None
+) -> RetrainOutcome:
     """Train, judge and promote, as far as there is a reason to.
 
     Args:
@@ -104,33 +106,35 @@ def run(config: RetrainConfig, *, force: bool = False, dry_run: bool = False, si
         InputError: Settings that do not fit one another, images of the frozen test among those to train on, or another
             run that holds the lock.
     """
-    sink = sink or NoSink()
-    news = look(config, sink)
+    sink = sink or SilentSink()
+    news = find_reason(config, sink)
     name = run_id(config, news)
     if not news.reason and not force:
-        return Outcome("nothing", name, news.said)
+        return RetrainOutcome("nothing", name, news.said)
     if dry_run:
-        return Outcome("dry run", name, [*news.said, f"would train run {name} into '{_folder(config, name)}'"])
+        return RetrainOutcome("dry run", name, [*news.said, f"would train run {name} into '{_folder(config, name)}'"])
     decision = registry.decision(config.registry, config.name, name)
     if decision is None:
         where = registry.folder(config.registry, config.name)
-        with lease.hold(storage.join(where, "locks"), f"retrain run {name}", config.lock_s):
+        with lease.hold_lease(storage.join(where, "locks"), f"retrain run {name}", config.lock_s):
             decision = _decide(config, news, name, sink)
     return _act(config, news, name, decision)
 
 
-def look(config: RetrainConfig, sink: Sink) -> News:
+def find_reason(config: RetrainConfig, sink: ProgressSink) -> RetrainReason:
     """Is there new labelled data since the champion, enough of it; or did doubt drift?"""
     info = open_dataset(newest_dataset(config.data))
     champion = registry.champion(config.registry, config.name)
     if champion is None:
-        return News(None, info, None, None, "there is no champion yet", [f"registry '{config.name}' has no champion"])
+        return RetrainReason(
+            None, info, None, None, "there is no champion yet", [f"registry '{config.name}' has no champion"]
+        )
     said = [f"champion {champion.number} (bundle {champion.bundle_id}), of data {champion.fingerprint[:12]}"]
-    changed = between(_digests(config, champion), digests(info.uri))
-    drifted = None if config.drift is None else drift.measure(config.drift)
-    said.append(changed.sentence())
+    changed = diff_digests(_digests(config, champion), digests(info.uri))
+    drifted = None if config.drift is None else drift.measure_drift(config.drift)
+    said.append(changed.describe())
     if drifted is not None:
-        said.append(drift.sentence(drifted))
+        said.append(drift.describe_drift(drifted))
     reason = ""
     if info.fingerprint != champion.fingerprint and changed.fresh:
         if changed.fresh >= config.least_new:
@@ -139,7 +143,7 @@ def look(config: RetrainConfig, sink: Sink) -> News:
             reason = "doubt drifted, and there is new data"
     if not reason:
         said.append(f"nothing to do (least_new = {config.least_new})")
-    return News(champion, info, changed, drifted, reason, said)
+    return RetrainReason(champion, info, changed, drifted, reason, said)
 
 
 def newest_dataset(uri: str) -> str:
@@ -161,7 +165,7 @@ def _by_numbers(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.findall(r"[0-9]+|[^0-9]+", name)]
 
 
-def run_id(config: RetrainConfig, news: News) -> str:
+def run_id(config: RetrainConfig, news: RetrainReason) -> str:
     """Names what decides the outcome: champion, data, settings."""
     champion = None if news.champion is None else [news.champion.number, news.champion.bundle_id]
     settings = {key: value for key, value in config.to_dict().items() if key not in ("data", "work", "lock_s")}
@@ -173,7 +177,7 @@ def _folder(config: RetrainConfig, name: str) -> str:
     return storage.join(config.work, config.name, name)
 
 
-def _frozen(config: RetrainConfig, news: News) -> FrozenSettings:
+def _frozen(config: RetrainConfig, news: RetrainReason) -> FrozenSettings:
     """The frozen test of this run."""
     if config.test is not None:
         return config.test
@@ -182,12 +186,12 @@ def _frozen(config: RetrainConfig, news: News) -> FrozenSettings:
     return FrozenSettings(data=news.info.uri)
 
 
-def _decide(config: RetrainConfig, news: News, name: str, sink: Sink) -> dict[str, Any]:
+def _decide(config: RetrainConfig, news: RetrainReason, name: str, sink: ProgressSink) -> dict[str, Any]:
     """Train and judge; returns the decision as it was committed."""
     frozen = _frozen(config, news)
     test = open_dataset(frozen.data)
-    require_apart(test, frozen.split, news.info, LABELLED)
-    before = registry.looks(config.registry, config.name, test.fingerprint, frozen.split)
+    require_disjoint(test, frozen.split, news.info, LABELLED)
+    before = registry.decisions_on_test(config.registry, config.name, test.fingerprint, frozen.split)
     challenger = _train(config, news, name, sink)
     verdict = _judge(config, news, frozen, challenger, sink)
     _keep_digests(config, news.info)
@@ -201,11 +205,11 @@ def _decide(config: RetrainConfig, news: News, name: str, sink: Sink) -> dict[st
         "test": {"uri": test.uri, "split": frozen.split, "fingerprint": test.fingerprint, "looks_before": before},
         "warnings": _warnings(before),
     }
-    return registry.decide(config.registry, config.name, name, record)
+    return registry.record_decision(config.registry, config.name, name, record)
 
 
 def _warnings(looks: int) -> list[str]:
-    if looks < registry.LOOKS:
+    if looks < registry.MAX_DECISIONS_ON_TEST:
         return []
     return [
         f"{looks} decisions looked at this frozen test before: champions were chosen on it, and its figures flatter "
@@ -234,7 +238,7 @@ def _keep_digests(config: RetrainConfig, info: DatasetInfo) -> None:
     storage.write_bytes(kept, content)
 
 
-def _train(config: RetrainConfig, news: News, name: str, sink: Sink) -> str:
+def _train(config: RetrainConfig, news: RetrainReason, name: str, sink: ProgressSink) -> str:
     """The challenger's bundle; an unfinished one is gone on with."""
     tree = {**config.recipe, "data": news.info.uri, "out": storage.join(_folder(config, name), "challenger")}
     if config.start == "warm" and news.champion is not None:
@@ -242,29 +246,31 @@ def _train(config: RetrainConfig, news: News, name: str, sink: Sink) -> str:
         tree["transfer"] = {**tree.get("transfer", {}), "init": "finetune", "weights": weights}
     settings = TrainConfig.parse(tree, "recipe").with_absolute_uris()
     try:
-        return ensemble.run(settings, config.members, resume=True, sink=sink).uri
+        return ensemble.train_ensemble(settings, config.members, resume=True, sink=sink).uri
     except DoneError:
         return storage.join(settings.out, "bundle")
 
 
-def _judge(config: RetrainConfig, news: News, frozen: FrozenSettings, challenger: str, sink: Sink) -> dict[str, Any]:
+def _judge(
+    config: RetrainConfig, news: RetrainReason, frozen: FrozenSettings, challenger: str, sink: ProgressSink
+) -> dict[str, Any]:
     """The judge's record: challenger, champion and the best champion ever on the same images."""
     kept = storage.join(registry.folder(config.registry, config.name), "evaluations")
 
     def pool(bundle: str, data: str, split: str) -> promotion.Metric:
-        return stored_metrics.sit(kept, bundle, data, split, sink).pool
+        return stored_metrics.metrics_on_split(kept, bundle, data, split, sink).pool
 
     own = pool(challenger, frozen.data, frozen.split)
     if news.champion is None:
-        return promotion.decide(config.judge, promotion.Sides(own, None), None)
+        return promotion.decide_promotion(config.judge, promotion.FrozenTestMetrics(own, None), None)
     last = pool(news.champion.bundle, frozen.data, frozen.split)
     best, notes = _best(config, news.champion, lambda bundle: pool(bundle, frozen.data, frozen.split))
     newest = None
     if news.changed is not None and news.changed.unseen and news.info.counts.get(config.newest, {}).get("labelled"):
         mine, its = (pool(bundle, news.info.uri, config.newest) for bundle in (challenger, news.champion.bundle))
-        newest = promotion.Newest(mine, its, news.changed.unseen)
+        newest = promotion.NewestMetrics(mine, its, news.changed.unseen)
     drifted = news.drifted is not None and bool(news.drifted["drifted"])
-    made = promotion.decide(config.judge, promotion.Sides(own, last, best), newest, drifted)
+    made = promotion.decide_promotion(config.judge, promotion.FrozenTestMetrics(own, last, best), newest, drifted)
     return {**made, "notes": notes}
 
 
@@ -286,11 +292,11 @@ def _best(
     return (found[max(known, key=lambda key: known[key])] if known else None), notes
 
 
-def _act(config: RetrainConfig, news: News, name: str, decision: dict[str, Any]) -> Outcome:
+def _act(config: RetrainConfig, news: RetrainReason, name: str, decision: dict[str, Any]) -> RetrainOutcome:
     """Write the registry's entry if the decision says so; again and again the same one."""
     said = [*news.said, *decision["reasons"], *decision["warnings"]]
     if not decision["promote"]:
-        return Outcome("refused", name, [*said, f"run {name}: the champion stays"], decision)
+        return RetrainOutcome("refused", name, [*said, f"run {name}: the champion stays"], decision)
     try:
         made = registry.add(
             config.registry, config.name, 0 if news.champion is None else news.champion.number, kind="promotion",
@@ -299,6 +305,6 @@ def _act(config: RetrainConfig, news: News, name: str, decision: dict[str, Any])
             test_split=decision["test"]["split"], run=name, reasons=decision["reasons"],
         )  # fmt: skip
     except registry.OvertakenError as error:
-        return Outcome("overtaken", name, [*said, f"{error}; run again to be judged beside that one"], decision)
+        return RetrainOutcome("overtaken", name, [*said, f"{error}; run again to be judged beside that one"], decision)
     said.append(f"run {name}: champion {made.number} of '{config.name}' is bundle {made.bundle_id}")
-    return Outcome("promoted", name, said, decision)
+    return RetrainOutcome("promoted", name, said, decision)

@@ -10,21 +10,23 @@ from pipeline import storage
 from pipeline.datasets.dataset import open_dataset
 from pipeline.errors import InputError
 from pipeline.models.bundle import open_bundle
-from pipeline.runtime.progress import Sink
-from pipeline.scoring.ensemble_metrics import Meters
+from pipeline.runtime.progress import ProgressSink
+from pipeline.scoring.ensemble_metrics import EnsembleMetrics
 from pipeline.scoring.job import score
-from pipeline.tasks.of_bundle import task_of
+from pipeline.tasks.of_bundle import task_for_bundle
 
 _DIGEST = 32
 """Bytes of the sha256 before the counts."""
 
 
-def uri_of(folder: str, bundle_id: str, fingerprint: str, split: str) -> str:
+def stored_metrics_uri(folder: str, bundle_id: str, fingerprint: str, split: str) -> str:
     """Where the counts of a bundle on a split lie; they depend on nothing else."""
     return storage.join(folder, f"{bundle_id}-{fingerprint[:16]}-{split}.npz")
 
 
-def sit(folder: str, bundle: str, data: str, split: str, sink: Sink | None = None) -> Meters:
+def metrics_on_split(
+    folder: str, bundle: str, data: str, split: str, sink: ProgressSink | None = None
+) -> EnsembleMetrics:
     """What the bundle's predictions of a split come to beside its labels.
 
     Args:
@@ -39,11 +41,11 @@ def sit(folder: str, bundle: str, data: str, split: str, sink: Sink | None = Non
             comparison would be of other images each time.
     """
     opened, info = open_bundle(bundle), open_dataset(data)
-    target = uri_of(folder, opened.id, info.fingerprint, split)
-    task = task_of(opened)
+    target = stored_metrics_uri(folder, opened.id, info.fingerprint, split)
+    task = task_for_bundle(opened)
     kept = _read(target)
     if kept is not None:
-        return Meters.from_bytes(kept, task.metric(), task.new_sample())
+        return EnsembleMetrics.from_bytes(kept, task.metric(), task.new_calibration_sample())
     made = score(opened, data, split=split, measure="metrics", sink=sink)
     failed = {status: count for status, count in made["statuses"].items() if status != "ok"}
     if failed:

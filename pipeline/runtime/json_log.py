@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
 
-from pipeline.runtime.progress import Terminal, Voice
+from pipeline.runtime.progress import JobOutput, Terminal
 
 EVERY_S = 1.0
 """Progress of a stage at most this often."""
@@ -24,11 +24,11 @@ RUN = "DUBITO_RUN"
 _MARK = '{"time":'
 
 
-def voice(verb: str) -> Callable[[TextIO, TextIO, Path], Voice]:
+def job_output(verb: str) -> Callable[[TextIO, TextIO, Path], JobOutput]:
     """Makes what a job speaks through, of its output, its errors and its log: a terminal, or JSON lines."""
     if os.environ.get(WANTED) != "json":
         return Terminal
-    return lambda out, err, log: Lines(verb, run_of(log), out)
+    return lambda out, err, log: JsonLog(verb, run_of(log), out)
 
 
 def run_of(log: Path) -> str:
@@ -36,7 +36,7 @@ def run_of(log: Path) -> str:
     return os.environ.get(RUN) or log.stem
 
 
-class Lines:
+class JsonLog:
     """Messages and progress as JSON lines on standard output."""
 
     def __init__(self, verb: str, run: str, out: TextIO) -> None:
@@ -71,14 +71,14 @@ class Lines:
         """Nothing is held back."""
 
 
-class Replay:
+class JsonLogReplay:
     """Shows what ``Lines`` wrote elsewhere.
 
     Anything else, Ray's chatter, goes to this process's own output (a log), and its last lines are kept for the case
     that nothing better was said.
     """
 
-    def __init__(self, terminal: Voice) -> None:
+    def __init__(self, terminal: JobOutput) -> None:
         self._terminal, self._rest = terminal, ""
         self.chatter: deque[str] = deque(maxlen=5)
 

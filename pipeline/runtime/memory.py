@@ -12,7 +12,7 @@ _ALL = 2**30
 """Options of mallopt (malloc.h), and a size in bytes above that of any block here."""
 
 
-def keep_memory() -> bool:
+def keep_freed_memory() -> bool:
     """Make the C library keep what this process frees: for workers and actors, whose next batch takes the same again.
 
     By default glibc gives large blocks back at once, and takes new ones page by page, cleared: elementwise

@@ -26,7 +26,7 @@ LINE_EVERY_S = 10.0
 """Where output is no terminal, a plain progress line at most this often."""
 
 
-class Sink(Protocol):
+class ProgressSink(Protocol):
     """Where progress goes. ``update`` may be called at any rate."""
 
     def update(self, stage: str, done: int, total: int, note: str = "", unit: str = "images") -> None:
@@ -34,7 +34,7 @@ class Sink(Protocol):
         ...
 
 
-class Voice(Sink, Protocol):
+class JobOutput(ProgressSink, Protocol):
     """What a job speaks through: messages for a person or a program, and progress."""
 
     def say(self, text: str) -> None:
@@ -50,7 +50,7 @@ class Voice(Sink, Protocol):
         ...
 
 
-class NoSink:
+class SilentSink:
     """Shows nothing: the library's default."""
 
     def update(self, stage: str, done: int, total: int, note: str = "", unit: str = "images") -> None:
@@ -179,7 +179,7 @@ class Terminal:
 class Progress:
     """Counts one stage. ``advance`` is cheap: the sink hears of it ten times a second at most."""
 
-    def __init__(self, sink: Sink, stage: str, total: int, done: int = 0, unit: str = "images") -> None:
+    def __init__(self, sink: ProgressSink, stage: str, total: int, done: int = 0, unit: str = "images") -> None:
         self._sink, self.stage, self.total, self.done, self._unit = sink, stage, total, done, unit
         self._note, self._told = "", 0.0
         sink.update(stage, done, total, "", unit)
@@ -194,7 +194,7 @@ class Progress:
             self._sink.update(self.stage, self.done, self.total, self._note, self._unit)
 
 
-class BoardSink:
+class RayBoardSink:
     """The Ray sink: updates go to a ``Board`` actor, whose owner shows them."""
 
     def __init__(self, board: Any) -> None:
@@ -225,7 +225,7 @@ def start_board() -> Any:
 
 
 @contextlib.contextmanager
-def diverted(log: Path, make: Callable[[TextIO, TextIO, Path], Voice] = Terminal) -> Iterator[Voice]:
+def redirect_output(log: Path, make: Callable[[TextIO, TextIO, Path], JobOutput] = Terminal) -> Iterator[JobOutput]:
     """Send file descriptors 1 and 2 to ``log`` and yield what speaks on the old ones, made of them and the log."""
     log.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()

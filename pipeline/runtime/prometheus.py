@@ -63,7 +63,7 @@ METRICS: Mapping[str, Metric] = {
 
 
 @dataclass(frozen=True)
-class Source:
+class MetricTags:
     """Whose numbers they are: values of the tags of all metrics."""
 
     verb: str = "library"
@@ -75,18 +75,18 @@ class Source:
         return {name: getattr(self, name) for name in OF_ALL}
 
 
-_named = Source()
+_named = MetricTags()
 
 
-def name(verb: str, run: str) -> None:
+def set_run(verb: str, run: str) -> None:
     """Say what this process does, for every ``source`` after it: the command's verb, and an id as its log has it."""
     global _named
-    _named = Source(verb, run)
+    _named = MetricTags(verb, run)
 
 
-def source(stage: str) -> Source:
+def stage_tags(stage: str) -> MetricTags:
     """One stage of what this process does."""
-    return Source(_named.verb, _named.run, stage)
+    return MetricTags(_named.verb, _named.run, stage)
 
 
 def exported(metric: str) -> list[str]:
@@ -104,14 +104,14 @@ def as_markdown() -> str:
     return "\n".join(lines) + "\n"
 
 
-class Recorder:
+class MetricsRecorder:
     """Adds up numbers of one source, and hands them to Ray.
 
     In a ``with`` block a thread does so every ``FLUSH_S`` seconds, and the end of the block at last; else ``flush``
     is the caller's. Any thread may add. Without a Ray session nothing happens.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: MetricTags) -> None:
         self._tags, self._on = source.tags(), _ray_runs()
         self._lock = threading.Lock()
         self._counts: dict[tuple[str, str], float] = {}
@@ -176,9 +176,9 @@ class Recorder:
 
 
 @contextlib.contextmanager
-def running(source: Source) -> Iterator[Recorder]:
+def running(source: MetricTags) -> Iterator[MetricsRecorder]:
     """A recorder for a stage, which is seen to run as long as the block does."""
-    with Recorder(source) as told:
+    with MetricsRecorder(source) as told:
         told.set("dubito_running", 1.0)
         try:
             yield told
@@ -186,7 +186,7 @@ def running(source: Source) -> Iterator[Recorder]:
             told.set("dubito_running", 0.0)
 
 
-class Idle:
+class IdleTimer:
     """How long a process had nothing in hand, from its start to its first work on; calls may overlap."""
 
     def __init__(self) -> None:
@@ -204,7 +204,7 @@ class Idle:
             self._busy -= 1
             self._since = time.monotonic()
 
-    def take(self) -> float:
+    def take_s(self) -> float:
         """Seconds that were waited since the last time this was asked; a wait that goes on is not among them."""
         with self._lock:
             waited, self._waited = self._waited, 0.0

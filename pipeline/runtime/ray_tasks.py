@@ -8,7 +8,7 @@ import ray
 from ray.exceptions import RayTaskError
 
 
-def in_tasks(work: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+def map_in_tasks(work: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
     """``map`` by Ray tasks, at most as many at once as the cluster has CPUs; results in order, errors as they were."""
     call: Any = ray.remote(_call)
     most, waiting = max(1, int(ray.cluster_resources().get("CPU", 1))), deque[Any]()
@@ -31,7 +31,7 @@ def _result(reference: Any) -> Any:
         raise error.cause from None
 
 
-def forget_frames(error: BaseException | None) -> None:
+def drop_tracebacks(error: BaseException | None) -> None:
     """Drop the tracebacks of a chain of errors.
 
     Their frames hold the execution that failed, and that holds its actors: as long as somebody keeps the error,

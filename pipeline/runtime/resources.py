@@ -25,7 +25,7 @@ GROWTH_S = 900.0
 """How long a growing cluster is waited for: a machine, its image and Ray take some minutes."""
 
 
-def _most(kind: str) -> float:
+def _limit(kind: str) -> float:
     """What a cluster that grows may have of a resource at most, as ``DUBITO_GROWS`` says; 0 where it does not grow.
 
     Ray's autoscaler knows it, and does not tell (2.60).
@@ -45,7 +45,7 @@ def _most(kind: str) -> float:
         ) from None
 
 
-def _there(kind: str, wanted: float, patience_s: float = GROWTH_S) -> float:
+def _available(kind: str, wanted: float, patience_s: float = GROWTH_S) -> float:
     """What the cluster has of a resource, once it has grown to ``wanted`` if it can.
 
     A placement group is how Ray is asked: it is what this job waits for, and goes with it. It holds what came until
@@ -57,8 +57,8 @@ def _there(kind: str, wanted: float, patience_s: float = GROWTH_S) -> float:
     there = ray.cluster_resources().get(kind, 0)
     if there >= wanted:
         return there
-    if _most(kind) < wanted:
-        return max(there, _most(kind))
+    if _limit(kind) < wanted:
+        return max(there, _limit(kind))
     group = ray.util.placement_group([{kind: 1}] * math.ceil(wanted))
     try:
         came = group.wait(patience_s)
@@ -67,13 +67,13 @@ def _there(kind: str, wanted: float, patience_s: float = GROWTH_S) -> float:
     there = ray.cluster_resources().get(kind, 0)
     if not came and there < wanted:
         raise InputError(
-            f"the cluster may have {_most(kind):g} {kind}s, was asked for {wanted:g}, and has {there:g} after "
+            f"the cluster may have {_limit(kind):g} {kind}s, was asked for {wanted:g}, and has {there:g} after "
             f"{patience_s:.0f} s; ask its autoscaler why (ray status), or start the job again later"
         )
     return there
 
 
-def wake(gpus: int = 1, patience_s: float = GROWTH_S) -> None:
+def wait_for_cluster(gpus: int = 1, patience_s: float = GROWTH_S) -> None:
     """Let a cluster that sleeps have something to plan with: GPUs where it may have any, and two CPUs.
 
     Args:
@@ -83,11 +83,11 @@ def wake(gpus: int = 1, patience_s: float = GROWTH_S) -> None:
     Raises:
         InputError: They did not come.
     """
-    _there("GPU", min(gpus, _most("GPU")), patience_s)
-    _there("CPU", min(1 + DATA_CPUS, _most("CPU")), patience_s)
+    _available("GPU", min(gpus, _limit("GPU")), patience_s)
+    _available("CPU", min(1 + DATA_CPUS, _limit("CPU")), patience_s)
 
 
-def cpus(wanted: float, what: str) -> None:
+def require_cpus(wanted: float, what: str) -> None:
     """Refuse what would take all CPUs of the cluster, or more.
 
     Args:
@@ -97,7 +97,7 @@ def cpus(wanted: float, what: str) -> None:
     Raises:
         InputError: Fewer than ``wanted + DATA_CPUS`` are there.
     """
-    there = _there("CPU", wanted + DATA_CPUS)
+    there = _available("CPU", wanted + DATA_CPUS)
     if there < wanted + DATA_CPUS:
         raise InputError(
             f"{what} and {DATA_CPUS} CPU for reading want {wanted + DATA_CPUS:g} CPUs, the cluster has {there:g}; "
@@ -105,13 +105,13 @@ def cpus(wanted: float, what: str) -> None:
         )
 
 
-def gpus(workers: int) -> bool:
+def claim_gpus(workers: int) -> bool:
     """Whether training uses GPUs: one a worker, or none where the cluster has none.
 
     Raises:
         InputError: There are some, and fewer than workers.
     """
-    there = int(_there("GPU", workers))
+    there = int(_available("GPU", workers))
     if 0 < there < workers:
         raise InputError(
             f"train.workers = {workers} want a GPU each, the cluster has {there}; set it to {there}, or add GPUs"
@@ -119,7 +119,7 @@ def gpus(workers: int) -> bool:
     return there > 0
 
 
-def object_store(wanted: float, what: str) -> None:
+def require_object_store(wanted: float, what: str) -> None:
     """Refuse rows that would not fit into the object stores while they are on their way.
 
     Raises:
@@ -134,7 +134,7 @@ def object_store(wanted: float, what: str) -> None:
         )
 
 
-def disk(uri: str, wanted: float, what: str) -> None:
+def require_disk(uri: str, wanted: float, what: str) -> None:
     """Refuse to fill a local disk; other stores have no end that could be asked for.
 
     Raises:

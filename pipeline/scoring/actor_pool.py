@@ -15,7 +15,7 @@ GPU_CALLS = 3
 
 
 @dataclass(frozen=True)
-class Pool:
+class ActorPool:
     """How many actors hold the members, and what each takes."""
 
     size: int
@@ -42,7 +42,7 @@ def free_cpus(gpus: int = 1) -> float:
     Args:
         gpus: To wait for, where the cluster may grow so far.
     """
-    resources.wake(gpus)
+    resources.wait_for_cluster(gpus)
     deadline = time.monotonic() + SETTLE_S
     while True:
         total, free = ray.cluster_resources().get("CPU", 1), ray.available_resources().get("CPU", 0)
@@ -51,7 +51,7 @@ def free_cpus(gpus: int = 1) -> float:
         time.sleep(0.2)
 
 
-def plan(todo: int, actors: int | None, threads: int | None, free_cpus: float) -> Pool:
+def plan_actor_pool(todo: int, actors: int | None, threads: int | None, free_cpus: float) -> ActorPool:
     """An actor on each GPU; where there are none, as many as the free CPUs allow, one left to the readers.
 
     On CPUs each thread of an actor has a unit of its own, since many operations are too short to be shared: with a
@@ -63,12 +63,14 @@ def plan(todo: int, actors: int | None, threads: int | None, free_cpus: float) -
     """
     total = ray.cluster_resources()
     cpus, gpus = int(total.get("CPU", 1)), int(total.get("GPU", 0))
-    resources.cpus(1, "an actor that holds the members")
+    resources.require_cpus(1, "an actor that holds the members")
     if gpus:
         size = max(1, min(actors or gpus, todo))
-        return Pool(size, 1, 1, threads or max(1, min(16, cpus // gpus - 1)), calls=min(GPU_CALLS, -(-todo // size)))
+        return ActorPool(
+            size, 1, 1, threads or max(1, min(16, cpus // gpus - 1)), calls=min(GPU_CALLS, -(-todo // size))
+        )
     each = 2 if free_cpus >= 4 else 1
     size = max(1, min(actors or todo, todo, int((free_cpus - 1) // each)))
     threads = threads or min(2, cpus)
     calls = max(1, min(threads, todo // size))
-    return Pool(size, each, 0, max(1, threads // calls), calls)
+    return ActorPool(size, each, 0, max(1, threads // calls), calls)

@@ -14,7 +14,7 @@ TOLERANCE = 1e-3
 rounds otherwise in another order (4e-4 of 41 in a U-Net with a ResNet-34)."""
 
 
-def fold(module: nn.Module, side: int) -> nn.Module:
+def fold_batch_norms(module: nn.Module, side: int) -> nn.Module:
     """A copy of a network in eval mode whose batch norms are folded; the network itself where that cannot be.
 
     Which convolution feeds which norm is seen by running it once. What is folded are plain ``Conv2d`` whose output

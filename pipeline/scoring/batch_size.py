@@ -49,7 +49,7 @@ class BatchSize:
             return int(max(1, min(self.fixed, fitting)))
         return int(max(1, min(IMAGES_AT_ONCE if self.measured else FIRST_IMAGES, fitting)))
 
-    def learn(self, pixels: int, used: int, free: int) -> None:
+    def set_from_measurement(self, pixels: int, used: int, free: int) -> None:
         """Set the size by what a first batch of ``pixels`` took, ``used`` bytes, of ``free`` bytes."""
         if self.measured or not pixels:
             return
@@ -65,7 +65,7 @@ class BatchSize:
             torch.cuda.empty_cache()
 
 
-class Measured:
+class MeasurePeakMemory:
     """Around the first batch on a GPU: notes the most memory that it held at once."""
 
     def __init__(self, size: BatchSize, pixels: int) -> None:
@@ -83,7 +83,7 @@ class Measured:
         used = torch.cuda.max_memory_allocated(device) - self.before
         # What the allocator holds and nobody uses is as good as free.
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        self.size.learn(self.pixels, used, torch.cuda.mem_get_info(device)[0] + cached)
+        self.size.set_from_measurement(self.pixels, used, torch.cuda.mem_get_info(device)[0] + cached)
 
 
 def out_of_memory(error: BaseException) -> bool:

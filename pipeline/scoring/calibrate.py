@@ -13,11 +13,11 @@ from pipeline.datasets.dataset import DatasetInfo, open_dataset, row_groups
 from pipeline.errors import InputError
 from pipeline.models import bundle as bundles
 from pipeline.models.bundle import Bundle
-from pipeline.runtime.progress import Sink
+from pipeline.runtime.progress import ProgressSink
 from pipeline.scoring.job import score
 from pipeline.scoring.predictor import Purpose
 from pipeline.tasks import TASKS
-from pipeline.tasks.of_bundle import task_of
+from pipeline.tasks.of_bundle import task_for_bundle
 from pipeline.uncertainty import calibration
 from pipeline.uncertainty.calibration.settings import CalibrateSettings
 
@@ -30,7 +30,7 @@ def possible(task: str, info: DatasetInfo) -> bool:
 
 
 def calibrate(
-    bundle: Bundle, data: str, settings: CalibrateSettings, sink: Sink | None = None, **resources: Any
+    bundle: Bundle, data: str, settings: CalibrateSettings, sink: ProgressSink | None = None, **resources: Any
 ) -> Bundle:
     """The same weights with a calibration, and with ``settings.risk`` a review threshold; not committed.
 
@@ -51,16 +51,16 @@ def calibrate(
     row_groups(info, SPLIT)
     kind = _kind(bundle.task, settings.kind)
     run = _Run(data, info, sink, resources)
-    made = bundles.derive(bundle, calibration=None, threshold=None)
+    made = bundles.with_changes(bundle, calibration=None, threshold=None)
     if kind == "isotonic":
         made = _boxes(made, run)
     elif kind != "none":
         made = _pixels(made, run, kind)
     if bundle.task == "detection" and info.counts.get("val", {}).get("images", 0):
         best = run.score(made, "val", "metrics")["meters"].pool.compute()["best_f1"]
-        made = bundles.derive(made, score_threshold=best and best["score"])
+        made = bundles.with_changes(made, score_threshold=best and best["score"])
     if settings.risk is not None:
-        made = bundles.derive(made, threshold=_threshold(made, run, settings.risk, settings.delta))
+        made = bundles.with_changes(made, threshold=_threshold(made, run, settings.risk, settings.delta))
     return made
 
 
@@ -70,7 +70,7 @@ class _Run:
 
     data: str
     info: DatasetInfo
-    sink: Sink | None
+    sink: ProgressSink | None
     resources: dict[str, Any]
 
     @property
@@ -97,9 +97,9 @@ def _pixels(made: Bundle, run: _Run, kind: Any) -> Bundle:
     counted = run.score(made, SPLIT, "sample")["meters"].sample
     if not counted.pixels:
         raise InputError(f"split '{SPLIT}' of '{run.info.uri}' has no labelled pixel; label some of its images")
-    fitted = calibration.fit(counted.rows(), kind).to_dict()
+    fitted = calibration.fit_temperature(counted.rows(), kind).to_dict()
     known = {"fitted_on": run.source, "n": counted.images, "pixels": counted.pixels}
-    return bundles.derive(made, calibration={**fitted, **known})
+    return bundles.with_changes(made, calibration={**fitted, **known})
 
 
 def _boxes(made: Bundle, run: _Run) -> Bundle:
@@ -109,7 +109,7 @@ def _boxes(made: Bundle, run: _Run) -> Bundle:
     if meters.member_samples:
         own = [each.rows() for each in meters.member_samples]
         parameters["members"] = [calibration.fit_isotonic(each.score, each.overlap) for each in own]
-        made = bundles.derive(made, calibration={"kind": "isotonic", "parameters": parameters})
+        made = bundles.with_changes(made, calibration={"kind": "isotonic", "parameters": parameters})
         meters = run.score(made, SPLIT, "sample")["meters"]
     counted = meters.sample
     if not counted.images:
@@ -119,18 +119,18 @@ def _boxes(made: Bundle, run: _Run) -> Bundle:
     right = rows.hit > 0
     parameters["spread"] = calibration.fit_spread(rows.std[right], rows.error[right], rows.size[right])
     known = {"fitted_on": run.source, "n": counted.images, "boxes": counted.boxes}
-    return bundles.derive(made, calibration={"kind": "isotonic", "parameters": parameters, **known})
+    return bundles.with_changes(made, calibration={"kind": "isotonic", "parameters": parameters, **known})
 
 
 def _threshold(bundle: Bundle, run: _Run, risk: float, delta: float) -> dict[str, Any]:
     """The review threshold over the images of the split that are labelled and could be read."""
     rows = run.score(bundle, SPLIT, "metrics")["meters"].pool.images_table()
     use = np.isfinite(rows["loss"])
-    threshold = calibration.review_threshold(rows["score"][use], rows["loss"][use], risk, delta)
-    return {**threshold.to_dict(), "fitted_on": run.source, "score": task_of(bundle).score}
+    threshold = calibration.fit_review_threshold(rows["score"][use], rows["loss"][use], risk, delta)
+    return {**threshold.to_dict(), "fitted_on": run.source, "score": task_for_bundle(bundle).uncertainty_measure}
 
 
-def sentence(bundle: Bundle) -> str:
+def describe_calibration(bundle: Bundle) -> str:
     """What was found, for a person."""
     fitted, threshold = bundle.manifest["calibration"], bundle.manifest["threshold"]
     parts = ["not calibrated"]

@@ -21,18 +21,18 @@ from pipeline.runtime import prometheus
 
 CAREFUL_FROM = 3
 """Start of a unit from which on its images are predicted one by one: the first deaths may be anybody's fault."""
-GUILTY = 2
+DEATHS_TO_SKIP = 2
 """Deaths with the same image in hand that make it the culprit: other units of that process die with it."""
-MOST = 8
+MAX_STARTS = 8
 """Starts of a unit after which the job ends, and two more for every culprit in it."""
-ADVICE = (
+MEMORY_HINT = (
     "most likely for want of memory; give it more, run fewer actors, or lower the members' input.size or predict.tta"
 )
 _COUNTS = ("statuses", "decisions")
-CULPRIT = "the process that predicted this image ended, twice: out of memory, or a library that it breaks"
+SKIPPED_IMAGE = "the process that predicted this image ended, twice: out of memory, or a library that it breaks"
 
 
-class Starts:
+class StartCounter:
     """Counts, in an actor of its own that outlives those that it counts."""
 
     def __init__(self) -> None:
@@ -41,25 +41,25 @@ class Starts:
         self._deaths: dict[int, Counter[int]] = {}
         self._births = 0
 
-    def born(self) -> int:
+    def process_started(self) -> int:
         """How many processes were started since a unit was last finished, this one included."""
         self._births += 1
         return self._births
 
-    def begin(self, unit: int) -> tuple[int, list[int]]:
+    def unit_started(self, unit: int) -> tuple[int, list[int]]:
         """(how often the unit was started, this time included; its rows that ended a process ``GUILTY`` times)."""
         self._starts[unit] += 1
         row = self._in_hand.pop(unit, None)
         if row is not None:
             self._deaths.setdefault(unit, Counter())[row] += 1
         deaths = self._deaths.get(unit, Counter())
-        return self._starts[unit], sorted(row for row, count in deaths.items() if count >= GUILTY)
+        return self._starts[unit], sorted(row for row, count in deaths.items() if count >= DEATHS_TO_SKIP)
 
-    def take(self, unit: int, row: int) -> None:
+    def image_started(self, unit: int, row: int) -> None:
         """That row is in hand now."""
         self._in_hand[unit] = row
 
-    def done(self, unit: int) -> None:
+    def unit_done(self, unit: int) -> None:
         """Forget the unit."""
         self._births = 0
         self._starts.pop(unit, None)  # this actor may be a new one
@@ -68,12 +68,12 @@ class Starts:
 
 
 @contextlib.contextmanager
-def counting() -> Iterator[Any]:
+def start_counter() -> Iterator[Any]:
     """The actor, while the block runs.
 
     It is ended by hand: Ray never gives up an actor whose handle was pickled by somebody else, as in ``packed``.
     """
-    actor: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Starts)
+    actor: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(StartCounter)
     starts = actor.remote()
     try:
         yield starts
@@ -82,17 +82,17 @@ def counting() -> Iterator[Any]:
             ray.kill(starts)
 
 
-def begin(starts: Any, unit: int, source: prometheus.Source) -> tuple[int, list[int]]:
+def record_unit_start(starts: Any, unit: int, source: prometheus.MetricTags) -> tuple[int, list[int]]:
     """``Starts.begin``; what is begun again is counted for those who watch, too."""
     count, culprits = ray.get(starts.begin.remote(unit))
     if count > 1:
-        told = prometheus.Recorder(source)
+        told = prometheus.MetricsRecorder(source)
         told.count("dubito_restarts_total", 1, "unit")
         told.flush()
     return count, culprits
 
 
-class Guarded:
+class GuardedActor:
     """What Ray starts as an actor: counted before anything large is imported, then what ``packed`` makes.
 
     Args:
@@ -102,33 +102,33 @@ class Guarded:
         source: Whose the metrics are: how long this process waits for units.
     """
 
-    def __init__(self, packed: bytes, starts: Any, most: int, source: prometheus.Source) -> None:
+    def __init__(self, packed: bytes, starts: Any, most: int, source: prometheus.MetricTags) -> None:
         births: Any = ray.get(starts.born.remote())
         self._inner: Any = None
-        self._fault = f"processes that hold the members were started {births} times in vain, {ADVICE}"
+        self._fault = f"processes that hold the members were started {births} times in vain, {MEMORY_HINT}"
         if births <= most:
             make, args = pickle.loads(packed)
             self._inner = make(*args)
-        self._told, self._idle = prometheus.Recorder(source), prometheus.Idle()
+        self._told, self._idle = prometheus.MetricsRecorder(source), prometheus.IdleTimer()
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """``batch`` is one row: a unit."""
         if self._inner is None:
-            return to_row(UnitFile(batch["unit"][0].as_py(), "", 0, 0, "", {}, 0.0), self._fault)
+            return unit_result_to_table(UnitFile(batch["unit"][0].as_py(), "", 0, 0, "", {}, 0.0), self._fault)
         with self._idle:
-            self._told.count("dubito_wait_seconds_total", self._idle.take())
+            self._told.count("dubito_wait_seconds_total", self._idle.take_s())
             self._told.flush()
             return self._inner(batch)
 
 
-def to_row(item: UnitFile, fault: str) -> pa.Table:
+def unit_result_to_table(item: UnitFile, fault: str) -> pa.Table:
     """What the driver hears of a unit; a fault instead of a result: Ray loses the type of what an actor raises."""
     values = {**item.listed(), "uncertainty_sum": item.uncertainty_sum, "fault": fault, "metrics": item.metrics}
     values |= {name: json.dumps(getattr(item, name)) for name in _COUNTS} | {"scalars": item.scalars}
     return pa.table({key: [value] for key, value in values.items()})
 
 
-def from_row(row: dict[str, Any]) -> UnitFile:
+def unit_result_from_row(row: dict[str, Any]) -> UnitFile:
     """And back.
 
     Raises:

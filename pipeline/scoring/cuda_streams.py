@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 
-class Lanes:
+class ModelStreams:
     """On a CPU threads run beside one another, unless they take turns there too.
 
     A thread enters ``own`` with everything it does for one batch, and within it ``model``. There its work joins the
@@ -25,7 +25,7 @@ class Lanes:
         self._model: Any = torch.cuda.Stream(device) if self._cuda else None
 
     @contextlib.contextmanager
-    def own(self) -> Iterator[None]:
+    def thread_stream(self) -> Iterator[None]:
         """The calling thread's stream; leaving it waits until all is done, so what was made there may be dropped."""
         if not self._cuda:
             yield
@@ -40,7 +40,7 @@ class Lanes:
             self._local.stream.synchronize()
 
     @contextlib.contextmanager
-    def model(self) -> Iterator[None]:
+    def model_stream(self) -> Iterator[None]:
         """Of a GPU one thread at a time, which does not wait for the device."""
         with self._lock:
             if not self._cuda:

@@ -14,7 +14,7 @@ def member_sample(k: int) -> str:
     return f"{SAMPLE}{k}"
 
 
-class Meters:
+class EnsembleMetrics:
     """Counters by name.
 
     ``pool``; ``0``, ``1``... for the members; ``uncalibrated`` for the pool as it was before calibration; and
@@ -45,7 +45,7 @@ class Meters:
         count = sum(name.startswith(SAMPLE) for name in self.counters) - 1
         return [self.counters[member_sample(k)] for k in range(count)]
 
-    def merge(self, other: "Meters") -> None:
+    def merge(self, other: "EnsembleMetrics") -> None:
         """Add what ``other`` has counted."""
         for name, counter in self.counters.items():
             counter.merge(other.counters[name])

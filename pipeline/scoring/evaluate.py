@@ -10,10 +10,10 @@ from pipeline.errors import InputError
 from pipeline.metrics import bootstrap, detection_bootstrap
 from pipeline.metrics.ranking import auroc, fpr_at_tpr, spearman
 from pipeline.models.bundle import Bundle, open_bundle
-from pipeline.runtime.progress import Sink
-from pipeline.scoring.ensemble_metrics import Meters
+from pipeline.runtime.progress import ProgressSink
+from pipeline.scoring.ensemble_metrics import EnsembleMetrics
 from pipeline.scoring.job import score
-from pipeline.scoring.plan import make_plan
+from pipeline.scoring.plan import plan_scoring
 
 GAINS = ("iou", "nll", "brier")
 """Figures that the pool is compared in with its members."""
@@ -26,7 +26,7 @@ def evaluate(
     *,
     shift_data: str | None = None,
     shift_split: str | None = None,
-    sink: Sink | None = None,
+    sink: ProgressSink | None = None,
     **resources: Any,
 ) -> tuple[dict[str, Any], pa.Table]:
     """Metrics of ``bundle`` on ``split``; nothing is written.
@@ -55,12 +55,12 @@ def evaluate(
     """
     opened = open_bundle(bundle)
     if shift_data is not None:
-        make_plan(opened, shift_data, shift_split, measure=False)  # refused now, not after the first pass
+        plan_scoring(opened, shift_data, shift_split, measure=False)  # refused now, not after the first pass
     made = score(opened, data, split=split, measure="metrics", scalars=True, sink=sink, **resources)
     info, shift = open_dataset(data), None
     if shift_data is not None:
         other = score(opened, shift_data, split=shift_split, scalars=True, sink=sink, **resources)
-        shift = shifted(made["scalars"], other["scalars"], shift_data)
+        shift = shift_detection(made["scalars"], other["scalars"], shift_data)
     metrics = {
         **made["metrics"],
         **_of_images(made["meters"], made["scalars"], opened),
@@ -76,14 +76,14 @@ def evaluate(
     return metrics, made["scalars"]
 
 
-def _of_images(meters: Meters, scalars: pa.Table, bundle: Bundle) -> dict[str, Any]:
-    added = gain if bundle.task == "segmentation" else gain_of_boxes
+def _of_images(meters: EnsembleMetrics, scalars: pa.Table, bundle: Bundle) -> dict[str, Any]:
+    added = segmentation_gain if bundle.task == "segmentation" else detection_gain
     # Losses of unlike models cannot be compared.
-    validated = bundle.manifest["metrics"] if bundle.alike else None
-    return {"gain": added(meters, validated), "spearman_by_measure": ranked(meters, scalars)}
+    validated = bundle.manifest["metrics"] if bundle.same_model else None
+    return {"gain": added(meters, validated), "spearman_by_measure": rank_uncertainty_measures(meters, scalars)}
 
 
-def gain(meters: Meters, validated: Any) -> dict[str, Any] | None:
+def segmentation_gain(meters: EnsembleMetrics, validated: Any) -> dict[str, Any] | None:
     """What the pool adds, on the same images: ``{difference, low, high}`` of IoU, NLL and Brier score.
 
     ``over_mean_member``: minus the members' mean. ``over_chosen_member``: minus the member that had the
@@ -102,7 +102,7 @@ def gain(meters: Meters, validated: Any) -> dict[str, Any] | None:
     return out
 
 
-def gain_of_boxes(meters: Meters, validated: Any) -> dict[str, Any] | None:
+def detection_gain(meters: EnsembleMetrics, validated: Any) -> dict[str, Any] | None:
     """The same in mAP, mAP@.5 and LaECE of the pool, calibrated where the bundle is."""
     if len(meters.members) < 2 or not len(meters.pool.images_table()["ids"]):
         return None
@@ -116,7 +116,7 @@ def _chosen(validated: Any, members: int) -> int | None:
     return int(np.argmin(known)) if len(known) == members and None not in known else None
 
 
-def ranked(meters: Meters, scalars: pa.Table) -> dict[str, float | None]:
+def rank_uncertainty_measures(meters: EnsembleMetrics, scalars: pa.Table) -> dict[str, float | None]:
     """Spearman's correlation of each number of an image with its IoU, to choose ``predict.uncertainty`` by.
 
     The more negative the better; of ``member_dice``, which is no doubt but its opposite, one minus it is taken.
@@ -139,7 +139,7 @@ def _measures(scalars: pa.Table) -> dict[str, np.ndarray]:
     return {name: 1 - values if name == "member_dice" else values for name, values in columns.items()}
 
 
-def shifted(here: pa.Table, there: pa.Table, where: str) -> dict[str, Any]:
+def shift_detection(here: pa.Table, there: pa.Table, where: str) -> dict[str, Any]:
     """How well each number of an image tells ``there`` from ``here``: AUROC, and FPR at a TPR of 95 %.
 
     ``member_dice`` is taken as doubt: one minus it.

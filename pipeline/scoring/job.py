@@ -24,20 +24,20 @@ from pipeline.models.bundle import Bundle, open_bundle
 from pipeline.models.device import Compile, Precision
 from pipeline.predictions import Attempt, UnitFile
 from pipeline.runtime import memory, prometheus, ray_tasks
-from pipeline.runtime.progress import NoSink, Progress, Sink
+from pipeline.runtime.progress import Progress, ProgressSink, SilentSink
 from pipeline.scoring import actor_pool, crash_guard, run_metrics
-from pipeline.scoring.ensemble_metrics import Meters
-from pipeline.scoring.plan import UNIT_ROWS, Plan, Unit, make_plan
+from pipeline.scoring.ensemble_metrics import EnsembleMetrics
+from pipeline.scoring.plan import UNIT_ROWS, ScoringPlan, WorkUnit, plan_scoring
 from pipeline.scoring.predictor import Predictor, Purpose
 from pipeline.scoring.unit_reader import Reader, read_stream, without_image, write_stream
-from pipeline.tasks.of_bundle import task_of
+from pipeline.tasks.of_bundle import task_for_bundle
 
 _READ_CPUS = 0.5
 """A reading task mostly waits; and what differs from the actor's resources Ray does not fuse into the actor."""
 
 
 def predict(
-    bundle: str, data: str, out: str, split: str | None = None, sink: Sink | None = None, **resources: Any
+    bundle: str, data: str, out: str, split: str | None = None, sink: ProgressSink | None = None, **resources: Any
 ) -> dict[str, Any]:
     """Score a dataset or a folder of images and commit the predictions at ``out``; see ``score``."""
     return score(bundle, data, out=out, split=split, sink=sink, **resources)
@@ -51,7 +51,7 @@ def score(
     split: str | None = None,
     measure: Purpose | None = None,
     scalars: bool = False,
-    sink: Sink | None = None,
+    sink: ProgressSink | None = None,
     actors: int | None = None,
     threads: int | None = None,
     batch: int | None = None,
@@ -88,26 +88,28 @@ def score(
     """
     began = time.monotonic()
     opened = open_bundle(bundle) if isinstance(bundle, str) else bundle
-    plan = make_plan(opened, data, split, measure=measure is not None)
+    plan = plan_scoring(opened, data, split, measure=measure is not None)
     out = None if out is None else storage.absolute(out)
-    if out is not None and (found := predictions.committed(out, plan.inputs)) is not None:
+    if out is not None and (found := predictions.committed_manifest(out, plan.inputs)) is not None:
         return _done_already(opened, plan, split, out, found, measure is not None)
     attempt = None
     if out is not None:
-        mapper = ray_tasks.in_tasks
-        attempt = predictions.start(out, inputs=plan.inputs, digest=plan.digest, pieces=plan.pieces, mapper=mapper)
+        mapper = ray_tasks.map_in_tasks
+        attempt = predictions.start_attempt(
+            out, inputs=plan.inputs, digest=plan.digest, pieces=plan.pieces, mapper=mapper
+        )
     adopted = attempt.adopted if attempt is not None else {}
-    progress = Progress(sink or NoSink(), "evaluate" if out is None else "predict", plan.rows, 0)
+    progress = Progress(sink or SilentSink(), "evaluate" if out is None else "predict", plan.rows, 0)
     progress.advance(sum(item.rows for item in adopted.values()))
     todo = [unit for unit in plan.units if unit.number not in adopted]
-    pool = actor_pool.plan(len(todo), actors, threads, actor_pool.free_cpus(actors or 1) if todo else 1)
+    pool = actor_pool.plan_actor_pool(len(todo), actors, threads, actor_pool.free_cpus(actors or 1) if todo else 1)
     steps = opened.members * sum(unit.rows for unit in todo) // (pool.size * UNIT_ROWS)
     options = {"threads": pool.threads, "calls": pool.calls, "batch": batch, "precision": precision}
     options |= {"compile": compile, "steps": steps}
-    wanted = _Wanted(measure, scalars and out is None, options, prometheus.source(progress.stage))
-    made = run_metrics.counted(_run(opened, plan, todo, attempt, wanted, progress, pool), wanted.source)
+    wanted = _Wanted(measure, scalars and out is None, options, prometheus.stage_tags(progress.stage))
+    made = run_metrics.count_finished_units(_run(opened, plan, todo, attempt, wanted, progress, pool), wanted.source)
     finished = sorted([*adopted.values(), *made], key=lambda item: item.unit)
-    predictions.check(finished, plan.expected)
+    predictions.check_complete(finished, plan.expected)
     summary = _summary(opened, plan, split, finished, wanted)
     if attempt is not None:
         summary = _commit(opened, plan, attempt, finished, summary)
@@ -116,7 +118,7 @@ def score(
 
 
 def _done_already(
-    bundle: Bundle, plan: Plan, split: str | None, out: str | None, manifest: dict[str, Any], measure: bool
+    bundle: Bundle, plan: ScoringPlan, split: str | None, out: str | None, manifest: dict[str, Any], measure: bool
 ) -> dict[str, Any]:
     if measure and "metrics" not in manifest:
         raise InputError(f"'{out}' was committed without metrics; use dubito evaluate, or another output")
@@ -127,7 +129,7 @@ def _done_already(
 
 
 def _summary(
-    bundle: Bundle, plan: Plan, split: str | None, finished: Sequence[UnitFile], wanted: "_Wanted"
+    bundle: Bundle, plan: ScoringPlan, split: str | None, finished: Sequence[UnitFile], wanted: "_Wanted"
 ) -> dict[str, Any]:
     statuses = predictions.count_statuses(finished)
     ok, total = statuses.get("ok", 0), sum(item.uncertainty_sum for item in finished)
@@ -149,10 +151,10 @@ def _summary(
 
 
 def _commit(
-    bundle: Bundle, plan: Plan, attempt: Attempt, finished: Sequence[UnitFile], summary: dict[str, Any]
+    bundle: Bundle, plan: ScoringPlan, attempt: Attempt, finished: Sequence[UnitFile], summary: dict[str, Any]
 ) -> dict[str, Any]:
     extra = {key: summary[key] for key in ("bundle_id", "members", "uncertainty_mean", "metrics") if key in summary}
-    manifest = predictions.commit(
+    manifest = predictions.commit_attempt(
         attempt, finished, expected=plan.expected, inputs=plan.inputs, extra={"task": bundle.task, **extra}
     )
     number = manifest["attempt"]
@@ -161,25 +163,25 @@ def _commit(
 
 def _run(
     bundle: Bundle,
-    plan: Plan,
-    todo: Sequence[Unit],
+    plan: ScoringPlan,
+    todo: Sequence[WorkUnit],
     attempt: Attempt | None,
     wanted: "_Wanted",
     progress: Progress,
-    pool: actor_pool.Pool,
+    pool: actor_pool.ActorPool,
 ) -> Iterator[UnitFile]:
     """Score the units; yields each as it is finished, in no order."""
     if not todo:
         return
     out = (attempt.uri, attempt.name, attempt.digest) if attempt is not None else None
-    with crash_guard.counting() as starts:
+    with crash_guard.start_counter() as starts:
         packed = ray.cloudpickle.dumps((Scorer, (bundle, wanted, out, starts)))  # pyright: ignore[reportAttributeAccessIssue]
-        args = (packed, starts, crash_guard.MOST * pool.size, wanted.source)
+        args = (packed, starts, crash_guard.MAX_STARTS * pool.size, wanted.source)
         yield from _stream(plan, todo, args, progress, pool)
 
 
 def _stream(
-    plan: Plan, todo: Sequence[Unit], args: tuple[Any, ...], progress: Progress, pool: actor_pool.Pool
+    plan: ScoringPlan, todo: Sequence[WorkUnit], args: tuple[Any, ...], progress: Progress, pool: actor_pool.ActorPool
 ) -> Iterator[UnitFile]:
     """Units through readers and actors; ``args`` are those of ``Guarded``."""
     # One block a unit; a source of rows in memory spares the range operator and its task for each unit.
@@ -189,7 +191,7 @@ def _stream(
         ray.data.from_arrow(blocks)
         .map_batches(reader, batch_size=1, batch_format="pyarrow", num_cpus=_READ_CPUS)
         .map_batches(
-            crash_guard.Guarded,
+            crash_guard.GuardedActor,
             batch_size=1,
             batch_format="pyarrow",
             compute=pool.strategy,
@@ -201,11 +203,11 @@ def _stream(
     found: Any = iter(rows.iter_rows())
     try:
         for row in found:
-            item = crash_guard.from_row(row)
+            item = crash_guard.unit_result_from_row(row)
             progress.advance(item.rows)
             yield item
     except Exception as error:
-        ray_tasks.forget_frames(error)
+        ray_tasks.drop_tracebacks(error)
         raise
     finally:
         if hasattr(found, "close"):
@@ -214,7 +216,7 @@ def _stream(
         gc.collect()
 
 
-def _spec(unit: Unit) -> str:
+def _spec(unit: WorkUnit) -> str:
     return json.dumps({"rows": unit.rows, "source": unit.source, "files": unit.files})
 
 
@@ -226,7 +228,7 @@ class _Wanted:
     scalars: bool
     options: dict[str, Any]
     """Of ``Predictor``."""
-    source: prometheus.Source
+    source: prometheus.MetricTags
 
 
 class Scorer:
@@ -237,7 +239,7 @@ class Scorer:
 
     def __init__(self, bundle: Bundle, wanted: _Wanted, out: tuple[str, str, str] | None, starts: Any) -> None:
         torch.set_num_threads(wanted.options["threads"])
-        memory.keep_memory()
+        memory.keep_freed_memory()
         self.wanted, self.out, self.starts = wanted, out, starts
         self.fault: str | None = None
         try:
@@ -250,28 +252,28 @@ class Scorer:
         unit, fault = batch["unit"][0].as_py(), self.fault or batch["fault"][0].as_py()
         nothing = UnitFile(unit, "", 0, 0, "", {}, 0.0)
         if fault is not None:
-            return crash_guard.to_row(nothing, fault)
+            return crash_guard.unit_result_to_table(nothing, fault)
         try:
             table = read_stream(batch["images"][0].as_buffer())
             found = self._score(unit, table, json.loads(batch["files"][0].as_py()))
             self.starts.done.remote(unit)
-            return crash_guard.to_row(found, "")
+            return crash_guard.unit_result_to_table(found, "")
         except InputError as error:
-            return crash_guard.to_row(nothing, str(error))
+            return crash_guard.unit_result_to_table(nothing, str(error))
 
-    def _ask(self, table: pa.Table) -> tuple[pa.Table, Meters | None]:
+    def _ask(self, table: pa.Table) -> tuple[pa.Table, EnsembleMetrics | None]:
         if self.wanted.measure is None:
             return self.predictor(table), None
         return self.predictor.measure(table, self.wanted.measure)
 
-    def _survive(self, unit: int, table: pa.Table) -> tuple[pa.Table, Meters | None]:
+    def _survive(self, unit: int, table: pa.Table) -> tuple[pa.Table, EnsembleMetrics | None]:
         """As ``_ask``; a unit whose process died before goes image by image, without those that it died of."""
-        count, culprits = crash_guard.begin(self.starts, unit, self.wanted.source)
-        if count > crash_guard.MOST + 2 * len(culprits):
+        count, culprits = crash_guard.record_unit_start(self.starts, unit, self.wanted.source)
+        if count > crash_guard.MAX_STARTS + 2 * len(culprits):
             first, last = (table["image_id"][row].as_py() for row in (0, -1))
             raise InputError(
                 f"the process that predicted the images from '{first}' to '{last}' ended {count - 1} times, "
-                f"{crash_guard.ADVICE}"
+                f"{crash_guard.MEMORY_HINT}"
             )
         if count < crash_guard.CAREFUL_FROM:
             return self._ask(table)
@@ -279,7 +281,7 @@ class Scorer:
         for row in range(table.num_rows):
             ray.get(self.starts.take.remote(unit, row))
             one = table.slice(row, 1)
-            scored, counted = self._ask(without_image(one, crash_guard.CULPRIT) if row in culprits else one)
+            scored, counted = self._ask(without_image(one, crash_guard.SKIPPED_IMAGE) if row in culprits else one)
             rows.append(scored)
             if meters is not None and counted is not None:
                 meters.merge(counted)
@@ -307,11 +309,11 @@ def _is_scalar(kind: pa.DataType) -> bool:
     return pa.types.is_string(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind)
 
 
-def _merged(bundle: Bundle, finished: Sequence[UnitFile]) -> Meters:
+def _merged(bundle: Bundle, finished: Sequence[UnitFile]) -> EnsembleMetrics:
     """What was counted over all units, whatever attempt they are from, added in the order of the plan."""
-    task = task_of(bundle)
-    metric, sample = task.metric(), task.new_sample()
-    total, *rest = (Meters.from_bytes(item.metrics, metric, sample) for item in finished)
+    task = task_for_bundle(bundle)
+    metric, sample = task.metric(), task.new_calibration_sample()
+    total, *rest = (EnsembleMetrics.from_bytes(item.metrics, metric, sample) for item in finished)
     for each in rest:
         total.merge(each)
     return total

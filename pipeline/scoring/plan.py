@@ -36,7 +36,7 @@ _COLUMNS = ["image_id", "uri", "sha256", "image", "height", "width"]
 
 
 @dataclass(frozen=True)
-class Unit:
+class WorkUnit:
     """``rows`` images and where they are, as JSON types: what a task gets."""
 
     number: int
@@ -53,10 +53,10 @@ class Unit:
 
 
 @dataclass(frozen=True)
-class Piece:
+class UnitGroup:
     """Neighbouring units of one shard, or of some pages of a listing: what is adopted by one task."""
 
-    members: tuple[Unit, ...]
+    members: tuple[WorkUnit, ...]
     data: str
     """URI of the dataset."""
 
@@ -80,10 +80,10 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ScoringPlan:
     """All units of one job, and what its result depends on."""
 
-    units: tuple[Unit, ...]
+    units: tuple[WorkUnit, ...]
     inputs: dict[str, Any]
     info: DatasetInfo | None
     """None for a folder of images."""
@@ -96,14 +96,14 @@ class Plan:
         return {unit.number: unit.rows for unit in self.units}
 
     @cached_property
-    def pieces(self) -> list[Piece]:
+    def pieces(self) -> list[UnitGroup]:
         """All units, by shard or by pages."""
 
-        def key(unit: Unit) -> Any:
+        def key(unit: WorkUnit) -> Any:
             return unit.source.get("file", unit.number // PIECE_PAGES)
 
         data = self.info.uri if self.info is not None else ""
-        return [Piece(tuple(part), data) for _, part in groupby(self.units, key)]
+        return [UnitGroup(tuple(part), data) for _, part in groupby(self.units, key)]
 
     @property
     def rows(self) -> int:
@@ -117,7 +117,7 @@ class Plan:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def make_plan(bundle: Bundle, data: str, split: str | None, *, measure: bool) -> Plan:
+def plan_scoring(bundle: Bundle, data: str, split: str | None, *, measure: bool) -> ScoringPlan:
     """The units of ``data``, which is a dataset (``dataset.json`` is there) or a folder of images.
 
     Args:
@@ -149,27 +149,27 @@ def _inputs(bundle: Bundle, kind: str, digest: str, splits: Sequence[str]) -> di
     }
 
 
-def _plan_dataset(bundle: Bundle, info: DatasetInfo, split: str | None, measure: bool) -> Plan:
+def _plan_dataset(bundle: Bundle, info: DatasetInfo, split: str | None, measure: bool) -> ScoringPlan:
     if measure:
-        check_truth(bundle, info)
+        require_labels(bundle, info)
     splits = [split] if split is not None else [name for name in SPLITS if info.counts.get(name, {}).get("images")]
     if not splits:
         raise InputError(f"dataset '{info.uri}' has no rows; ingest some images")
     groups = [group for name in splits for group in row_groups(info, name)]
     step = UNIT_ROWS if len(groups) <= FEW_GROUPS else max(group.rows for group in groups)
-    units: list[Unit] = []
+    units: list[WorkUnit] = []
     for group in groups:
         for start in range(0, group.rows, step):
             rows = min(step, group.rows - start)
             # Relative to the dataset, so that a moved or mirrored one is the same input.
             file = group.file.removeprefix(info.uri).lstrip("/")
             source = {"file": file, "group": group.index, "group_rows": group.rows, "start": start}
-            units.append(Unit(len(units), rows, source))
+            units.append(WorkUnit(len(units), rows, source))
     columns = [*_COLUMNS, *(LABEL_COLUMNS[bundle.task] if measure else [])]
-    return Plan(tuple(units), _inputs(bundle, "dataset", info.fingerprint, splits), info, tuple(columns))
+    return ScoringPlan(tuple(units), _inputs(bundle, "dataset", info.fingerprint, splits), info, tuple(columns))
 
 
-def check_truth(bundle: Bundle, info: DatasetInfo) -> None:
+def require_labels(bundle: Bundle, info: DatasetInfo) -> None:
     """The dataset has labels for the bundle's task, and the same classes.
 
     Raises:
@@ -190,12 +190,12 @@ def check_truth(bundle: Bundle, info: DatasetInfo) -> None:
             )
 
 
-def _plan_folder(bundle: Bundle, root: str) -> Plan:
+def _plan_folder(bundle: Bundle, root: str) -> ScoringPlan:
     listed = storage.list_files(root, decode.IMAGE_SUFFIXES)
     if not listed:
         endings = ", ".join(decode.IMAGE_SUFFIXES)
         raise InputError(f"no images in '{root}': wanted files ending in {endings}, or a dataset; check the path")
-    units: list[Unit] = []
+    units: list[WorkUnit] = []
     page: list[storage.Listed] = []
     for at, file in enumerate(listed):
         page.append(file)
@@ -207,7 +207,7 @@ def _plan_folder(bundle: Bundle, root: str) -> Plan:
                 "paths": [item.path for item in page],
                 "sizes": [item.size for item in page],
             }
-            units.append(Unit(len(units), len(page), source))
+            units.append(WorkUnit(len(units), len(page), source))
             page = []
     digest = hashlib.sha256("\n".join([root, *(f"{item.size} {item.path}" for item in listed)]).encode())
-    return Plan(tuple(units), _inputs(bundle, "folder", digest.hexdigest(), []), None, ())
+    return ScoringPlan(tuple(units), _inputs(bundle, "folder", digest.hexdigest(), []), None, ())

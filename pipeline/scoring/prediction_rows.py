@@ -12,7 +12,7 @@ from pipeline.schema import PREDICTIONS
 _CARRIED = ("image_id", "uri", "sha256")
 
 
-class Rows:
+class PredictionRows:
     """The output rows while they are being filled, in the order of the input.
 
     Args:
@@ -31,13 +31,13 @@ class Rows:
         self.columns["bundle_id"] = [bundle.id] * count
         self.columns["members"] = [members] * count
         self.missing = [not value.is_valid for value in table["image"]]
-        for row in self.usable():
+        for row in self.usable_rows():
             self.columns["status"][row] = None
         for row, absent in enumerate(self.missing):
             if absent and self.columns["status"][row] in (None, "ok"):
                 self.fail(row, "missing", "no image bytes")
 
-    def usable(self) -> list[int]:
+    def usable_rows(self) -> list[int]:
         """Rows that have bytes and have not failed."""
         status = self.columns["status"]
         return [row for row, absent in enumerate(self.missing) if not absent and status[row] in (None, "ok")]
@@ -64,7 +64,7 @@ class Rows:
         limit = self.threshold["value"]
         return "accept" if limit is not None and np.float32(uncertainty) <= np.float32(limit) else "review"
 
-    def table(self) -> pa.Table:
+    def to_table(self) -> pa.Table:
         """The finished rows; every one has a status."""
         assert None not in self.columns["status"]
         return pa.Table.from_pydict(self.columns, schema=self.schema)

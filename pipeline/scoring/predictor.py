@@ -23,16 +23,24 @@ from pipeline.images import decode
 from pipeline.images.batch import Batch
 from pipeline.images.gpu_decode import DeviceDecoder
 from pipeline.models.bundle import Bundle, open_bundle
-from pipeline.models.device import Compile, Compiled, Precision, autocast, pick_device, place, wants_compile
-from pipeline.scoring.batch_norm_folding import fold
-from pipeline.scoring.batch_size import BatchSize, Measured, out_of_memory
-from pipeline.scoring.cuda_streams import Lanes
-from pipeline.scoring.ensemble_metrics import POOL, SAMPLE, UNCALIBRATED, Meters, member_sample
-from pipeline.scoring.prediction_rows import Rows
-from pipeline.scoring.sliding_window import through_windows, uses_windows
+from pipeline.models.device import (
+    Compile,
+    Compiled,
+    Precision,
+    autocast,
+    pick_device,
+    to_device_channels_last,
+    wants_compile,
+)
+from pipeline.scoring.batch_norm_folding import fold_batch_norms
+from pipeline.scoring.batch_size import BatchSize, MeasurePeakMemory, out_of_memory
+from pipeline.scoring.cuda_streams import ModelStreams
+from pipeline.scoring.ensemble_metrics import POOL, SAMPLE, UNCALIBRATED, EnsembleMetrics, member_sample
+from pipeline.scoring.prediction_rows import PredictionRows
+from pipeline.scoring.sliding_window import needs_sliding_window, sliding_window_logits
 from pipeline.tasks.base import Failure
-from pipeline.tasks.of_bundle import task_of
-from pipeline.uncertainty.tta import View, each_pass
+from pipeline.tasks.of_bundle import task_for_bundle
+from pipeline.uncertainty.tta import View, inference_passes
 
 Purpose = Literal["metrics", "sample"]
 """What is counted against labels: metrics of pool and members, or what a calibration is fitted on."""
@@ -74,13 +82,13 @@ class Predictor:
         self.stride = math.lcm(*(int(getattr(module, "stride", 1)) for module in self.members))
         # Frames in coarser steps than the model asks for, so that images of nearly one size share a batch.
         threads = threads or len(os.sched_getaffinity(0))
-        self.task = task_of(self.bundle, threads, math.lcm(32, self.stride))
+        self.task = task_for_bundle(self.bundle, threads, math.lcm(32, self.stride))
         self.input, self.inference = self.task.input, self.task.inference
-        self.passes = list(each_pass(self.inference))
+        self.passes = list(inference_passes(self.inference))
         if self.inference.dropout_passes:
             self._switch_dropout_on()
         self.size = BatchSize(self.device, batch, calls)
-        self.lanes = Lanes(self.device, turns=self.inference.dropout_passes > 0)
+        self.lanes = ModelStreams(self.device, turns=self.inference.dropout_passes > 0)
         self._decoder = DeviceDecoder(self.device, threads) if self.device.type == "cuda" else None
         self._normalise = Augment(None, self.input, 0)
         # Of frames of many sizes each would be compiled anew; compiled dropout draws other numbers.
@@ -90,25 +98,25 @@ class Predictor:
         self._worked = False
 
     def _load(self, member: int) -> nn.Module:
-        module = place(self.bundle.load_member(member), self.device)
+        module = to_device_channels_last(self.bundle.load_member(member), self.device)
         if self.device.type != "cpu":  # compiled there, where that pays, with the norms in the same kernels
             return module
-        return fold(module, 2 * math.lcm(32, int(getattr(module, "stride", 1))))
+        return fold_batch_norms(module, 2 * math.lcm(32, int(getattr(module, "stride", 1))))
 
     def _switch_dropout_on(self) -> None:
         for module in self.members:
             models.require_dropout(module, self.inference.dropout_passes, f"bundle '{self.bundle.uri}'")
-            models.set_sampling(module, True)
+            models.enable_dropout(module, True)
 
-    def meters(self, purpose: Purpose) -> Meters:
+    def new_metrics(self, purpose: Purpose) -> EnsembleMetrics:
         """Fresh counters."""
         if purpose == "sample":
-            each = self.task.calibrates_members and not self.bundle.alike
+            each = self.task.calibrates_members and not self.bundle.same_model
             own = [member_sample(k) for k in range(len(self.members))] if each else []
-            return Meters({name: self.task.new_sample() for name in (SAMPLE, *own)})
+            return EnsembleMetrics({name: self.task.new_calibration_sample() for name in (SAMPLE, *own)})
         names = [POOL, *(str(k) for k in range(len(self.members)))]
         names += [UNCALIBRATED] if self.task.calibration else []
-        return Meters({name: self.task.metric(name == POOL) for name in names})
+        return EnsembleMetrics({name: self.task.metric(name == POOL) for name in names})
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """One row of ``schema.PREDICTIONS[task]`` for each row of ``table``, in its order.
@@ -120,22 +128,22 @@ class Predictor:
         """
         return self._run(table, None)
 
-    def measure(self, table: pa.Table, purpose: Purpose = "metrics") -> tuple[pa.Table, Meters]:
+    def measure(self, table: pa.Table, purpose: Purpose = "metrics") -> tuple[pa.Table, EnsembleMetrics]:
         """As a call, and what was counted against the label columns of ``table``."""
-        meters = self.meters(purpose)
+        meters = self.new_metrics(purpose)
         return self._run(table, meters), meters
 
-    def _run(self, table: pa.Table, meters: Meters | None) -> pa.Table:
-        rows = Rows(table, self.bundle, self.bundle.members * len(self.passes))
+    def _run(self, table: pa.Table, meters: EnsembleMetrics | None) -> pa.Table:
+        rows = PredictionRows(table, self.bundle, self.bundle.members * len(self.passes))
         failed: list[Exception] = []
-        for chunk in self._chunks(table, rows.usable()):
-            with self.lanes.own():
-                failed += self._chunk(table, chunk, rows, meters)
+        for chunk in self._chunks(table, rows.usable_rows()):
+            with self.lanes.thread_stream():
+                failed += self._predict_chunk(table, chunk, rows, meters)
         self._worked = self._worked or rows.ok > 0
         if failed and not self._worked:
             # Not an odd image but a fault of the model or of this program: rows would hide it.
             raise failed[0]
-        return rows.table()
+        return rows.to_table()
 
     def _chunks(self, table: pa.Table, usable: Sequence[int]) -> Iterator[list[int]]:
         """Rows that go through the model together: of one shape, as many as the size is by then."""
@@ -176,7 +184,9 @@ class Predictor:
             batch, failures = self.task.collate(table, train=False, seed=0)
         return batch.pin_memory().to(self.device, non_blocking=True), failures
 
-    def _chunk(self, table: pa.Table, chunk: list[int], rows: Rows, meters: Meters | None) -> list[Exception]:
+    def _predict_chunk(
+        self, table: pa.Table, chunk: list[int], rows: PredictionRows, meters: EnsembleMetrics | None
+    ) -> list[Exception]:
         """Fill the rows of one chunk; returns what the model raised for images that failed alone."""
         try:
             batch, failures = self._collate(table.take(chunk))
@@ -185,14 +195,14 @@ class Predictor:
                 rows.fail(chunk[0], "error", "MemoryError: the decoded image does not fit into this process's memory")
                 return []
             halves = (chunk[: len(chunk) // 2], chunk[len(chunk) // 2 :])
-            return [item for half in halves for item in self._chunk(table, half, rows, meters)]
+            return [item for half in halves for item in self._predict_chunk(table, half, rows, meters)]
         for at, reason, detail in failures:
             rows.fail(chunk[at], reason, detail)
         bad = {at for at, _, _ in failures}
         kept = [row for at, row in enumerate(chunk) if at not in bad]
         if not kept:
             return []
-        counted = None if meters is None else self.meters("sample" if SAMPLE in meters.counters else "metrics")
+        counted = None if meters is None else self.new_metrics("sample" if SAMPLE in meters.counters else "metrics")
         fault: Exception | None = None
         try:
             columns, sizes = self._infer(batch, table.take(kept) if counted else None, counted)
@@ -220,11 +230,11 @@ class Predictor:
             self.size.halve(len(kept) * height * width)
         del batch
         halves = (kept[: len(kept) // 2], kept[len(kept) // 2 :])
-        return [item for half in halves for item in self._chunk(table, half, rows, meters)]
+        return [item for half in halves for item in self._predict_chunk(table, half, rows, meters)]
 
     @torch.inference_mode()
     def _infer(
-        self, batch: Batch, truth: pa.Table | None, meters: Meters | None
+        self, batch: Batch, truth: pa.Table | None, meters: EnsembleMetrics | None
     ) -> tuple[dict[str, list[Any]], list[list[int]]]:
         """(columns of ``to_columns``, [[height, width], ...]) of one batch."""
         counters = {} if meters is None else meters.counters
@@ -233,8 +243,8 @@ class Predictor:
             images = view.images.contiguous(memory_format=torch.channels_last)
             for k in range(len(self.members)):
                 counted = {str(k), member_sample(k)} & counters.keys()
-                own = self.task.average() if counted else None
-                for outputs, look, seen in self._answers(k, self._coloured(k, images), batch.image_ids):
+                own = self.task.new_view_mean() if counted else None
+                for outputs, look, seen in self._forward_views(k, self._renormalised(k, images), batch.image_ids):
                     prediction = self.task.predict(outputs, view, look, seen)
                     del outputs
                     if own is not None:
@@ -244,22 +254,22 @@ class Predictor:
                     continue
                 # A member's own figures are those of the mean over its views and passes.
                 if str(k) in counters:
-                    self.task.measure(own.result(), view, truth, counters[str(k)])
+                    self.task.update_metric(own.result(), view, truth, counters[str(k)])
                 else:
-                    self.task.sample(own.result(), view, truth, counters[member_sample(k)])
+                    self.task.update_sample(own.result(), view, truth, counters[member_sample(k)])
 
-        with self.lanes.model(), Measured(self.size, batch.images[:, 0].numel()):
+        with self.lanes.model_stream(), MeasurePeakMemory(self.size, batch.images[:, 0].numel()):
             view = self._normalise(batch.to(self.device))
             fused = self.task.fuse(predictions(view))
         if POOL in counters:
-            self.task.measure(fused, view, truth, counters[POOL])
+            self.task.update_metric(fused, view, truth, counters[POOL])
         if UNCALIBRATED in counters:
-            self.task.measure(self.task.uncalibrated(fused), view, truth, counters[UNCALIBRATED])
+            self.task.update_metric(self.task.without_calibration(fused), view, truth, counters[UNCALIBRATED])
         if SAMPLE in counters:
-            self.task.sample(fused, view, truth, counters[SAMPLE])
+            self.task.update_sample(fused, view, truth, counters[SAMPLE])
         return self.task.to_columns(fused, view), view.sizes.tolist()
 
-    def _coloured(self, k: int, images: Tensor) -> Tensor:
+    def _renormalised(self, k: int, images: Tensor) -> Tensor:
         """Normalised images (N, 3, H, W) as member ``k`` wants them, where members differ in that."""
         each = self.bundle.manifest["normalise"]
         if each is None:
@@ -268,19 +278,21 @@ class Predictor:
         mean, std, own_mean, own_std = torch.tensor(values).to(images)[..., None, None]
         return (images * std + (mean - own_mean)) / own_std
 
-    def _answers(self, k: int, images: Tensor, image_ids: list[str]) -> Iterator[tuple[Any, View, tuple[int, int]]]:
+    def _forward_views(
+        self, k: int, images: Tensor, image_ids: list[str]
+    ) -> Iterator[tuple[Any, View, tuple[int, int]]]:
         """(raw outputs, view, its height and width) of one member: once, or for each view and dropout pass."""
         for number, look in self.passes:
             with self._seeded(f"{k} {number} {image_ids[0]}"):
-                shown = look.look(images, self.stride)
+                shown = look.apply(images, self.stride)
                 yield self._ask(k, shown), look, (shown.shape[-2], shown.shape[-1])
 
     def _ask(self, k: int, images: Tensor) -> Any:
         """Member ``k``'s outputs for (N, 3, H, W), seen whole or through windows."""
         canvas, window, module = (images.shape[-2], images.shape[-1]), self.input.size, self.members[k]
         with autocast(self.device, self.precision):
-            if self.input.fit == "crop" and uses_windows(self.inference, canvas, window):
-                return through_windows(module, images, window, self.inference.window_overlap)
+            if self.input.fit == "crop" and needs_sliding_window(self.inference, canvas, window):
+                return sliding_window_logits(module, images, window, self.inference.window_overlap)
             # The odd batch at the end of a unit is not worth compiling for.
             if self._compiled is not None and len(images) == self.size.images(*canvas):
                 return self._compiled[k](images)

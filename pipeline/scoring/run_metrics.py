@@ -6,7 +6,7 @@ from pipeline.predictions.unit_file import UnitFile
 from pipeline.runtime import prometheus
 
 
-def counted(items: Iterator[UnitFile], source: prometheus.Source) -> Iterator[UnitFile]:
+def count_finished_units(items: Iterator[UnitFile], source: prometheus.MetricTags) -> Iterator[UnitFile]:
     """Finished units as they are, counted for those who watch: each once, however often it was begun."""
     doubt, ok = 0.0, 0
     with prometheus.running(source) as told:

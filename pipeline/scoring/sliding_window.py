@@ -12,14 +12,14 @@ WINDOWS_AT_ONCE = {"cpu": 4, "cuda": 32}
 """Windows that go through the network together, by kind of device."""
 
 
-def uses_windows(settings: InferenceSettings, canvas: tuple[int, int], window: tuple[int, int]) -> bool:
+def needs_sliding_window(settings: InferenceSettings, canvas: tuple[int, int], window: tuple[int, int]) -> bool:
     """Whether a frame of ``canvas`` is seen through windows."""
     if settings.windows == "never" or (canvas[0] <= window[0] and canvas[1] <= window[1]):
         return False
     return settings.windows == "always" or canvas[0] * canvas[1] > settings.whole_pixels
 
 
-def through_windows(
+def sliding_window_logits(
     model: Callable[[Tensor], Tensor], images: Tensor, window: tuple[int, int], overlap: float = 0.5
 ) -> Tensor:
     """Logits (N, C, H, W) blended from overlapping windows, each weighted by a Gaussian around its centre.

@@ -94,12 +94,12 @@ def read_unit(source: dict[str, Any], rows: int, data: str, columns: Sequence[st
     table = read_row_group(group, list(columns)).slice(source["start"], rows)
     if table.num_rows != rows:
         raise InputError(f"'{group.file}' has changed since the job began: {table.num_rows} rows where {rows} were")
-    return image_fetch.fill(table) if table["image"].null_count else table
+    return image_fetch.with_images(table) if table["image"].null_count else table
 
 
 def _fetch_page(source: dict[str, Any]) -> pa.Table:
     uris = [storage.join(source["root"], path) for path in source["paths"]]
-    found = image_fetch.fetch_all(uris, source["sizes"])
+    found = image_fetch.fetch_images(uris, source["sizes"])
     columns = {
         "image_id": source["paths"],
         "uri": uris,

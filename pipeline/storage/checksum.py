@@ -10,7 +10,7 @@ from pipeline.errors import InputError
 DIGEST = "digest"
 
 
-def seal(content: Mapping[str, Any]) -> dict[str, Any]:
+def with_checksum(content: Mapping[str, Any]) -> dict[str, Any]:
     """The same with its ``digest``: sha256 of the sorted compact JSON of everything else."""
     plain = {key: value for key, value in content.items() if key != DIGEST}
     text = json.dumps(plain, sort_keys=True, separators=(",", ":"))
@@ -19,7 +19,7 @@ def seal(content: Mapping[str, Any]) -> dict[str, Any]:
     return {**plain, DIGEST: hashlib.sha256(text.encode()).hexdigest()}
 
 
-def check(content: Any, where: str, remedy: str) -> None:
+def verify_checksum(content: Any, where: str, remedy: str) -> None:
     """Compare an object that was read with its own digest.
 
     Args:
@@ -30,5 +30,5 @@ def check(content: Any, where: str, remedy: str) -> None:
     Raises:
         InputError: It differs, or has none.
     """
-    if not isinstance(content, dict) or content.get(DIGEST) != seal(content)[DIGEST]:
+    if not isinstance(content, dict) or content.get(DIGEST) != with_checksum(content)[DIGEST]:
         raise InputError(f"'{where}' is not as it was committed (its digest differs): damaged or edited; {remedy}")

@@ -23,7 +23,7 @@ from pyarrow import fs as pafs
 
 from pipeline.errors import InputError, nearest
 from pipeline.storage import retry
-from pipeline.storage.retry import classify as classify
+from pipeline.storage.retry import error_status as error_status
 
 T = TypeVar("T")
 SCHEMES = ("file", "s3", "gs", "memory")
@@ -140,12 +140,12 @@ def list_files(uri: str, suffixes: tuple[str, ...] = ()) -> list[Listed]:
     """
     filesystem, root = arrow(uri)
     try:
-        kind = patiently(uri, lambda: filesystem.get_file_info(root).type)
+        kind = with_retries(uri, lambda: filesystem.get_file_info(root).type)
         if kind == pafs.FileType.NotFound:
             raise _missing(uri, "folder")
         if kind == pafs.FileType.File:
             raise InputError(f"'{uri}' is a file; wanted a folder")
-        found = patiently(uri, lambda: filesystem.get_file_info(pafs.FileSelector(root, recursive=True)))
+        found = with_retries(uri, lambda: filesystem.get_file_info(pafs.FileSelector(root, recursive=True)))
     except OSError as error:
         raise InputError(f"folder '{uri}' could not be listed: {_reason(error)}{_hint(uri)}") from None
     base = root.rstrip("/") + "/"
@@ -161,7 +161,7 @@ def list_files(uri: str, suffixes: tuple[str, ...] = ()) -> list[Listed]:
 def names_in(uri: str, *, folders: bool = False) -> list[str]:
     """Names of the files (or ``folders``) directly in a folder, sorted; none where there is no such folder."""
     filesystem, root = arrow(uri)
-    found = patiently(uri, lambda: filesystem.get_file_info(pafs.FileSelector(root, allow_not_found=True)))
+    found = with_retries(uri, lambda: filesystem.get_file_info(pafs.FileSelector(root, allow_not_found=True)))
     kind = pafs.FileType.Directory if folders else pafs.FileType.File
     return sorted(info.base_name for info in found if info.type == kind and not info.base_name.endswith(".part"))
 
@@ -170,11 +170,11 @@ def _reason(error: OSError) -> str:
     return " ".join(str(error).split())[:300]
 
 
-def patiently(uri: str, call: Callable[[], T]) -> T:
+def with_retries(uri: str, call: Callable[[], T]) -> T:
     """``call()``, which touches ``uri``; made again while a remote store hiccups or does not answer at all."""
     if scheme_of(uri) in ("file", "memory"):
         return call()
-    return retry.patiently(call, f"'{uri}'")
+    return retry.retry_call(call, f"'{uri}'")
 
 
 def read_bytes(uri: str, most: int | None = None) -> bytes:
@@ -189,7 +189,7 @@ def read_bytes(uri: str, most: int | None = None) -> bytes:
         with filesystem.open_input_stream(path) as stream:
             return stream.read() if most is None else stream.read(most)
 
-    return patiently(uri, read)
+    return with_retries(uri, read)
 
 
 def read_text(uri: str, what: str) -> str:
@@ -207,7 +207,7 @@ def read_text(uri: str, what: str) -> str:
 def exists(uri: str) -> bool:
     """Whether a file or folder is there."""
     filesystem, path = arrow(uri)
-    return patiently(uri, lambda: filesystem.get_file_info(path).type) != pafs.FileType.NotFound
+    return with_retries(uri, lambda: filesystem.get_file_info(path).type) != pafs.FileType.NotFound
 
 
 @contextlib.contextmanager
@@ -227,7 +227,7 @@ def publish(uri: str) -> Iterator[Any]:
             with filesystem.open_output_stream(path) as stream:
                 stream.write(content)
 
-        patiently(uri, upload)
+        with_retries(uri, upload)
         return
     aside = Path(f"{path}.{secrets.token_hex(4)}.part")
     aside.parent.mkdir(parents=True, exist_ok=True)
@@ -279,12 +279,12 @@ def create_once(uri: str, data: bytes) -> bool:
             try:
                 return read_bytes(uri) == data
             except FileNotFoundError:
-                if not retry.transient(error):
+                if not retry.is_transient(error):
                     text = _reason(OSError(str(error)))
                     raise PermissionError(f"'{uri}' could not be committed: {text}") from error
                 raise OSError(f"'{uri}' could not be committed: {_reason(OSError(str(error)))}") from error
 
-    return patiently(uri, create)
+    return with_retries(uri, create)
 
 
 def _create_local(path: Path, data: bytes) -> bool:

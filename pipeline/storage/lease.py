@@ -23,7 +23,7 @@ RENEWALS = 4
 
 
 @contextlib.contextmanager
-def hold(folder: str, what: str, lease_s: float) -> Iterator[str]:
+def hold_lease(folder: str, what: str, lease_s: float) -> Iterator[str]:
     """Hold the lock while the block runs.
 
     Args:

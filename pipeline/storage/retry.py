@@ -19,12 +19,12 @@ log = logging.getLogger("dubito.storage")
 _state = {"limit": None, "answered": False}
 
 
-def expect_an_answer_soon() -> None:
+def shorten_first_wait() -> None:
     """In a job's own process: wait only ``FIRST_S`` until storage has answered once."""
     _state["limit"] = FIRST_S
 
 
-def classify(error: BaseException) -> str:
+def error_status(error: BaseException) -> str:
     """One of the words of ``schema.STATUSES`` for an error met while reading an object."""
     if isinstance(error, (FileNotFoundError, IsADirectoryError)):
         return "missing"
@@ -47,14 +47,14 @@ _FORBIDDEN = ("access_denied", "forbidden", "403", "acl_", "invalid_access_key",
 _MISSING = ("not found", "no_such_key", "no_such_bucket", "404")
 
 
-def transient(error: BaseException) -> bool:
+def is_transient(error: BaseException) -> bool:
     """Whether an error of storage may go away by itself."""
     # Of what is no OSError only the network's own: botocore and aiohttp let such errors through as they are.
     network = type(error).__module__.split(".")[0] in ("botocore", "aiobotocore", "aiohttp")
-    return (network or isinstance(error, OSError)) and classify(error) in ("timeout", "error")
+    return (network or isinstance(error, OSError)) and error_status(error) in ("timeout", "error")
 
 
-def patiently(call: Callable[[], T], what: str) -> T:
+def retry_call(call: Callable[[], T], what: str) -> T:
     """``call()``, again and again while what it raises is ``transient`` and there is patience left.
 
     Pauses double from 0.2 s to ``LONGEST_PAUSE_S``, half of each drawn at random: many processes that wait for the
@@ -73,7 +73,7 @@ def patiently(call: Callable[[], T], what: str) -> T:
             result = call()
         except Exception as error:
             left = _limit() - (time.monotonic() - began)
-            if left <= 0 or not transient(error):
+            if left <= 0 or not is_transient(error):
                 raise
             text = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             log.warning("%s: %s; trying again for up to %.0f s", what, text, left)

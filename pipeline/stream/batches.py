@@ -39,7 +39,7 @@ GROUP_BYTES = 2**28
 
 
 @dataclass(frozen=True)
-class Collated:
+class DecodedBatch:
     """Rows, and the batch that they became."""
 
     table: pa.Table
@@ -58,7 +58,7 @@ class Step:
     resumed_from: str
 
 
-def ahead(make: Callable[[], Generator[Any, None, None]], depth: int) -> Generator[Any, None, None]:
+def prefetch(make: Callable[[], Generator[Any, None, None]], depth: int) -> Generator[Any, None, None]:
     """Run an iterator in a thread, ``depth`` items ahead; its error is raised here."""
     items: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=depth)
     stop = threading.Event()
@@ -94,18 +94,18 @@ def ahead(make: Callable[[], Generator[Any, None, None]], depth: int) -> Generat
         stop.set()
 
 
-def collated(
+def decode_batches(
     task: Task, tables: Iterable[pa.Table], *, train: bool, seed: int, decoder: DeviceDecoder | None = None
-) -> Generator[Collated, None, None]:
+) -> Generator[DecodedBatch, None, None]:
     """Decode and frame table after table: on this process's CPU threads, or many at a time by a ``decoder``."""
     if decoder is None:
         for table in tables:
             batch, failures = task.collate(table, train=train, seed=seed)
-            yield Collated(table, batch, failures)
+            yield DecodedBatch(table, batch, failures)
         return
     own, numbers = threading.local(), itertools.count(1)
 
-    def work(group: list[pa.Table]) -> list[Collated]:
+    def work(group: list[pa.Table]) -> list[DecodedBatch]:
         if decoder.device.type != "cuda":
             return _decode_group(task, group, decoder, train, seed)
         if not hasattr(own, "lane"):
@@ -116,8 +116,8 @@ def collated(
         return [dataclasses.replace(item, ready=ready) for item in made]
 
     with ThreadPoolExecutor(STREAMS, "device-decode") as pool:
-        waiting: deque[Future[list[Collated]]] = deque()
-        for group in groups(tables):
+        waiting: deque[Future[list[DecodedBatch]]] = deque()
+        for group in decode_groups(tables):
             waiting.append(pool.submit(work, group))
             if len(waiting) > STREAMS:
                 yield from waiting.popleft().result()
@@ -125,18 +125,20 @@ def collated(
             yield from waiting.popleft().result()
 
 
-def _decode_group(task: Task, group: list[pa.Table], decoder: DeviceDecoder, train: bool, seed: int) -> list[Collated]:
+def _decode_group(
+    task: Task, group: list[pa.Table], decoder: DeviceDecoder, train: bool, seed: int
+) -> list[DecodedBatch]:
     """All images of a group by one call, then table by table."""
     decoded = iter(decoder([item for table in group for item in table["image"].to_pylist()]))
     out = []
     for table in group:
         own = [next(decoded) for _ in range(table.num_rows)]
         batch, failures = task.collate(table, train=train, seed=seed, decoded=own)
-        out.append(Collated(table, batch, failures))
+        out.append(DecodedBatch(table, batch, failures))
     return out
 
 
-def groups(tables: Iterable[pa.Table]) -> Iterator[list[pa.Table]]:
+def decode_groups(tables: Iterable[pa.Table]) -> Iterator[list[pa.Table]]:
     """Tables to decode together, in order: the first alone, so that training begins soon, then twice as many each time.
 
     At most ``GROUP_IMAGES`` images and ``GROUP_BYTES`` of pixels; one table at least.
@@ -156,8 +158,8 @@ def groups(tables: Iterable[pa.Table]) -> Iterator[list[pa.Table]]:
         yield group
 
 
-def views(
-    items: Iterator[Collated], augment: Augment, device: torch.device, threaded: bool | None = None
+def augmented_batches(
+    items: Iterator[DecodedBatch], augment: Augment, device: torch.device, threaded: bool | None = None
 ) -> Iterator[tuple[pa.Table, Batch]]:
     """Each table with its augmented batch on the device.
 
@@ -186,7 +188,7 @@ def views(
                 view = augment(batch.to(device, non_blocking=lane is not None))
             yield item.table, view, None if lane is None else lane.record_event()
 
-    for table, view, ready in ahead(work, DEPTH - 1):
+    for table, view, ready in prefetch(work, DEPTH - 1):
         _receive(view, ready, device)
         yield table, view
 
@@ -208,14 +210,16 @@ def _receive(batch: Batch, ready: Any, device: torch.device) -> None:
                 value.record_stream(current)
 
 
-def _refuse(item: Collated) -> None:
+def _refuse(item: DecodedBatch) -> None:
     if item.failures:
         row, reason, detail = item.failures[0]
         name = item.table["image_id"][row].as_py()
         raise InputError(f"image '{name}' of the dataset is {reason}: {detail}; check the shard, or ingest again")
 
 
-def steps(made: Iterable[tuple[pa.Table, Batch]], batch_size: int, accumulate: int) -> Generator[Step, None, None]:
+def group_into_steps(
+    made: Iterable[tuple[pa.Table, Batch]], batch_size: int, accumulate: int
+) -> Generator[Step, None, None]:
     """Group local batches into optimiser steps; a batch that is not full is a broken promise of the stream.
 
     Args:

@@ -11,7 +11,7 @@ from pipeline.stream.ledger import Ledger
 
 
 @dataclass(frozen=True)
-class Order:
+class EpochOrder:
     """The order of every epoch: which row stands at which stream position.
 
     ``groups_per_window`` is one number for the whole run, so that window ``w`` of any epoch is found without
@@ -51,14 +51,14 @@ class Order:
 
 
 @lru_cache(maxsize=4)
-def _permuted(order: Order, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+def _permuted(order: EpochOrder, epoch: int) -> tuple[np.ndarray, np.ndarray]:
     permuted = np.random.default_rng([order.seed, epoch, 0]).permutation(len(order.groups))
     rows = np.array([order.groups[i].rows for i in permuted], np.int64)
     return permuted, np.concatenate([[0], np.cumsum(rows)])
 
 
 @dataclass(frozen=True)
-class Rest:
+class RemainingRows:
     """What remains of a run: the positions in [first, stop) that the ledger lacks, a whole number of steps."""
 
     first: int
@@ -66,7 +66,7 @@ class Rest:
     steps: int
 
 
-def plan_rest(ledger: Ledger, end: int, global_batch: int) -> Rest:
+def plan_remaining_rows(ledger: Ledger, end: int, global_batch: int) -> RemainingRows:
     """Cut what remains of the run's ``end`` positions into whole global batches.
 
     What is missing to the last batch is taken from the positions behind ``end`` (padding), so that an equal
@@ -78,4 +78,4 @@ def plan_rest(ledger: Ledger, end: int, global_batch: int) -> Rest:
     while wanted > 0:
         stop += wanted
         wanted = steps * global_batch - missing - (stop - end - ledger.count(end, stop))
-    return Rest(ledger.first_free(), stop, steps)
+    return RemainingRows(ledger.first_free(), stop, steps)

@@ -22,7 +22,7 @@ for the workers' own objects."""
 
 
 @dataclass(frozen=True)
-class Framing:
+class FrameRows:
     """Decodes and frames training rows as ``Task.collate`` would; sent with the tasks."""
 
     input: InputSettings
@@ -59,14 +59,14 @@ class Framing:
 
 
 @dataclass(frozen=True)
-class Cache:
+class FrameCache:
     """Framed row groups in the object store: each is framed by one task, when it is first asked for."""
 
     keeper: Any
     """The actor that owns them: they live as long as it, and it as long as something refers to it."""
 
     @classmethod
-    def start(cls, framing: Framing, columns: Sequence[str]) -> Self:
+    def start(cls, framing: FrameRows, columns: Sequence[str]) -> Self:
         """An empty cache of rows with these columns of the shards."""
         actor: Any = ray.remote(num_cpus=0)(_Keeper)
         return cls(actor.remote(framing, tuple(columns)))
@@ -79,7 +79,7 @@ class Cache:
 class _Keeper:
     """Holds the references. Tasks, not it, do the work: an object that is lost with its node is made again."""
 
-    def __init__(self, framing: Framing, columns: tuple[str, ...]) -> None:
+    def __init__(self, framing: FrameRows, columns: tuple[str, ...]) -> None:
         self._framing, self._columns = framing, columns
         self._refs: dict[tuple[str, int], Any] = {}
 
@@ -96,12 +96,12 @@ class _Keeper:
         return len(self._refs)
 
 
-def _framed_group(group: RowGroup, columns: tuple[str, ...], framing: Framing) -> pa.Table:
+def _framed_group(group: RowGroup, columns: tuple[str, ...], framing: FrameRows) -> pa.Table:
     table = read_row_group(group, columns)
-    return framing(next(image_fetch.require([table])) if image_fetch.asked(columns) else table)
+    return framing(next(image_fetch.require_images([table])) if image_fetch.may_be_referenced(columns) else table)
 
 
-def require_room(framing: Framing, rows: int, store_bytes: float) -> None:
+def require_cache_room(framing: FrameRows, rows: int, store_bytes: float) -> None:
     """Refuse a cache that the object stores of the cluster could not hold.
 
     Args:

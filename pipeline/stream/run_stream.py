@@ -20,11 +20,11 @@ from pipeline.config import Settings
 from pipeline.datasets import image_fetch
 from pipeline.datasets.dataset import DatasetInfo
 from pipeline.datasets.shard_reader import read_row_group
-from pipeline.stream.epoch_order import Order, Rest
+from pipeline.stream.epoch_order import EpochOrder, RemainingRows
 from pipeline.stream.ledger import Ledger
 
 if TYPE_CHECKING:  # tasks that ship bytes do without it, and without torch: 2 s less to start each
-    from pipeline.stream.frame_cache import Cache, Framing
+    from pipeline.stream.frame_cache import FrameCache, FrameRows
 
 LABEL_COLUMNS = {"segmentation": ["mask"], "detection": ["boxes"]}
 ROW_COLUMNS = ["image_id", "image", "height", "width"]
@@ -61,19 +61,19 @@ class StreamSettings(Settings):
 
 
 @dataclass(frozen=True)
-class Expand:
+class ExpandUnits:
     """Turns plan units into rows, inside Ray Data tasks."""
 
-    order: Order
+    order: EpochOrder
     columns: tuple[str, ...]
     first_unit: int
     stop: int
     ledger: bytes
     block_rows: int
     resumed_from: str
-    framing: "Framing | None" = None
+    framing: "FrameRows | None" = None
     """Frames rows in the task; None: encoded images travel."""
-    cache: "Cache | None" = None
+    cache: "FrameCache | None" = None
     """Has framed row groups; None: they are read from the shards, and framed, in every epoch."""
 
     def __call__(self, batch: dict[str, np.ndarray]) -> Iterator[pa.Table]:
@@ -96,7 +96,9 @@ class Expand:
             parts = [pa.concat_tables(parts).combine_chunks()]
         chosen = self.order.row_order(epoch, window, rows)[keep]
         blocks = self._blocks(parts, chosen, positions[keep], epoch)
-        for block in image_fetch.require(blocks) if image_fetch.asked(columns) and not self.cache else blocks:
+        for block in (
+            image_fetch.require_images(blocks) if image_fetch.may_be_referenced(columns) and not self.cache else blocks
+        ):
             yield self.framing(block) if self.framing and not self.cache else block
 
     def _blocks(
@@ -126,13 +128,13 @@ def _gather(parts: list[pa.Table], rows: np.ndarray) -> pa.Table:
 
 
 def dataset(
-    order: Order,
-    rest: Rest,
+    order: EpochOrder,
+    rest: RemainingRows,
     ledger: Ledger,
     columns: list[str],
     block_rows: int,
     resumed_from: str,
-    framing: "Framing | None" = None,
+    framing: "FrameRows | None" = None,
     cached: bool = False,
 ) -> ray.data.Dataset:
     """One lazy Ray Dataset of all the rows that remain, in the run's order.
@@ -151,11 +153,11 @@ def dataset(
     units = max(1, -(-rest.stop // order.rows) * order.windows - first_unit)
     cache = None
     if framing and cached:
-        from pipeline.stream.frame_cache import Cache
+        from pipeline.stream.frame_cache import FrameCache
 
-        cache = Cache.start(framing, columns)
+        cache = FrameCache.start(framing, columns)
     stored = ledger.to_bytes()
-    expand = Expand(order, tuple(columns), first_unit, rest.stop, stored, block_rows, resumed_from, framing, cache)
+    expand = ExpandUnits(order, tuple(columns), first_unit, rest.stop, stored, block_rows, resumed_from, framing, cache)
     plan = ray.data.range(units, override_num_blocks=units)
     function: Any = expand  # Ray types callables that yield, but not objects that are such
     out = plan.map_batches(function, batch_size=1, batch_format="numpy", zero_copy_batch=True)
@@ -169,7 +171,7 @@ def dataset(
 
 def training_columns(task: str, info: DatasetInfo) -> list[str]:
     """What is read of a training row: the encoded image, or where it is, and this task's labels."""
-    return [*ROW_COLUMNS, *(image_fetch.WANTED if info.referenced else ()), *LABEL_COLUMNS[task]]
+    return [*ROW_COLUMNS, *(image_fetch.REFERENCE_COLUMNS if info.referenced else ()), *LABEL_COLUMNS[task]]
 
 
 def batch_arrays(table: pa.Table) -> dict[str, Any]:

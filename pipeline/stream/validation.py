@@ -10,7 +10,7 @@ from pipeline.datasets.dataset import DatasetInfo, row_groups
 from pipeline.datasets.shard_reader import read_row_group
 
 
-def share(info: DatasetInfo, split: str, rank: int, world: int, columns: list[str]) -> Iterator[pa.Table]:
+def rows_of_rank(info: DatasetInfo, split: str, rank: int, world: int, columns: list[str]) -> Iterator[pa.Table]:
     """This rank's rows of a split, one row group at a time: every row at exactly one rank, none dropped.
 
     Validation reads its shards directly: a Ray Data execution costs a start, and an equal split loses rows.
@@ -23,11 +23,11 @@ def share(info: DatasetInfo, split: str, rank: int, world: int, columns: list[st
         a, b = max(low, start), min(high, start + group.rows)
         if a < b:
             part = read_row_group(group, columns).slice(a - start, b - a)
-            yield from image_fetch.require([part]) if image_fetch.asked(columns) else [part]
+            yield from image_fetch.require_images([part]) if image_fetch.may_be_referenced(columns) else [part]
         start += group.rows
 
 
-def slices(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:
+def same_size_batches(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:
     """The same rows in tables of at most ``rows``, each of images of one size: no batch pads small to large."""
     for table in tables:
         sizes = np.stack([table["height"].to_numpy(), table["width"].to_numpy()], 1)

@@ -31,7 +31,7 @@ Term = tuple[float, Tensor, Tensor]
 """Weight, sum, count."""
 
 
-class Average(Protocol):
+class ViewMean(Protocol):
     """What one member says of several views, as one prediction, taken one at a time."""
 
     def add(self, prediction: Any, /) -> None:
@@ -103,7 +103,7 @@ class Task(ABC):
 
     @property
     @abstractmethod
-    def score(self) -> str:
+    def uncertainty_measure(self) -> str:
         """The kind of ``uncertainty``, that the review threshold acts on."""
 
     @property
@@ -113,7 +113,7 @@ class Task(ABC):
 
     @property
     @abstractmethod
-    def terms(self) -> list[str]:
+    def loss_terms(self) -> list[str]:
         """Names of the loss terms, sorted."""
 
     def collate(
@@ -203,7 +203,7 @@ class Task(ABC):
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """What each loss term is divided by: term -> scalar; of targets alone."""
 
-    def ask(self, model: Any, batch: Batch) -> Any:
+    def forward(self, model: Any, batch: Batch) -> Any:
         """A model's raw outputs for a batch that has labels: what ``loss`` wants."""
         return model(batch.images)
 
@@ -227,11 +227,11 @@ class Task(ABC):
         """The pool of members, taken one at a time: memory does not grow with their number."""
 
     @abstractmethod
-    def average(self) -> "Average":
+    def new_view_mean(self) -> "ViewMean":
         """An empty mean of predictions."""
 
     @abstractmethod
-    def uncalibrated(self, fused: Any) -> Any:
+    def without_calibration(self, fused: Any) -> Any:
         """The pool as it was before calibration, for ``measure``."""
 
     @abstractmethod
@@ -239,15 +239,15 @@ class Task(ABC):
         """A fresh ``pipeline.metrics.Metric``, of the calibrated pool or of members and pool as they are."""
 
     @abstractmethod
-    def new_sample(self) -> Any:
+    def new_calibration_sample(self) -> Any:
         """An empty sample: what a calibration is fitted on."""
 
     @abstractmethod
-    def sample(self, fused: Any, batch: Batch, truth: pa.Table | None, sample: Any) -> None:
+    def update_sample(self, fused: Any, batch: Batch, truth: pa.Table | None, sample: Any) -> None:
         """Take from the uncalibrated pool, or from a member, what a calibration is fitted on, into ``sample``."""
 
     @abstractmethod
-    def measure(self, predicted: Any, batch: Batch, truth: pa.Table | None, metric: Any) -> None:
+    def update_metric(self, predicted: Any, batch: Batch, truth: pa.Table | None, metric: Any) -> None:
         """Count predictions against the truth at each image's own size.
 
         Args:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pipeline.images import affine
 from pipeline.images import boxes as box_ops
-from pipeline.tasks.pooled_boxes import Found, Pooled
+from pipeline.tasks.pooled_boxes import KeptBoxes, PooledImages
 from pipeline.uncertainty import measures
 from pipeline.uncertainty.box_fusion import FUSIONS, MemberBoxes
 from pipeline.uncertainty.tta import View
@@ -55,7 +55,7 @@ class Prediction:
 
 
 @dataclass(frozen=True)
-class Rule:
+class SuppressionRule:
     """How boxes are chosen."""
 
     score_threshold: float
@@ -73,7 +73,7 @@ class Rule:
         return best[kept[: self.max_boxes]]
 
 
-def poolable(prediction: Prediction, looks: Sequence[View]) -> bool:
+def same_locations(prediction: Prediction, looks: Sequence[View]) -> bool:
     """Whether the locations of all ``looks`` at a frame fall onto those of the plain one, ``prediction``.
 
     Mirrored locations do where they lie half-way between the edges of their cells. Several anchors at one place
@@ -96,10 +96,10 @@ def poolable(prediction: Prediction, looks: Sequence[View]) -> bool:
     return True
 
 
-class ByLocation:
+class LocationPool:
     """Running means over members at each location."""
 
-    def __init__(self, rule: Rule) -> None:
+    def __init__(self, rule: SuppressionRule) -> None:
         self.rule = rule
         self._pool, self._expected, self._scores = (measures.RunningMean() for _ in range(3))
         self._boxes = measures.RunningSpread()
@@ -121,7 +121,7 @@ class ByLocation:
         self._boxes.add(member.boxes, best.clamp(min=_MIN_WEIGHT))
         self._votes = self._votes + (best >= self.rule.score_threshold).int()
 
-    def result(self) -> Pooled:
+    def result(self) -> PooledImages:
         """Suppressed once."""
         first = self._first
         assert first is not None, "the pool of no members; add at least one"
@@ -129,25 +129,27 @@ class ByLocation:
         mutual = measures.mutual_information(total, self._expected.mean)
         sums = [torch.where(first.inside, each, 0).sum(1, dtype=torch.float64) for each in (total, mutual)]
         found = [self._found(n, first, total[n], mutual[n]) for n in range(len(total))]
-        return Pooled(self._pool.count, found, sums[0], sums[1])
+        return PooledImages(self._pool.count, found, sums[0], sums[1])
 
-    def _found(self, n: int, first: Prediction, total: Tensor, mutual: Tensor) -> Found:
+    def _found(self, n: int, first: Prediction, total: Tensor, mutual: Tensor) -> KeptBoxes:
         scores, labels = self._scores.mean[n].max(-1)
         boxes = _clipped(self._boxes.mean[n], first.area[n])
         seen = first.inside[n] & (boxes[:, 2:] > boxes[:, :2]).all(1)
         at = (seen & (scores >= min(self.rule.score_threshold, MEASURED_FROM))).nonzero()[:, 0]
         # By the boxes as they are: clipping must not change what overlaps what.
         at = at[self.rule.suppress(self._boxes.mean[n, at], scores[at], labels[at])]
-        return Found(
+        return KeptBoxes(
             boxes[at], labels[at], scores[at], self._pool.mean[n, at], total[at], mutual[at], self._votes[n, at],
             self._boxes.std[n, at],
         )  # fmt: skip
 
 
-class ByCluster:
+class ClusterPool:
     """Boxes of members, each suppressed by itself, that are one object where they overlap."""
 
-    def __init__(self, rule: Rule, kind: str, iou: float, calibrate: Callable[[int, Tensor], Tensor]) -> None:
+    def __init__(
+        self, rule: SuppressionRule, kind: str, iou: float, calibrate: Callable[[int, Tensor], Tensor]
+    ) -> None:
         self.rule, self.kind, self.iou, self.calibrate = rule, kind, iou, calibrate
         self._members: list[list[MemberBoxes]] = []
 
@@ -164,27 +166,29 @@ class ByCluster:
         at = at[self.rule.suppress(member.boxes[n, at], scores[at], labels[at])]
         return MemberBoxes(boxes[at], self.calibrate(number, scores[at]), labels[at], member.probabilities[n, at])
 
-    def result(self) -> Pooled:
+    def result(self) -> PooledImages:
         """Clustered, then suppressed once more: fused boxes may overlap."""
         found = [self._found([member[n] for member in self._members]) for n in range(len(self._members[0]))]
         sums = [
             torch.stack([getattr(each, name).sum(dtype=torch.float64) for each in found])
             for name in ("entropy", "mutual_information")
         ]
-        return Pooled(len(self._members), found, sums[0], sums[1])
+        return PooledImages(len(self._members), found, sums[0], sums[1])
 
-    def _found(self, members: list[MemberBoxes]) -> Found:
+    def _found(self, members: list[MemberBoxes]) -> KeptBoxes:
         fused = FUSIONS[self.kind](members, self.iou)
         at = self.rule.suppress(fused.boxes, fused.scores, fused.labels)
         total = measures.entropy(fused.probabilities[at], -1)
         mutual = measures.mutual_information(total, fused.expected_entropy[at])
-        return Found(
+        return KeptBoxes(
             fused.boxes[at], fused.labels[at], fused.scores[at], fused.probabilities[at], total, mutual,
             fused.votes[at], fused.std[at],
         )  # fmt: skip
 
 
-def restore(boxes: Tensor, centres: Tensor, look: View, size: tuple[int, int], seen: tuple[int, int]) -> list[Tensor]:
+def view_to_frame(
+    boxes: Tensor, centres: Tensor, look: View, size: tuple[int, int], seen: tuple[int, int]
+) -> list[Tensor]:
     """Boxes (N, L, 4) and centres of a view, ``seen`` (h, w) large, in the pixels of the frame of ``size``."""
     inverse = affine.invert_affine(look.matrix(size, seen))
     moved = affine.transform_boxes(boxes.double(), inverse.to(boxes.device)).to(boxes.dtype)

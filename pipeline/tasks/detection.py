@@ -16,12 +16,19 @@ from pipeline.errors import InputError, nearest
 from pipeline.images.batch import Batch
 from pipeline.metrics import DetectionMetric, match
 from pipeline.tasks.base import Task, Term, image_area
-from pipeline.tasks.box_pooling import ByCluster, ByLocation, Prediction, Rule, poolable, restore
-from pipeline.tasks.pooled_boxes import Fused, Own, expected_error, sides, unpack_boxes
+from pipeline.tasks.box_pooling import (
+    ClusterPool,
+    LocationPool,
+    Prediction,
+    SuppressionRule,
+    same_locations,
+    view_to_frame,
+)
+from pipeline.tasks.pooled_boxes import Fused, ImageBoxes, expected_error, sides, unpack_boxes
 from pipeline.uncertainty import calibration
 from pipeline.uncertainty.box_fusion import DEFAULT_IOU
 from pipeline.uncertainty.calibration import BoxSample
-from pipeline.uncertainty.tta import InferenceSettings, View, each_pass, views
+from pipeline.uncertainty.tta import InferenceSettings, View, inference_passes, tta_views
 
 OPERATING = 0.3
 """Score from which a box counts as said, until a validation split chose another."""
@@ -96,7 +103,7 @@ class Detection(Task):
         return self.settings.model_copy(update={"windows": "never"})
 
     @property
-    def score(self) -> str:
+    def uncertainty_measure(self) -> str:
         """One of the measures."""
         return self.settings.uncertainty
 
@@ -111,7 +118,7 @@ class Detection(Task):
         return len(self.classes) - (self.background == len(self.classes) - 1)
 
     @property
-    def terms(self) -> list[str]:
+    def loss_terms(self) -> list[str]:
         """Of the loss."""
         return sorted(self._loss.terms)
 
@@ -126,7 +133,7 @@ class Detection(Task):
                 )
         return {"boxes": boxes, "labels": labels, "crowd": crowd}
 
-    def ask(self, model: Any, batch: Batch) -> Any:
+    def forward(self, model: Any, batch: Batch) -> Any:
         """A two-stage detector samples proposals by the targets; outside training always the same ones."""
         if not self._loss.takes_targets:
             return model(batch.images)
@@ -157,7 +164,7 @@ class Detection(Task):
         size = (batch.images.shape[-2], batch.images.shape[-1])
         boxes, centres = outputs.boxes.float(), outputs.centres.to(outputs.boxes.device)
         if look is not None and look != View():
-            boxes, centres = restore(boxes, centres, look, size, seen or size)
+            boxes, centres = view_to_frame(boxes, centres, look, size, seen or size)
         area = image_area(batch).to(boxes.device)[:, None]
         x, y = centres.unbind(-1)
         # Anchors may lie on the image's very edge.
@@ -180,38 +187,38 @@ class Detection(Task):
         return self._fuse(members, parameters)
 
     def _fuse(self, members: Iterable[Prediction], parameters: dict[str, Any] | None) -> Fused:
-        joined: ByLocation | ByCluster | None = None
+        joined: LocationPool | ClusterPool | None = None
         for member in members:
             joined = joined or self._join(member, (parameters or {}).get("members"))
             joined.add(member)
         assert joined is not None, "the pool of no members; add at least one"
         return Fused(**vars(joined.result()), parameters=parameters)
 
-    def _join(self, first: Prediction, own: list[dict[str, Any]] | None) -> ByLocation | ByCluster:
+    def _join(self, first: Prediction, own: list[dict[str, Any]] | None) -> LocationPool | ClusterPool:
         """How these members can be joined; ``own``: the calibrations of unlike members' scores."""
         settings, kind = self.settings, self.settings.fuse
-        rule = Rule(settings.score_threshold, settings.nms_iou, settings.max_boxes)
+        rule = SuppressionRule(settings.score_threshold, settings.nms_iou, settings.max_boxes)
         if kind in ("auto", "locations"):
-            if self.alike and poolable(first, views(settings.tta)):
-                return ByLocation(rule)
+            if self.alike and same_locations(first, tta_views(settings.tta)):
+                return LocationPool(rule)
             if kind == "locations":
                 raise InputError(
                     "predict.fuse: locations wants members and views that predict at the same places, and these do "
                     "not; set predict.fuse to auto, bsas or wbf"
                 )
             kind = "bsas"
-        passes = len(list(each_pass(self.inference)))
+        passes = len(list(inference_passes(self.inference)))
 
         def calibrated(number: int, scores: Tensor) -> Tensor:
             return calibration.apply_isotonic(own[number // passes] if own else None, scores)
 
-        return ByCluster(rule, kind, settings.cluster_iou or DEFAULT_IOU[kind], calibrated)
+        return ClusterPool(rule, kind, settings.cluster_iou or DEFAULT_IOU[kind], calibrated)
 
-    def average(self) -> Views:
+    def new_view_mean(self) -> Views:
         """The pool of a member's own views and dropout passes."""
         return Views(self)
 
-    def uncalibrated(self, fused: Fused) -> Fused:
+    def without_calibration(self, fused: Fused) -> Fused:
         """The same boxes, with scores and spread as they came out."""
         return fused.plain()
 
@@ -221,11 +228,11 @@ class Detection(Task):
         operating = self.operating if curve is None else float(np.interp(self.operating, curve["y"], curve["x"]))
         return DetectionMetric(self.num_outputs, operating)
 
-    def new_sample(self) -> BoxSample:
+    def new_calibration_sample(self) -> BoxSample:
         """Empty."""
         return BoxSample()
 
-    def measure(
+    def update_metric(
         self, predicted: Prediction | Fused, batch: Batch, truth: pa.Table | None, metric: DetectionMetric
     ) -> None:
         """Boxes in each image's own pixels, from a low score on, against the true ones; members uncalibrated."""
@@ -237,7 +244,7 @@ class Detection(Task):
                 doubt=self._measures(own)[self.settings.uncertainty], size=tuple(batch.sizes[n].tolist()),
             )  # fmt: skip
 
-    def sample(self, fused: Prediction | Fused, batch: Batch, truth: pa.Table | None, sample: BoxSample) -> None:
+    def update_sample(self, fused: Prediction | Fused, batch: Batch, truth: pa.Table | None, sample: BoxSample) -> None:
         """Scores of boxes before calibration, whether they are right, and how far their edges are off."""
         plain = fused.plain() if isinstance(fused, Fused) else fused
         for n, own, boxes, labels, crowd in self._labelled(plain, batch, truth):
@@ -256,7 +263,7 @@ class Detection(Task):
 
     def _labelled(
         self, predicted: Prediction | Fused, batch: Batch, truth: pa.Table | None
-    ) -> Iterator[tuple[int, Own, np.ndarray, np.ndarray, np.ndarray]]:
+    ) -> Iterator[tuple[int, ImageBoxes, np.ndarray, np.ndarray, np.ndarray]]:
         """(row, what was found, true boxes (T, 4), labels (T,), crowd (T,)) of images that are labelled."""
         column = self._truth(truth)
         known = column.is_valid().to_pylist()
@@ -275,7 +282,7 @@ class Detection(Task):
         columns["boxes"] = [self._rows(own) for own in every]
         return columns
 
-    def _measures(self, own: Own) -> dict[str, float]:
+    def _measures(self, own: ImageBoxes) -> dict[str, float]:
         """The image's doubt; see ``DetectionPredict.uncertainty``."""
         found, written = own.found, own.scores >= self.settings.score_threshold
         entropy, scores = found.entropy[written].double(), own.scores[written].double()
@@ -290,7 +297,7 @@ class Detection(Task):
         }
         return dict(zip(columns, torch.stack([each.double() for each in columns.values()]).tolist(), strict=True))
 
-    def _rows(self, own: Own) -> list[dict[str, Any]]:
+    def _rows(self, own: ImageBoxes) -> list[dict[str, Any]]:
         """Rows of ``schema.PREDICTED_BOX``."""
         at, found = own.scores >= self.settings.score_threshold, own.found
         numbers = [

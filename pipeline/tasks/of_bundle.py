@@ -6,7 +6,7 @@ from pipeline.tasks import TASKS
 from pipeline.tasks.base import Task
 
 
-def task_of(bundle: Bundle, threads: int = 1, multiple: int = 32) -> Task:
+def task_for_bundle(bundle: Bundle, threads: int = 1, multiple: int = 32) -> Task:
     """The task that a bundle's members were trained for, over its classes and input."""
     return TASKS[bundle.task](
         classes=bundle.classes,
@@ -18,5 +18,5 @@ def task_of(bundle: Bundle, threads: int = 1, multiple: int = 32) -> Task:
         multiple=multiple,
         calibration=bundle.manifest["calibration"],
         score_threshold=bundle.manifest["score_threshold"],
-        alike=bundle.alike,
+        alike=bundle.same_model,
     )

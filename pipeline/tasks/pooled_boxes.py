@@ -16,7 +16,7 @@ from pipeline.uncertainty import calibration
 
 
 @dataclass
-class Found:
+class KeptBoxes:
     """What is left of one image after suppression, B boxes, the best score first."""
 
     boxes: Tensor
@@ -38,21 +38,21 @@ class Found:
 
 
 @dataclass
-class Pooled:
+class PooledImages:
     """The boxes of N images, and sums over everything that members said, (N,) float64."""
 
     members: int
-    found: list[Found]
+    found: list[KeptBoxes]
     entropy_sum: Tensor
     mutual_information_sum: Tensor
 
 
 @dataclass
-class Own:
+class ImageBoxes:
     """One image of the pool, in its own pixels."""
 
     members: int
-    found: Found
+    found: KeptBoxes
     """As it came out, in the network's frame."""
     boxes: Tensor
     """(B, 4)."""
@@ -65,7 +65,7 @@ class Own:
 
 
 @dataclass
-class Fused(Pooled):
+class Fused(PooledImages):
     """The pool of M members."""
 
     parameters: dict[str, Any] | None = None
@@ -88,16 +88,16 @@ class Fused(Pooled):
             return [each.std for each in self.found]
         return [calibration.apply_spread(spread, each.std, sides(each.boxes)) for each in self.found]
 
-    def own(self, batch: Batch) -> list[Own]:
+    def own(self, batch: Batch) -> list[ImageBoxes]:
         """Each image in its own pixels."""
-        out: list[Own] = []
+        out: list[ImageBoxes] = []
         for n, found in enumerate(self.found):
             one = slice(n, n + 1)
             boxes = unframe_boxes(found.boxes[None], batch.matrices[one], batch.sizes[one])[0]
             # The edges' own scales: frame pixels per image pixel, along x and y.
             scale = batch.matrices[n].to(found.boxes.device).diagonal()[[0, 1, 0, 1]].abs()
             sums = self.entropy_sum[n], self.mutual_information_sum[n]
-            out.append(Own(self.members, found, boxes, self.scores[n], self.std[n] / scale, *sums))
+            out.append(ImageBoxes(self.members, found, boxes, self.scores[n], self.std[n] / scale, *sums))
         return out
 
     def _part(self, name: str) -> dict[str, Any] | None:

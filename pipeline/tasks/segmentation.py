@@ -127,7 +127,7 @@ class Segmentation(Task):
         return self.settings
 
     @property
-    def score(self) -> str:
+    def uncertainty_measure(self) -> str:
         """One of the measures."""
         return self.settings.uncertainty
 
@@ -137,7 +137,7 @@ class Segmentation(Task):
         return len(self.classes)
 
     @property
-    def terms(self) -> list[str]:
+    def loss_terms(self) -> list[str]:
         """Names of the losses in the mix."""
         return sorted(self._losses)
 
@@ -174,14 +174,14 @@ class Segmentation(Task):
         del seen
         logits = outputs.float()
         if look is not None and look != View():
-            logits = look.back(logits, (batch.images.shape[-2], batch.images.shape[-1]))
+            logits = look.invert(logits, (batch.images.shape[-2], batch.images.shape[-1]))
         return Prediction((categorical(logits) if self.num_outputs > 1 else logits).softmax(1))
 
-    def average(self) -> Mean:
+    def new_view_mean(self) -> Mean:
         """Mean of probabilities."""
         return Mean()
 
-    def uncalibrated(self, fused: Fused) -> Prediction:
+    def without_calibration(self, fused: Fused) -> Prediction:
         """The pool's mean over members."""
         return Prediction(fused.uncalibrated)
 
@@ -194,14 +194,14 @@ class Segmentation(Task):
             expected.add(measures.entropy(member.probabilities, 1))
             maps.append(measures.most_probable(member.probabilities)[1])
             del member
-        return Fused(calibration.apply(self.calibration, pool.mean), pool.mean, expected.mean, maps)
+        return Fused(calibration.apply_temperature(self.calibration, pool.mean), pool.mean, expected.mean, maps)
 
     def metric(self, calibrated: bool = True) -> SegmentationMetric:
         """Empty."""
         del calibrated
         return SegmentationMetric(self.num_outputs, self.background)
 
-    def measure(
+    def update_metric(
         self, predicted: Prediction | Fused, batch: Batch, truth: pa.Table | None, metric: SegmentationMetric
     ) -> None:
         """Probabilities, interpolated to each image's own size, against its mask."""
@@ -213,11 +213,11 @@ class Segmentation(Task):
         for n, probabilities, mask in self._labelled(predicted.probabilities, batch, truth):
             metric.update(probabilities, mask, batch.image_ids[n], scores[n])
 
-    def new_sample(self) -> PixelSample:
+    def new_calibration_sample(self) -> PixelSample:
         """Empty."""
         return PixelSample(self.num_outputs)
 
-    def sample(self, fused: Fused, batch: Batch, truth: pa.Table | None, sample: PixelSample) -> None:
+    def update_sample(self, fused: Fused, batch: Batch, truth: pa.Table | None, sample: PixelSample) -> None:
         """Pixels of the uncalibrated pool, at each image's own size, with their labels."""
         for n, probabilities, mask in self._labelled(fused.uncalibrated, batch, truth):
             sample.update(probabilities, mask, batch.image_ids[n])
@@ -255,8 +255,8 @@ class Segmentation(Task):
             "expected_entropy_mean": measures.masked_mean(fused.expected_entropy, valid),
             "mutual_information_mean": measures.masked_mean(mutual, valid),
             "mutual_information_p95": measures.masked_quantile(mutual, valid, 0.95),
-            "entropy_patch_max": measures.patch_max(total, valid, settings.patch),
-            "entropy_inner_mean": measures.inner_mean(total, labels, valid, settings.boundary),
+            "entropy_patch_max": measures.max_patch_mean(total, valid, settings.patch),
+            "entropy_inner_mean": measures.interior_mean(total, labels, valid, settings.boundary),
             "member_dice": measures.pairwise_dice(fused.maps, valid, self.num_outputs, self.background),
         }
         fused.measures = {name: value.double() for name, value in found.items()}

@@ -24,13 +24,13 @@ from pipeline.training import ray_train
 from pipeline.training.train_config import TrainConfig
 
 POLL_S = 0.5
-Fit = Callable[[ray_train.Fit], dict[str, Any]]
+Fit = Callable[[ray_train.MemberRun], dict[str, Any]]
 _NO_INPUT = ("out", "data", "ensemble")
 """Keys of a config that do not decide what a member becomes: places (the data counts by its fingerprint), retries."""
 
 
-def run(
-    config: TrainConfig, members: int, *, resume: bool, sink: progress.Sink, fit: Fit = ray_train.fit
+def train_ensemble(
+    config: TrainConfig, members: int, *, resume: bool, sink: progress.ProgressSink, fit: Fit = ray_train.train_member
 ) -> bundle.Bundle:
     """Train ``members`` members into ``config.out`` and write ``config.out/bundle``.
 
@@ -76,7 +76,7 @@ def _weights(result: dict[str, Any]) -> str:
     return storage.join(result["checkpoint"], "model.safetensors")
 
 
-def _check(config: TrainConfig, info: DatasetInfo) -> transfer.Loaded | None:
+def _check(config: TrainConfig, info: DatasetInfo) -> transfer.LoadedWeights | None:
     """Everything about the input that can be refused before a worker starts; what transfer will load."""
     settings = config.model_settings()
     task = config.build_task(info, 1)
@@ -87,9 +87,9 @@ def _check(config: TrainConfig, info: DatasetInfo) -> transfer.Loaded | None:
         )
     for split in ("train", "val"):
         row_groups(info, split)
-    module = models.skeleton(settings, task.num_outputs)
+    module = models.build_untrained(settings, task.num_outputs)
     models.require_dropout(module, task.inference.dropout_passes, "config")
-    return transfer.prepare(config.transfer, module)
+    return transfer.load_pretrained(config.transfer, module)
 
 
 def _claim(out: str, inputs: dict[str, Any], resume: bool) -> None:
@@ -136,9 +136,9 @@ class _Members:
     a name of its own.
     """
 
-    def __init__(self, config: TrainConfig, members: int, steps: int, sink: progress.Sink, fit: Fit) -> None:
+    def __init__(self, config: TrainConfig, members: int, steps: int, sink: progress.ProgressSink, fit: Fit) -> None:
         self.config, self.members, self.steps, self.sink = config, members, steps, sink
-        self.board, self.told = progress.start_board(), prometheus.Recorder(prometheus.source("members"))
+        self.board, self.told = progress.start_board(), prometheus.MetricsRecorder(prometheus.stage_tags("members"))
         self.task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy="SPREAD")(fit)
         self.waiting, self.failures = list(range(members)), Counter[int]()
         self.running: dict[ray.ObjectRef, int] = {}
@@ -192,11 +192,11 @@ def _retry_note(failures: int) -> str:
     return f"taken up again after {failures} failure(s)" if failures else ""
 
 
-def _member(config: TrainConfig, k: int, members: int, threads: int, board: Any) -> ray_train.Fit:
+def _member(config: TrainConfig, k: int, members: int, threads: int, board: Any) -> ray_train.MemberRun:
     tree = {**config.to_dict(), "seed": config.seed + k}
     stage = "train" if members == 1 else f"member {k}"
     uri, events = (storage.join(config.out, name, str(k)) for name in ("members", "tensorboard"))
-    return ray_train.Fit(tree, uri, stage, threads, board, events, prometheus.source(stage))
+    return ray_train.MemberRun(tree, uri, stage, threads, board, events, prometheus.stage_tags(stage))
 
 
 def _manifest(

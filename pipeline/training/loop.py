@@ -21,17 +21,17 @@ from pipeline.errors import InputError
 from pipeline.images.batch import Batch
 from pipeline.images.gpu_decode import DeviceDecoder
 from pipeline.models import transfer
-from pipeline.models.device import Compiled, autocast, fuse, place, wants_compile
+from pipeline.models.device import Compiled, autocast, to_device_channels_last, use_fused_kernels, wants_compile
 from pipeline.runtime.progress import Progress
 from pipeline.stream import batches as batches_module
 from pipeline.stream import run_stream
 from pipeline.stream.batches import Step
 from pipeline.tasks.base import Task
 from pipeline.training import checkpoint
-from pipeline.training.loss_readback import Flags
-from pipeline.training.optimizer import Ema, add_penalties, build, clip_gradients, set_lr
-from pipeline.training.run_state import Journal, Made, Plan
-from pipeline.training.step_timer import Pace
+from pipeline.training.loss_readback import PendingLosses
+from pipeline.training.optimizer import Ema, add_penalties, build_optimizer, clip_gradients, set_lr
+from pipeline.training.run_state import RunState, StepReport, StepSchedule
+from pipeline.training.step_timer import StepTimer
 from pipeline.training.train_config import Scale, TrainConfig
 
 
@@ -45,7 +45,7 @@ class Worker:
     module: nn.Module
     model: nn.Module
     """``module``, or DDP around it."""
-    forward: Any
+    train_forward: Any
     """``model``, or its compiled call."""
     average: Ema | None
     """Exponential moving average of the weights, if asked for."""
@@ -60,14 +60,14 @@ class Worker:
     ledger: run_stream.Ledger = field(default_factory=run_stream.Ledger)
 
     @property
-    def judged(self) -> nn.Module:
+    def evaluated_module(self) -> nn.Module:
         """The bare module that is validated and bundled."""
         return self.module if self.average is None else self.average.module
 
-    def ask(self, model: Any, view: Batch) -> Any:
+    def forward_pass(self, model: Any, view: Batch) -> Any:
         """Raw outputs of a model for a batch, in the run's precision."""
         with autocast(self.device, self.config.train.precision):
-            return self.task.ask(model, view)
+            return self.task.forward(model, view)
 
     @property
     def scale(self) -> Scale:
@@ -90,8 +90,8 @@ def build_worker(
     checkpoint.seed_all(config.seed, 0)
     outputs = config.build_task(info, threads).num_outputs
     module = config.model_for(info).build(outputs)
-    transfer.prepare(config.transfer, module)
-    module = place(module, device)
+    transfer.load_pretrained(config.transfer, module)
+    module = to_device_channels_last(module, device)
     task = config.build_task(info, threads, multiple=int(module.stride))  # type: ignore[arg-type]
     if config.train.sync_batch_norm:
         if device.type == "cpu":
@@ -105,14 +105,14 @@ def build_worker(
     whole = fast and not getattr(module, "takes_targets", False)
     worker = Worker(
         config=config, info=info, task=task, module=module, model=model,
-        forward=Compiled(model) if whole else model,
+        train_forward=Compiled(model) if whole else model,
         average=Ema(module, config.optim.ema) if config.optim.ema else None,
-        optimizer=build(config.optim, module, models.layers_of(module)),
+        optimizer=build_optimizer(config.optim, module, models.backbone_layers(module)),
         augment=Augment(config.augment, config.input, config.seed, config.passes(info), compile=fast),
         eval_augment=Augment(None, config.input, config.seed, compile=fast),
         device=device, decoder=_decoder(config, device, threads), rank=rank, world=world,
     )  # fmt: skip
-    fuse(worker.optimizer, device)
+    use_fused_kernels(worker.optimizer, device)
     return worker
 
 
@@ -145,13 +145,15 @@ def train_step(worker: Worker, views: list[Batch], lr: float) -> Tensor:
     """One optimiser step over accumulated augmented batches; returns this rank's share of the loss, detached."""
     counts = global_counts(worker.task, views, worker.world)
     worker.model.train()
-    transfer.hold(worker.config.transfer, worker.module)
+    transfer.keep_frozen_eval(worker.config.transfer, worker.module)
     parts = []
     for i, view in enumerate(views):
         last = i == len(views) - 1
         wait = contextlib.nullcontext() if last or worker.world == 1 else worker.model.no_sync()  # type: ignore[operator]
         with wait:
-            loss = losses.total(worker.task.loss(worker.ask(worker.forward, view), view), counts, worker.world)
+            loss = losses.total(
+                worker.task.loss(worker.forward_pass(worker.train_forward, view), view), counts, worker.world
+            )
             loss.backward()
         parts.append(loss.detach())
     add_penalties(worker.config.optim, worker.module)
@@ -168,7 +170,7 @@ def train_step(worker: Worker, views: list[Batch], lr: float) -> Tensor:
 def share_buffers(worker: Worker) -> None:
     """Give every rank the buffers of rank 0, whose model is kept: running statistics differ by what each saw."""
     if worker.world > 1:
-        for module in dict.fromkeys([worker.module, worker.judged]):
+        for module in dict.fromkeys([worker.module, worker.evaluated_module]):
             for buffer in module.buffers():
                 dist.broadcast(buffer, 0)
 
@@ -179,14 +181,16 @@ def validate(worker: Worker, tables: Iterable[pa.Table]) -> dict[str, float]:
 
     Drops no row: ranks may hold different numbers of them, and the bare module knows no other rank.
     """
-    module = worker.judged.eval()
+    module = worker.evaluated_module.eval()
     names: list[str] = []
     weights: list[float] = []
     sums = torch.zeros(0, 2, dtype=torch.float64)
     images = 0
-    batches = batches_module.collated(worker.task, tables, train=False, seed=worker.config.seed, decoder=worker.decoder)
-    for table, view in batches_module.views(batches, worker.eval_augment, worker.device):
-        terms = worker.task.loss(worker.ask(module, view), view)
+    batches = batches_module.decode_batches(
+        worker.task, tables, train=False, seed=worker.config.seed, decoder=worker.decoder
+    )
+    for table, view in batches_module.augmented_batches(batches, worker.eval_augment, worker.device):
+        terms = worker.task.loss(worker.forward_pass(module, view), view)
         names = sorted(terms)
         weights = [float(terms[name][0]) for name in names]
         # Summed on the device: reading each batch's loss would hold up the next.
@@ -199,7 +203,7 @@ def validate(worker: Worker, tables: Iterable[pa.Table]) -> dict[str, float]:
 
 def _merge_validation(worker: Worker, names: list[str], sums: Tensor, images: int) -> dict[str, float]:
     """Add up over ranks; a rank without a row adds zeros, its terms are named by the task."""
-    names = names or sorted(worker.task.terms)
+    names = names or sorted(worker.task.loss_terms)
     sums = sums if len(sums) else torch.zeros(len(names), 3, dtype=torch.float64)
     flat = torch.cat([sums[:, 1:].reshape(-1), torch.tensor([float(images)], dtype=torch.float64)])
     weights = sums[:, 0].clone()
@@ -217,25 +221,27 @@ def steps_of(worker: Worker, tables: Iterable[pa.Table], prefetch: int = 0) -> G
     settings, seed = worker.config.train, worker.config.seed
     decoder = None if worker.config.stream.frames else worker.decoder
 
-    def collated() -> Generator[batches_module.Collated, None, None]:
-        return batches_module.collated(worker.task, tables, train=True, seed=seed, decoder=decoder)
+    def collated() -> Generator[batches_module.DecodedBatch, None, None]:
+        return batches_module.decode_batches(worker.task, tables, train=True, seed=seed, decoder=decoder)
 
-    batches = batches_module.ahead(collated, prefetch) if prefetch else collated()
-    return batches_module.steps(
-        batches_module.views(batches, worker.augment, worker.device), settings.batch_size, worker.scale.accumulate
+    batches = batches_module.prefetch(collated, prefetch) if prefetch else collated()
+    return batches_module.group_into_steps(
+        batches_module.augmented_batches(batches, worker.augment, worker.device),
+        settings.batch_size,
+        worker.scale.accumulate,
     )
 
 
 def run_steps(
     worker: Worker,
     steps: Iterable[Step],
-    journal: Journal,
-    plan: Plan,
+    journal: RunState,
+    plan: StepSchedule,
     progress: Progress,
-    look: Callable[[Worker, Journal], None],
+    look: Callable[[Worker, RunState], None],
     warned: Callable[[int], bool] = lambda step: False,
-    keep: Callable[[Worker, Journal], None] = lambda worker, journal: None,
-    heard: Callable[[Made], None] = lambda made: None,
+    keep: Callable[[Worker, RunState], None] = lambda worker, journal: None,
+    heard: Callable[[StepReport], None] = lambda made: None,
 ) -> None:
     """Train until the steps end, or the validation loss stops falling.
 
@@ -254,8 +260,8 @@ def run_steps(
     Raises:
         NonFiniteLossError: A loss is NaN or infinite; what it was computed of is in the error.
     """
-    flags, settings, pace, kept = Flags(), worker.config.train, Pace(worker.device), False
-    for step in pace.over(steps):
+    flags, settings, pace, kept = PendingLosses(), worker.config.train, StepTimer(worker.device), False
+    for step in pace.timed(steps):
         if step.resumed_from != plan.resumed_from:
             raise RuntimeError(f"the stream goes on from '{step.resumed_from}', this worker from '{plan.resumed_from}'")
         lr = plan.lr(worker.config.optim, journal.step) * worker.scale.lr
@@ -263,17 +269,17 @@ def run_steps(
         for positions in step.positions:
             worker.ledger.add(positions)
         journal.step += 1
-        looks = plan.looks(journal.step)
+        looks = plan.validates_at(journal.step)
         saves = not kept and warned(journal.step)
-        arrived = [*flags.push(journal.step, loss, step.batches), *(flags.flush() if looks or saves else ())]
+        arrived = [*flags.push(journal.step, loss, step.batches), *(flags.wait_all() if looks or saves else ())]
         own = sum(len(positions) for positions in step.positions)
-        made = Made(journal.step, own, pace.done(worker.scale.images), pace.waited(), lr, arrived)
+        made = StepReport(journal.step, own, pace.finish_step(worker.scale.images), pace.take_wait_s(), lr, arrived)
         heard(made)
         due = [(at, value) for at, value in arrived if at % settings.log_every == 0]
-        speed = pace.rate() if due else 0.0
+        speed = pace.take_images_per_s() if due else 0.0
         for at, value in due:
             rate = plan.lr(worker.config.optim, at - 1) * worker.scale.lr
-            journal.note(at, loss=value, lr=rate, step_s=made.seconds, images_s=speed)
+            journal.log_row(at, loss=value, lr=rate, step_s=made.seconds, images_s=speed)
         progress.advance(1)
         if looks:
             share_buffers(worker)

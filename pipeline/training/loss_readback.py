@@ -21,7 +21,7 @@ class NonFiniteLossError(RuntimeError):
         """What the step was given, as the model saw it."""
 
 
-class Flags:
+class PendingLosses:
     """Loss values on their way to the host, read ``FLAG_DELAY`` steps later with the batches they come from."""
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ class Flags:
         while len(self._waiting) > FLAG_DELAY:
             yield self._read()
 
-    def flush(self) -> Iterator[tuple[int, float]]:
+    def wait_all(self) -> Iterator[tuple[int, float]]:
         """Wait for the device and read the rest: nothing is published past a flag not yet read."""
         while self._waiting:
             yield self._read()

@@ -45,7 +45,9 @@ class OptimSettings(Settings):
     """Decay of the averaged weights, which are the ones validated and kept; 0 = off."""
 
 
-def build(settings: OptimSettings, module: nn.Module, layers: Sequence[Sequence[str]] = ()) -> torch.optim.Optimizer:
+def build_optimizer(
+    settings: OptimSettings, module: nn.Module, layers: Sequence[Sequence[str]] = ()
+) -> torch.optim.Optimizer:
     """The optimiser of ``module``'s trainable parameters; vectors (norms, biases, scales) get no decay.
 
     Args:

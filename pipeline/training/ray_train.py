@@ -19,15 +19,15 @@ import torch
 from pipeline import storage
 from pipeline.datasets.dataset import open_dataset, row_groups
 from pipeline.errors import InputError
-from pipeline.models.device import fuse
+from pipeline.models.device import use_fused_kernels
 from pipeline.runtime import memory, prometheus, resources, tensorboard
-from pipeline.runtime.progress import BoardSink, NoSink, Progress
+from pipeline.runtime.progress import Progress, RayBoardSink, SilentSink
 from pipeline.stream import epoch_order, run_stream, validation
-from pipeline.stream.frame_cache import Framing, require_room
+from pipeline.stream.frame_cache import FrameRows, require_cache_room
 from pipeline.training import checkpoint
 from pipeline.training.loop import Worker, build_worker, run_steps, steps_of, validate
 from pipeline.training.loss_readback import NonFiniteLossError
-from pipeline.training.run_state import Journal, Made, Plan
+from pipeline.training.run_state import RunState, StepReport, StepSchedule
 from pipeline.training.train_config import TrainConfig
 
 COLLECTIVE_TIMEOUT_S = 300
@@ -37,7 +37,7 @@ and clouds give half a minute's notice at least."""
 
 
 @dataclass(frozen=True)
-class Fit:
+class MemberRun:
     """One training run as it is sent to its workers."""
 
     config: dict[str, Any]
@@ -48,7 +48,7 @@ class Fit:
     board: Any = None
     events: str = ""
     """The folder that TensorBoard reads; '' for none."""
-    source: prometheus.Source = prometheus.Source()
+    source: prometheus.MetricTags = prometheus.MetricTags()
     """Whose the metrics are."""
 
     def settings(self) -> TrainConfig:
@@ -56,7 +56,7 @@ class Fit:
         return TrainConfig.parse(self.config, "config")
 
 
-def training_dataset(fit: Fit, world: int | None = None) -> ray.data.Dataset:
+def training_dataset(fit: MemberRun, world: int | None = None) -> ray.data.Dataset:
     """All that remains of the run, as of the checkpoint that the workers will get.
 
     ``world`` is the number of those workers; None: as many as the config asks for.
@@ -64,18 +64,18 @@ def training_dataset(fit: Fit, world: int | None = None) -> ray.data.Dataset:
     config = fit.settings()
     info = open_dataset(config.data)
     groups = row_groups(info, "train")
-    order = epoch_order.Order.of(groups, config.seed, config.stream.window_mb * 2**20)
+    order = epoch_order.EpochOrder.of(groups, config.seed, config.stream.window_mb * 2**20)
     start = checkpoint.latest(fit.uri)
     ledger = checkpoint.read_ledger(start) if start else run_stream.Ledger()
     end, _ = config.length(order.rows)
     return run_stream.dataset(
         order,
-        epoch_order.plan_rest(ledger, end, config.train.scaled(world or config.train.workers).images),
+        epoch_order.plan_remaining_rows(ledger, end, config.train.scaled(world or config.train.workers).images),
         ledger,
         run_stream.training_columns(config.task, info),
         config.train.batch_size,
         start.rsplit("/", 1)[-1] if start else "",
-        Framing(config.input, config.seed) if config.stream.frames else None,
+        FrameRows(config.input, config.seed) if config.stream.frames else None,
         cached=config.stream.cache == "decoded",
     )
 
@@ -86,7 +86,7 @@ class _ForWorkers(ray.train.DataConfig):
     Ray calls a dataset's factory before it knows their number, and this once it does, at each start of the group.
     """
 
-    def __init__(self, fit: Fit) -> None:
+    def __init__(self, fit: MemberRun) -> None:
         super().__init__(["train"], ray.data.ExecutionOptions(preserve_order=True))
         self._fit = fit
 
@@ -100,13 +100,15 @@ def _check(config: TrainConfig, gpu: bool) -> None:
     settings = config.train
     workers = settings.min_workers or settings.workers
     name = "workers" if settings.min_workers is None else "min_workers"
-    resources.cpus(workers, f"train.{name} = {workers}, with a CPU each,")
+    resources.require_cpus(workers, f"train.{name} = {workers}, with a CPU each,")
     groups = row_groups(open_dataset(config.data), "train")
     row_bytes = sum(group.num_bytes for group in groups) / max(1, sum(group.rows for group in groups))
     if config.stream.frames:
-        row_bytes = Framing(config.input, config.seed).row_bytes
+        row_bytes = FrameRows(config.input, config.seed).row_bytes
     batches = workers * (config.stream.prefetch + 2)
-    resources.object_store(batches * settings.batch_size * row_bytes, f"{batches} batches of {settings.batch_size}")
+    resources.require_object_store(
+        batches * settings.batch_size * row_bytes, f"{batches} batches of {settings.batch_size}"
+    )
     if config.stream.decode == "device" and not gpu:
         raise InputError(
             f"stream.decode: device wants a GPU for each of {config.train.workers} workers, the cluster has "
@@ -115,16 +117,18 @@ def _check(config: TrainConfig, gpu: bool) -> None:
     if config.stream.cache == "decoded":
         rows = open_dataset(config.data).counts["train"]["images"]
         room = ray.cluster_resources().get("object_store_memory", 0)
-        require_room(Framing(config.input, config.seed), rows, room)
+        require_cache_room(FrameRows(config.input, config.seed), rows, room)
 
 
-def _look(worker: Worker, journal: Journal, fit: Fit, start: str, told: prometheus.Recorder) -> None:
+def _validate_and_checkpoint(
+    worker: Worker, journal: RunState, fit: MemberRun, start: str, told: prometheus.MetricsRecorder
+) -> None:
     """Validate on all ranks, then report a checkpoint that holds every rank's ledger."""
     columns = run_stream.training_columns(worker.config.task, worker.info)
-    tables = validation.share(worker.info, "val", worker.rank, worker.world, columns)
-    metrics = validate(worker, validation.slices(tables, worker.config.train.batch_size))
-    journal.judge(metrics["val_loss"], worker.config.train.min_delta)
-    journal.note(journal.step, **metrics)
+    tables = validation.rows_of_rank(worker.info, "val", worker.rank, worker.world, columns)
+    metrics = validate(worker, validation.same_size_batches(tables, worker.config.train.batch_size))
+    journal.record_validation(metrics["val_loss"], worker.config.train.min_delta)
+    journal.log_row(journal.step, **metrics)
     if worker.rank == 0:
         lines = "".join(json.dumps(row) + "\n" for row in journal.history)
         storage.write_bytes(storage.join(fit.uri, "metrics.jsonl"), lines.encode())
@@ -132,17 +136,19 @@ def _look(worker: Worker, journal: Journal, fit: Fit, start: str, told: promethe
             tensorboard.publish(fit.events, journal.history, journal.step)
         told.set("dubito_loss", metrics["val_loss"], "val")
         told.count("dubito_checkpoints_total", 1, "saved")
-    _publish(worker, journal, metrics, start)
+    _report_checkpoint(worker, journal, metrics, start)
 
 
-def _keep(worker: Worker, journal: Journal, start: str, told: prometheus.Recorder) -> None:
+def _checkpoint_before_preemption(
+    worker: Worker, journal: RunState, start: str, told: prometheus.MetricsRecorder
+) -> None:
     """A checkpoint without a validation, since a machine is about to go: it can be resumed from, and is never best."""
     if worker.rank == 0:
         told.count("dubito_checkpoints_total", 1, "kept")
-    _publish(worker, journal, {"val_loss": sys.float_info.max}, start)
+    _report_checkpoint(worker, journal, {"val_loss": sys.float_info.max}, start)
 
 
-def _tell(told: prometheus.Recorder, rank: int, made: Made, epochs: float) -> None:
+def _record_step(told: prometheus.MetricsRecorder, rank: int, made: StepReport, epochs: float) -> None:
     """What a step adds to the metrics: every rank's own images and waits, the rest of rank 0."""
     told.count("dubito_images_total", made.images, "ok")
     told.count("dubito_wait_seconds_total", made.waited_s)
@@ -155,7 +161,7 @@ def _tell(told: prometheus.Recorder, rank: int, made: Made, epochs: float) -> No
             told.set("dubito_loss", loss, "train")
 
 
-def _publish(worker: Worker, journal: Journal, metrics: dict[str, float], start: str) -> None:
+def _report_checkpoint(worker: Worker, journal: RunState, metrics: dict[str, float], start: str) -> None:
     """Write this rank's part aside; Ray uploads it while training goes on, and deletes older ones after that."""
     # What an attempt that died left in a folder must not mix with a later one's, whose ranks saw other rows.
     attempt = hashlib.sha256(f"{worker.world} from {start}".encode()).hexdigest()[:4]
@@ -178,7 +184,7 @@ def _publish(worker: Worker, journal: Journal, metrics: dict[str, float], start:
     )
 
 
-def _warned(step: int) -> bool:
+def _preemption_ahead(step: int) -> bool:
     """Whether the machine of some rank will soon be taken away: all ranks ask at the same steps, and hear the same."""
     return step % WARNING_EVERY == 0 and ray.train.get_preemption_info() is not None
 
@@ -194,36 +200,36 @@ def save_batches(error: NonFiniteLossError, run_uri: str, rank: int) -> str:
     return folder
 
 
-def _restore(worker: Worker) -> tuple[Journal, str]:
+def _restore(worker: Worker) -> tuple[RunState, str]:
     """Take over the checkpoint that Ray hands out, if any: (the journal, the checkpoint's name)."""
     start = ray.train.get_checkpoint()
     if start is None:
-        return Journal(), ""
+        return RunState(), ""
     with start.as_directory() as folder:
         progress = checkpoint.load(
             Path(folder), worker.rank, model=worker.module, average=worker.average, optimizer=worker.optimizer
         )
         worker.ledger = checkpoint.read_ledger(folder)
-        fuse(worker.optimizer, worker.device)
-    return Journal(**progress), start.path.rstrip("/").rsplit("/", 1)[-1]
+        use_fused_kernels(worker.optimizer, worker.device)
+    return RunState(**progress), start.path.rstrip("/").rsplit("/", 1)[-1]
 
 
-def _plan(worker: Worker, journal: Journal, rows: int, resumed_from: str) -> Plan:
+def _plan(worker: Worker, journal: RunState, rows: int, resumed_from: str) -> StepSchedule:
     """What this worker group still has to do of a run over ``rows`` images."""
     end, nominal_batch = worker.config.length(rows)
-    rest, ratio = epoch_order.plan_rest(worker.ledger, end, worker.scale.images), worker.scale.ratio
+    rest, ratio = epoch_order.plan_remaining_rows(worker.ledger, end, worker.scale.images), worker.scale.ratio
     used = worker.ledger.count(0, rest.stop)
-    return Plan(
+    return StepSchedule(
         journal.step + rest.steps, worker.config.validate_every(rows, nominal_batch), resumed_from,
         nominal=-(-end // nominal_batch), begin=journal.step, nominal_begin=used / nominal_batch, ratio=ratio,
     )  # fmt: skip
 
 
-def train_worker(loop_config: dict[str, Fit]) -> None:
+def train_worker(loop_config: dict[str, MemberRun]) -> None:
     """What every Ray Train worker executes."""
     fit = loop_config["fit"]
     torch.set_num_threads(fit.threads)
-    memory.keep_memory()
+    memory.keep_freed_memory()
     config, context = fit.settings(), ray.train.get_context()
     info = open_dataset(config.data)
     rank, world = context.get_world_rank(), context.get_world_size()
@@ -236,16 +242,18 @@ def train_worker(loop_config: dict[str, Fit]) -> None:
         return
     if rank == 0 and fit.events:
         tensorboard.rewind(fit.events, journal.step)
-    with prometheus.Recorder(fit.source) as told:
+    with prometheus.MetricsRecorder(fit.source) as told:
         if rank == 0 and resumed_from:
             told.count("dubito_checkpoints_total", 1, "restored")
         _train(fit, worker, journal, plan, rows, told)
 
 
-def _train(fit: Fit, worker: Worker, journal: Journal, plan: Plan, rows: int, told: prometheus.Recorder) -> None:
+def _train(
+    fit: MemberRun, worker: Worker, journal: RunState, plan: StepSchedule, rows: int, told: prometheus.MetricsRecorder
+) -> None:
     """All that is left of the run, over an epoch of ``rows`` images."""
     config, rank, resumed_from = worker.config, worker.rank, plan.resumed_from
-    sink = BoardSink(fit.board) if fit.board is not None and rank == 0 else NoSink()
+    sink = RayBoardSink(fit.board) if fit.board is not None and rank == 0 else SilentSink()
     shard = ray.train.get_dataset_shard("train")
     assert shard is not None, "fit passes the dataset named train"
     size = config.train.batch_size
@@ -259,10 +267,10 @@ def _train(fit: Fit, worker: Worker, journal: Journal, plan: Plan, rows: int, to
             journal,
             plan,
             progress,
-            lambda worker, journal: _look(worker, journal, fit, resumed_from, told),
-            _warned,
-            lambda worker, journal: _keep(worker, journal, resumed_from, told),
-            lambda made: _tell(told, rank, made, plan.at(made.step) / an_epoch),
+            lambda worker, journal: _validate_and_checkpoint(worker, journal, fit, resumed_from, told),
+            _preemption_ahead,
+            lambda worker, journal: _checkpoint_before_preemption(worker, journal, resumed_from, told),
+            lambda made: _record_step(told, rank, made, plan.nominal_step(made.step) / an_epoch),
         )
     except NonFiniteLossError as error:
         told.count("dubito_nonfinite_total")
@@ -270,7 +278,7 @@ def _train(fit: Fit, worker: Worker, journal: Journal, plan: Plan, rows: int, to
         raise RuntimeError(f"{error}; what the model was given is in '{where}'") from error
 
 
-def fit(run: Fit) -> dict[str, Any]:
+def train_member(run: MemberRun) -> dict[str, Any]:
     """Train one member; blocks until it is done.
 
     Returns:
@@ -284,7 +292,7 @@ def fit(run: Fit) -> dict[str, Any]:
     parent, name = path.rsplit("/", 1)
     storage.make_folder(run.uri)
     workers, least = config.train.workers, config.train.min_workers
-    gpu = resources.gpus(least or workers)
+    gpu = resources.claim_gpus(least or workers)
     _check(config, gpu)
     trainer = ray.train.torch.TorchTrainer(
         train_worker,

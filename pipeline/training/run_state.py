@@ -8,7 +8,7 @@ from pipeline.training import optimizer
 
 
 @dataclass
-class Journal:
+class RunState:
     """What rank 0 knows of the run so far; saved in every checkpoint."""
 
     step: int = 0
@@ -16,11 +16,11 @@ class Journal:
     stale: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
 
-    def note(self, step: int, **figures: float) -> None:
+    def log_row(self, step: int, **figures: float) -> None:
         """One row of the history, with the time (seconds since 1970)."""
         self.history.append({"step": step, "time": round(time.time(), 3), **figures})
 
-    def judge(self, val_loss: float, min_delta: float) -> None:
+    def record_validation(self, val_loss: float, min_delta: float) -> None:
         """Count validations without an improvement by more than ``min_delta``."""
         if val_loss < self.best - min_delta:
             self.best, self.stale = val_loss, 0
@@ -29,7 +29,7 @@ class Journal:
 
 
 @dataclass(frozen=True)
-class Made:
+class StepReport:
     """An optimiser step of this worker, as those hear of it who watch the run."""
 
     step: int
@@ -45,7 +45,7 @@ class Made:
 
 
 @dataclass(frozen=True)
-class Plan:
+class StepSchedule:
     """How long this run is, and from which checkpoint it goes on ('' = from the start).
 
     Learning rates and validations follow *nominal* steps: those of the worker group that was asked for. Those of a
@@ -66,16 +66,18 @@ class Plan:
     ratio: float = 1.0
     """Nominal steps in a step of this group."""
 
-    def at(self, step: int) -> float:
+    def nominal_step(self, step: int) -> float:
         """Nominal steps that are done after step number ``step``."""
         return self.nominal_begin + (step - self.begin) * self.ratio
 
     def lr(self, settings: optimizer.OptimSettings, step: int) -> float:
         """Learning rate of the step after ``step`` steps."""
-        return optimizer.lr_at(settings, self.at(step), self.steps if self.nominal is None else self.nominal)
+        return optimizer.lr_at(settings, self.nominal_step(step), self.steps if self.nominal is None else self.nominal)
 
-    def looks(self, step: int) -> bool:
+    def validates_at(self, step: int) -> bool:
         """Whether the model is validated after step number ``step``."""
         tiny = 1e-6  # of sums of ratios
-        due = int((self.at(step) + tiny) / self.validate_every) > int((self.at(step - 1) + tiny) / self.validate_every)
+        due = int((self.nominal_step(step) + tiny) / self.validate_every) > int(
+            (self.nominal_step(step - 1) + tiny) / self.validate_every
+        )
         return due or step == self.steps

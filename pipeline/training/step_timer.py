@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 
-class Pace:
+class StepTimer:
     """Times the steps of a loop.
 
     On a CPU a step waits while the loop asks for its data: decoding that is ahead of it costs nothing, augmentation in
@@ -27,7 +27,7 @@ class Pace:
         self._images, self._seconds = 0, 0.0
         self._began = time.monotonic()
 
-    def over(self, items: Iterable[Any]) -> Generator[Any, None, None]:
+    def timed(self, items: Iterable[Any]) -> Generator[Any, None, None]:
         """The items, with the wait for each of them measured."""
         source = iter(items)
         while True:
@@ -42,13 +42,13 @@ class Pace:
                 self._open.append((before, self._event()))
             yield item
 
-    def done(self, images: int) -> float:
+    def finish_step(self, images: int) -> float:
         """A step of ``images`` images has ended: seconds since its data was asked for."""
         seconds = time.monotonic() - self._began
         self._images, self._seconds = self._images + images, self._seconds + seconds
         return seconds
 
-    def waited(self) -> float:
+    def take_wait_s(self) -> float:
         """Seconds of waiting that became known since the last time this was asked."""
         while self._open and self._open[0][1].query():
             before, after = self._open.popleft()
@@ -56,7 +56,7 @@ class Pace:
         waited, self._waited = self._waited, 0.0
         return waited
 
-    def rate(self) -> float:
+    def take_images_per_s(self) -> float:
         """Images a second over the steps since the last time this was asked; what lies between steps does not count."""
         rate = self._images / self._seconds if self._seconds > 0 else 0.0
         self._images, self._seconds = 0, 0.0

@@ -158,7 +158,7 @@ class TrainConfig(Settings):
                 f"{where}: model '{self.model['name']}' is for {settings.task}, but task is {self.task};"
                 f" choose one of {fitting}"
             )
-        transfer.check(self.transfer, pretrained=getattr(settings, "encoder_weights", None) is not None)
+        transfer.check_transfer(self.transfer, pretrained=getattr(settings, "encoder_weights", None) is not None)
         return settings
 
     def model_for(self, info: DatasetInfo) -> ModelSettings:

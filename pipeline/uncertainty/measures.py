@@ -106,7 +106,7 @@ class RunningSpread:
         return (self._squares / self._weight).clamp(min=0).sqrt()
 
 
-def with_rest(scores: Tensor) -> Tensor:
+def add_background_class(scores: Tensor) -> Tensor:
     """Independent sigmoid scores (..., K) -> one distribution (..., K + 1), the last "none of these".
 
     Existence ``e = max_c s_c``; ``p_c = e s_c / Σ s``; the rest is ``1 - e``.
@@ -144,7 +144,7 @@ def masked_quantile(values: Tensor, mask: Tensor, q: float) -> Tensor:
     return out
 
 
-def patch_max(values: Tensor, valid: Tensor, size: int) -> Tensor:
+def max_patch_mean(values: Tensor, valid: Tensor, size: int) -> Tensor:
     """(N,) largest mean over any ``size`` x ``size`` window wholly inside the image.
 
     Kahl et al. 2024 (2401.08501), "patch level". The mean over the image where it is smaller than one window.
@@ -175,7 +175,7 @@ def _window_sum(values: Tensor, size: int) -> Tensor:
     return values
 
 
-def inner(labels: Tensor, valid: Tensor, radius: int) -> Tensor:
+def interior(labels: Tensor, valid: Tensor, radius: int) -> Tensor:
     """(N, H, W) bool: pixels of the image with one label only within ``radius`` rows and columns.
 
     Boundaries between classes are doubtful in any image; without them what is left tells images apart.
@@ -212,9 +212,9 @@ def _window_max(values: Tensor, radius: int) -> Tensor:
     return values
 
 
-def inner_mean(values: Tensor, labels: Tensor, valid: Tensor, radius: int) -> Tensor:
+def interior_mean(values: Tensor, labels: Tensor, valid: Tensor, radius: int) -> Tensor:
     """(N,) mean over ``inner`` pixels; over the whole image where every pixel is near a boundary."""
-    away = inner(labels, valid, radius)
+    away = interior(labels, valid, radius)
     means = masked_mean(values, away)
     return torch.where(means.isnan(), masked_mean(values, valid), means)
 

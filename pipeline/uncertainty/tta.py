@@ -60,7 +60,7 @@ class View:
     """Quarter turns."""
     scale: float = 1.0
 
-    def look(self, images: Tensor, multiple: int) -> Tensor:
+    def apply(self, images: Tensor, multiple: int) -> Tensor:
         """(N, C, H, W) -> the view; its sides are multiples of ``multiple`` where those of ``images`` are."""
         if self.flip:
             images = images.flip(-1)
@@ -71,7 +71,7 @@ class View:
             images = F.interpolate(images, size, mode="bilinear", antialias=True, align_corners=False)
         return images
 
-    def back(self, maps: Tensor, size: tuple[int, int]) -> Tensor:
+    def invert(self, maps: Tensor, size: tuple[int, int]) -> Tensor:
         """Maps (N, C, h, w) of the view -> (N, C, *size) of the frame."""
         turned = size[::-1] if self.turns % 2 else size
         if tuple(maps.shape[-2:]) != tuple(turned):
@@ -93,7 +93,7 @@ class View:
         return torch.diag(torch.tensor([seen[1] / width, seen[0] / height, 1.0], dtype=torch.float64)) @ matrix
 
 
-def views(settings: TtaSettings) -> list[View]:
+def tta_views(settings: TtaSettings) -> list[View]:
     """The views of ``settings``, the plain one first."""
     turns = {(False, False): [0], (True, False): [0, 2], (False, True): [0, 1, 2, 3], (True, True): [0, 1, 2, 3]}
     flips = [False, True] if settings.flips else [False]
@@ -103,8 +103,8 @@ def views(settings: TtaSettings) -> list[View]:
     return [View(flip, turn, scale) for scale, flip, turn in found]
 
 
-def each_pass(settings: InferenceSettings) -> Iterator[tuple[int, View]]:
+def inference_passes(settings: InferenceSettings) -> Iterator[tuple[int, View]]:
     """(number, view) of everything that one member is asked, in a fixed order."""
     passes = max(1, settings.dropout_passes)
-    for number, (view, _) in enumerate(product(views(settings.tta), range(passes))):
+    for number, (view, _) in enumerate(product(tta_views(settings.tta), range(passes))):
         yield number, view

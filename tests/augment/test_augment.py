@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from kornia import augmentation, enhance
 from torch import Tensor
 
-from pipeline.augment import PRESETS, Augment, AugmentSettings, InputSettings, draw
+from pipeline.augment import PRESETS, Augment, AugmentSettings, InputSettings, draw_parameters
 from pipeline.augment.effects import normal
 from pipeline.config import parse_sets
 from pipeline.errors import InputError
-from pipeline.images import frame_labels
+from pipeline.images.frame_labels import frame
 from tests.support.augment_cases import EVERYTHING, batch_of, make_batch, present, rows, unit, values_of
 
 COLOURS = {
@@ -42,7 +42,10 @@ def test_colour_equals_kornias_adjust_functions(name: str):
     wanted, adjust = COLOURS[name]
     batch, input = make_batch(8)
     source = batch.images.float() / 255
-    values = {key: value.float() for key, value in values_of(draw(wanted, 2, batch.epochs, batch.positions)).items()}
+    values = {
+        key: value.float()
+        for key, value in values_of(draw_parameters(wanted, 2, batch.epochs, batch.positions)).items()
+    }
     theirs = adjust(source, values)
     assert theirs.min() > 0
     assert theirs.max() < 1
@@ -62,7 +65,9 @@ def test_hue_turns_the_colour_differences_and_keeps_luma():
     batch, input = make_batch(8)
     wanted = AugmentSettings(hue=0.04)
     source = (batch.images.float() / 255).double()
-    angle = torch.from_numpy(2 * np.pi * draw(wanted, 2, batch.epochs, batch.positions)["hue"])[:, None, None]
+    angle = torch.from_numpy(2 * np.pi * draw_parameters(wanted, 2, batch.epochs, batch.positions)["hue"])[
+        :, None, None
+    ]
     red, green, blue = source.unbind(1)
     luma = 0.299 * red + 0.587 * green + 0.114 * blue
     u, v = 0.492 * (blue - luma), 0.877 * (red - luma)
@@ -90,25 +95,28 @@ def test_no_image_depends_on_its_batch(index: list[int], count: int):
 
 def test_draw_is_a_pure_function_of_its_keys():
     epochs, positions = np.repeat([0, 1, 2], 40), np.tile(np.arange(40), 3)
-    whole = draw(EVERYTHING, 7, epochs, positions)
+    whole = draw_parameters(EVERYTHING, 7, epochs, positions)
     for n in (0, 41, 119):
-        alone = draw(EVERYTHING, 7, epochs[n : n + 1], positions[n : n + 1])
+        alone = draw_parameters(EVERYTHING, 7, epochs[n : n + 1], positions[n : n + 1])
         assert all(np.array_equal(alone[name][0], whole[name][n]) for name in whole)
     assert len(np.unique(whole["angle"])) == 120
-    assert not np.intersect1d(draw(EVERYTHING, 8, epochs, positions)["angle"], whole["angle"]).size
+    assert not np.intersect1d(draw_parameters(EVERYTHING, 8, epochs, positions)["angle"], whole["angle"]).size
 
 
 def test_switching_one_op_off_leaves_the_draws_of_the_others():
     positions = np.arange(50)
     fewer = EVERYTHING.model_copy(update={"hflip": 0.0, "erase": 0.0})
-    first, second = draw(EVERYTHING, 7, positions * 0, positions), draw(fewer, 7, positions * 0, positions)
+    first, second = (
+        draw_parameters(EVERYTHING, 7, positions * 0, positions),
+        draw_parameters(fewer, 7, positions * 0, positions),
+    )
     assert not second["hflip"].any()
     assert all(np.array_equal(first[name], second[name]) for name in first if name not in ("hflip", "erase"))
 
 
 def test_draws_are_spread_evenly_and_not_related():
     positions = np.arange(20_000)
-    drawn = draw(EVERYTHING, 0, positions * 0, positions)
+    drawn = draw_parameters(EVERYTHING, 0, positions * 0, positions)
     columns = np.stack(
         [drawn[name] for name in ("angle", "shear", "brightness", "contrast", "hue", "hflip")]
         + [*drawn["translate"].T, np.log(drawn["scale"])]
@@ -122,7 +130,7 @@ def test_draws_are_spread_evenly_and_not_related():
 
 def test_draws_never_change_between_versions():
     """A resumed run must go on with the same parameters: these values are part of the contract."""
-    drawn = draw(AugmentSettings(rotate=90, hue=0.5), 1, [0, 3], [5, 2**40])
+    drawn = draw_parameters(AugmentSettings(rotate=90, hue=0.5), 1, [0, 3], [5, 2**40])
     assert drawn["angle"].tolist() == pytest.approx(ANGLES)
     assert drawn["hue"].tolist() == pytest.approx(HUES)
 
@@ -146,7 +154,7 @@ def test_effects_leave_geometry_alone_and_touch_only_their_images():
     plain = Augment(AugmentSettings(), input, seed=4)(batch)
     for name in ("blur", "noise", "erase"):
         wanted = AugmentSettings.parse({name: 0.5}, "test")
-        amount = draw(wanted, 4, batch.epochs, batch.positions)[name].reshape(8, -1).any(1)
+        amount = draw_parameters(wanted, 4, batch.epochs, batch.positions)[name].reshape(8, -1).any(1)
         out = Augment(wanted, input, seed=4)(batch)
         changed = (out.images != plain.images).flatten(1).any(1).numpy()
         assert changed.tolist() == amount.tolist()
@@ -160,11 +168,11 @@ def test_blur_of_an_image_does_not_depend_on_how_blurred_the_others_are():
     image = np.zeros((41, 41, 3), np.uint8)
     image[20, 20] = 255
     input = InputSettings(size=(41, 41))
-    batch = batch_of(frame_labels([image] * 8, None, None, None, None, input, train=True))
+    batch = batch_of(frame([image] * 8, None, None, None, None, input, train=True))
     wanted = AugmentSettings(blur=1.0, blur_sigma=(0.3, 5.0))
     augment = Augment(wanted, input, seed=1)
     whole = augment(batch)
-    sigma = draw(wanted, 1, batch.epochs, batch.positions)["blur"]
+    sigma = draw_parameters(wanted, 1, batch.epochs, batch.positions)["blur"]
     assert sigma.max() > 2 * sigma.min()
     for n in range(8):
         alone = augment(rows(batch, [n]))
@@ -178,7 +186,7 @@ def test_blur_of_an_image_does_not_depend_on_how_blurred_the_others_are():
 def test_noise_has_the_strength_that_was_drawn():
     batch, input = make_batch(2, (200, 200))
     wanted = AugmentSettings(noise=1.0, noise_std=0.1)
-    std = draw(wanted, 4, batch.epochs, batch.positions)["noise"]
+    std = draw_parameters(wanted, 4, batch.epochs, batch.positions)["noise"]
     added = unit(Augment(wanted, input, 4)(batch), input) - batch.images.float() / 255
     assert added.flatten(2).std(-1).numpy() == pytest.approx(np.repeat(std[:, None], 3, 1), rel=0.03)
 

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kornia import augmentation
 
-from pipeline.augment import Augment, AugmentSettings, InputSettings, draw
+from pipeline.augment import Augment, AugmentSettings, InputSettings, draw_parameters
 from pipeline.augment.geometry import Geometry, affine_parameters, visible_boxes, warp
-from pipeline.images import frame_labels
 from pipeline.images.batch import Batch
+from pipeline.images.frame_labels import frame
 from tests.support.augment_cases import EVERYTHING, batch_of, make_batch, present, smooth_images, unit, values_of
 
 KORNIA_OPS = {
@@ -66,7 +66,7 @@ def test_single_op_equals_kornias_own_class(name: str, size: tuple[int, int]):
     batch, input = make_batch(5, size)
     ours = Augment(wanted, input, seed=3)
     out = ours(batch)
-    values = values_of(draw(wanted, 3, batch.epochs, batch.positions))
+    values = values_of(draw_parameters(wanted, 3, batch.epochs, batch.positions))
     source = batch.images.float() / 255
     params = {key: torch.as_tensor(value).float() for key, value in parameters(values, size).items()}
     params |= {"batch_prob": torch.ones(5), "forward_input_shape": torch.tensor(source.shape)}
@@ -83,7 +83,7 @@ def test_scale_crop_equals_kornias_affine_followed_by_its_centre_crop():
     wanted, canvas = AugmentSettings(scale=(1.0, 1.6)), (36, 48)
     assert batch.images.shape[-2:] == canvas
     ours = Augment(wanted, input, seed=3)
-    params = affine_parameters(values_of(draw(wanted, 3, batch.epochs, batch.positions)), canvas, (24, 32))
+    params = affine_parameters(values_of(draw_parameters(wanted, 3, batch.epochs, batch.positions)), canvas, (24, 32))
     params |= {"batch_prob": torch.ones(4), "forward_input_shape": torch.tensor(batch.images.shape)}
     whole = augmentation.RandomAffine(0.0, scale=(1.0, 1.6), p=1.0)(batch.images.float() / 255, params=params)
     theirs = augmentation.CenterCrop((24, 32))(whole)
@@ -99,7 +99,7 @@ def test_oblong_input_is_turned_by_180_degrees():
 
 def test_flips_and_turns_move_masks_without_losing_a_pixel():
     batch, input = make_batch(8, (32, 32))
-    drawn = draw(AugmentSettings(hflip=0.5, vflip=0.5, quarter_turns=0.7), 5, batch.epochs, batch.positions)
+    drawn = draw_parameters(AugmentSettings(hflip=0.5, vflip=0.5, quarter_turns=0.7), 5, batch.epochs, batch.positions)
     out = Augment(AugmentSettings(hflip=0.5, vflip=0.5, quarter_turns=0.7), input, seed=5)(batch)
     for n, mask in enumerate(present(batch.masks)):
         mask = mask.flip(-1) if drawn["hflip"][n] else mask
@@ -113,7 +113,9 @@ def test_one_resampling_moves_a_pattern_as_the_matrices_say():
     y, x = torch.meshgrid(torch.arange(40.0) + 0.5, torch.arange(40.0) + 0.5, indexing="ij")
     ramp = torch.stack([x, y, torch.ones(40, 40)]).expand(6, 3, 40, 40).contiguous()
     geometry = Geometry(EVERYTHING)
-    matrices = geometry.matrices(values_of(draw(EVERYTHING, 1, batch.epochs, batch.positions)), (40, 40), (40, 40))
+    matrices = geometry.matrices(
+        values_of(draw_parameters(EVERYTHING, 1, batch.epochs, batch.positions)), (40, 40), (40, 40)
+    )
     out, _ = warp(ramp, None, matrices, (40, 40))
     inside = out[:, 2] > 1 - 1e-6
     back = torch.linalg.inv(matrices).float() @ torch.stack([x, y, torch.ones(40, 40)]).flatten(1)
@@ -151,7 +153,7 @@ def test_boxes_agree_with_boxes_drawn_into_the_mask(seed: int, turn: float, shea
     mask[corner[1] : corner[1] + extent[1], corner[0] : corner[0] + extent[0]] = 1
     input = InputSettings(size=(160, 160))
     image = np.zeros((160, 160, 3), np.uint8)
-    parts = frame_labels([image], [mask], [box[None]], [np.array([0])], None, input, train=True)
+    parts = frame([image], [mask], [box[None]], [np.array([0])], None, input, train=True)
     batch = batch_of(parts, [seed])
     out = Augment(wanted, input, seed=seed)(batch)
     rows, columns = torch.where(present(out.masks)[0] == 1)
@@ -164,7 +166,7 @@ def test_boxes_agree_with_boxes_drawn_into_the_mask(seed: int, turn: float, shea
 def test_flipped_and_turned_boxes_are_exact():
     batch, input = make_batch(8, (32, 32))
     wanted = AugmentSettings(hflip=0.5, vflip=0.5, quarter_turns=0.7)
-    drawn = draw(wanted, 5, batch.epochs, batch.positions)
+    drawn = draw_parameters(wanted, 5, batch.epochs, batch.positions)
     out = Augment(wanted, input, seed=5)(batch)
     for n, expected in enumerate(present(batch.boxes)):
         x1, y1, x2, y2 = expected.unbind(-1)
@@ -198,12 +200,12 @@ def test_images_without_boxes_and_batches_without_labels():
     image = smooth_images(1, 20, 20)[0]
     input = InputSettings(size=(20, 20))
     keys = {"epochs": torch.zeros(1, dtype=torch.int64), "positions": torch.zeros(1, dtype=torch.int64)}
-    none = frame_labels([image], None, [np.zeros((0, 4))], [np.zeros(0, np.int64)], None, input, train=True)
+    none = frame([image], None, [np.zeros((0, 4))], [np.zeros(0, np.int64)], None, input, train=True)
     out = Augment(EVERYTHING, input)(Batch(["a"], **none, **keys))
     assert (present(out.labels) == -1).all()
     assert out.masks is None
     unlabelled = Augment(EVERYTHING, input)(
-        Batch(["a"], **frame_labels([image], None, None, None, None, input, train=True), **keys)
+        Batch(["a"], **frame([image], None, None, None, None, input, train=True), **keys)
     )
     assert unlabelled.boxes is None
     assert unlabelled.images.isfinite().all()
@@ -211,6 +213,6 @@ def test_images_without_boxes_and_batches_without_labels():
 
 def test_a_batch_without_images_passes():
     input = InputSettings(size=(20, 20))
-    parts = frame_labels([], None, None, None, None, input, train=True)
+    parts = frame([], None, None, None, None, input, train=True)
     empty = Batch([], epochs=torch.zeros(0, dtype=torch.int64), positions=torch.zeros(0, dtype=torch.int64), **parts)
     assert Augment(EVERYTHING, input)(empty).images.shape == (0, 3, 20, 20)

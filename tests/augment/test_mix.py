@@ -9,11 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.augment import Augment, AugmentSettings, InputSettings, draw_mix
+from pipeline.augment import Augment, AugmentSettings, InputSettings, draw_mix_partners
 from pipeline.augment.mix import most_boxes
 from pipeline.errors import InputError
-from pipeline.images import frame_labels
 from pipeline.images.batch import Batch
+from pipeline.images.frame_labels import frame
 from tests.support.augment_cases import (
     EVERYTHING,
     batch_of,
@@ -86,7 +86,7 @@ def test_a_mosaic_is_made_of_slices(fit: str):
     batch, input, _ = painted_batch(6, (40, 56), fit, 3)
     (height, width), canvas = input.size, batch.images.shape[-2:]
     out = Augment(MOSAIC, input, 5)(batch)
-    drawn = draw_mix(MOSAIC, 5, batch.epochs, batch.positions)
+    drawn = draw_mix_partners(MOSAIC, 5, batch.epochs, batch.positions)
     margin = [(canvas[1] - width) // 2, (canvas[0] - height) // 2]
     for n in range(6):
         cx, cy = np.rint(drawn["centre"][n] * [width, height]).astype(int)
@@ -126,9 +126,7 @@ def test_a_box_is_dropped_by_what_the_seam_leaves_of_the_whole_of_it():
     """Images of 40 x 40, of which each quadrant shows a quarter that ends at one corner of the image."""
     boxes, crowd = np.array([[10.0, 10, 30, 30], [17, 17, 23, 23], [12, 4, 28, 8]]), np.array([False, False, True])
     input = InputSettings(size=(40, 40))
-    parts = frame_labels(
-        smooth_images(4, 40, 40), None, [boxes] * 4, [np.arange(3)] * 4, [crowd] * 4, input, train=True
-    )
+    parts = frame(smooth_images(4, 40, 40), None, [boxes] * 4, [np.arange(3)] * 4, [crowd] * 4, input, train=True)
     labels = {}
     for share in (0.2, 0.26):
         wanted = AugmentSettings(mosaic=1.0, mosaic_centre=(0.5, 0.5), min_visible=share)
@@ -146,7 +144,7 @@ def test_nothing_shows_through_at_the_seams():
     input = InputSettings(size=(40, 40))
     shapes = [(40, 40, 3), (30, 40, 3), (40, 30, 3), (32, 40, 3)]
     batch = batch_of(
-        frame_labels([np.full(shape, 200, np.uint8) for shape in shapes], None, None, None, None, input, train=True)
+        frame([np.full(shape, 200, np.uint8) for shape in shapes], None, None, None, None, input, train=True)
     )
     wanted = AugmentSettings(mosaic=1.0, mosaic_centre=(0.4, 0.6), rotate=180, scale=(1.3, 1.5))
     out = unit(Augment(wanted, input, 0)(batch), input) * 255
@@ -158,9 +156,9 @@ def test_a_box_that_sticks_out_of_its_image_ends_at_the_seam():
     box = np.array([[-8.0, -8, 48, 28]])
     input = InputSettings(size=(40, 40))
     images = [np.zeros((20, 40, 3), np.uint8)] * 6
-    parts = frame_labels(images, None, [box] * 6, [np.array([n]) for n in range(6)], None, input, train=True)
+    parts = frame(images, None, [box] * 6, [np.array([n]) for n in range(6)], None, input, train=True)
     out = Augment(MOSAIC, input, 1)(batch_of(parts))
-    drawn = draw_mix(MOSAIC, 1, np.zeros(6), np.arange(6))
+    drawn = draw_mix_partners(MOSAIC, 1, np.zeros(6), np.arange(6))
     for n, (cx, cy) in enumerate(np.rint(drawn["centre"] * 40).tolist()):
         for q, m in enumerate(drawn["sources"][n].tolist()):
             wide = [cx, 40] if q % 2 else [0, cx]
@@ -192,7 +190,7 @@ def test_all_parts_of_an_image_are_seen_equally_often():
     boxes = np.concatenate([corners, corners + 2], 1)
     input = InputSettings(size=(20, 20))
     images = [np.zeros((20, 20, 3), np.uint8)] * count
-    parts = frame_labels(images, None, [boxes] * count, [np.arange(25)] * count, None, input, train=True)
+    parts = frame(images, None, [boxes] * count, [np.arange(25)] * count, None, input, train=True)
     out = Augment(AugmentSettings(mosaic=1.0, min_visible=0.5), input, 3)(batch_of(parts))
     labels = present(out.labels)
     seen = torch.bincount(labels[labels >= 0], minlength=25) / count
@@ -203,7 +201,7 @@ def test_rows_that_are_not_mixed_owe_nothing_to_their_batch():
     batch, input = make_batch(8)
     batch.masks = None
     wanted = EVERYTHING.model_copy(update={"mosaic": 0.3, "mixup": 0.3, "blur": 0.0})
-    drawn = draw_mix(wanted, 4, batch.epochs, batch.positions)
+    drawn = draw_mix_partners(wanted, 4, batch.epochs, batch.positions)
     alone = np.flatnonzero(~(drawn["mosaic"] | drawn["mixup"])).tolist()
     assert 0 < len(alone) < 8
     out, plain = Augment(wanted, input, 4)(batch), Augment(EVERYTHING.model_copy(update={"blur": 0.0}), input, 4)(batch)
@@ -233,7 +231,7 @@ def test_mixup_blends_what_the_rows_would_be_and_keeps_the_boxes_of_both():
     for mosaic in (0.0, 0.5):
         alone = AugmentSettings(hflip=0.5, rotate=20, mosaic=mosaic)
         wanted = alone.model_copy(update={"mixup": 0.6})
-        drawn = draw_mix(wanted, 2, batch.epochs, batch.positions)
+        drawn = draw_mix_partners(wanted, 2, batch.epochs, batch.positions)
         assert 0 < drawn["mixup"].sum() < 6
         out, before = Augment(wanted, input, 2)(batch), Augment(alone, input, 2)(batch)
         assert torch.equal(out.matrices, before.matrices)
@@ -254,7 +252,7 @@ def test_masks_cannot_be_blended():
 
 def test_two_and_three_rows_show_an_image_more_than_once():
     for count in (2, 3):
-        drawn = draw_mix(MOSAIC, 0, np.zeros(count), np.arange(count))
+        drawn = draw_mix_partners(MOSAIC, 0, np.zeros(count), np.arange(count))
         assert all(set(each) == set(range(count)) for each in drawn["sources"].tolist())
         batch, input, _ = painted_batch(count, (32, 32), "letterbox", 0)
         assert Augment(MOSAIC, input)(batch).images.isfinite().all()
@@ -265,14 +263,14 @@ def test_images_without_boxes_and_batches_without_any():
     wanted = EVERYTHING.model_copy(update={"mosaic": 1.0, "mixup": 1.0, "min_visible": 0.0, "blur": 0.0})
     images, box = smooth_images(4, 24, 24), np.array([[8.0, 8, 16, 16]])
     some = [box, np.zeros((0, 4)), None, np.zeros((0, 4))]
-    parts = frame_labels(images, None, some, [np.array([k] * (k == 0)) for k in range(4)], None, input, train=True)
+    parts = frame(images, None, some, [np.array([k] * (k == 0)) for k in range(4)], None, input, train=True)
     out = Augment(wanted, input)(batch_of(parts))
     assert (present(out.labels) == 0).any()
-    none = frame_labels(images, None, [None] * 4, [None] * 4, None, input, train=True)
+    none = frame(images, None, [None] * 4, [None] * 4, None, input, train=True)
     out = Augment(wanted, input)(batch_of(none))
     assert present(out.labels).tolist() == [[-1]] * 4
     assert present(out.boxes).shape == (4, 1, 4)
-    unlabelled = Augment(wanted, input)(batch_of(frame_labels(images, None, None, None, None, input, train=True)))
+    unlabelled = Augment(wanted, input)(batch_of(frame(images, None, None, None, None, input, train=True)))
     assert unlabelled.boxes is None
     assert unlabelled.images.isfinite().all()
 
@@ -283,7 +281,7 @@ def test_lists_are_as_long_as_the_longest_and_kept_boxes_come_first(seed: int, c
     batch, input, _ = painted_batch(count, (32, 32), "letterbox", seed)
     batch.masks = None
     wanted = AugmentSettings(mosaic=0.5, mixup=0.5, scale=(0.5, 1.0))
-    out, drawn = Augment(wanted, input, seed)(batch), draw_mix(wanted, seed, batch.epochs, batch.positions)
+    out, drawn = Augment(wanted, input, seed)(batch), draw_mix_partners(wanted, seed, batch.epochs, batch.positions)
     found = present(out.labels) >= 0
     bound = most_boxes((present(batch.labels) >= 0).sum(1).numpy(), drawn)
     assert found.sum(1).max() <= bound
@@ -299,7 +297,7 @@ def test_no_shape_depends_on_numbers_of_the_device():
     batch, input = make_batch(6)
     batch.masks = None
     wanted = EVERYTHING.model_copy(update={"mosaic": 0.5, "mixup": 0.5, "blur": 0.0, "noise": 0.0})
-    drawn = draw_mix(wanted, 2, batch.epochs, batch.positions)
+    drawn = draw_mix_partners(wanted, 2, batch.epochs, batch.positions)
     assert 0 < drawn["mosaic"].sum() < 6
     assert drawn["mixup"].any()
     out = Augment(wanted, input, 2)(batch.to("meta"))

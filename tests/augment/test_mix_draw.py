@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
-from pipeline.augment import Augment, AugmentSettings, draw_mix
+from pipeline.augment import Augment, AugmentSettings, draw_mix_partners
 from pipeline.config import parse_sets
 from pipeline.errors import InputError
 from tests.support.augment_cases import make_batch, rows
@@ -35,7 +35,7 @@ def test_nothing_is_mixed_at_the_end_of_the_run_nor_alone():
 def test_laws_of_the_draw():
     count = 600
     wanted = AugmentSettings(mosaic=0.3, mixup=0.6, mosaic_centre=(0.1, 0.7), mixup_alpha=3.0)
-    drawn = draw_mix(wanted, 0, np.zeros(count), np.arange(count))
+    drawn = draw_mix_partners(wanted, 0, np.zeros(count), np.arange(count))
     own, at = np.arange(count), drawn["place"]
     assert (drawn["sources"][own, at] == own).all()
     assert all(len(set(each)) == 4 for each in drawn["sources"].tolist())
@@ -49,7 +49,7 @@ def test_laws_of_the_draw():
     chosen = np.bincount(drawn["partner"], minlength=count)
     assert chosen.var() == pytest.approx(1, abs=0.2), "each row is as likely a partner as any other"
     # A row that leaves changes only those who had it.
-    fewer = draw_mix(wanted, 0, np.zeros(count - 1), own[:-1])
+    fewer = draw_mix_partners(wanted, 0, np.zeros(count - 1), own[:-1])
     had = drawn["partner"][:-1] == count - 1
     assert (fewer["partner"][~had] == drawn["partner"][:-1][~had]).all()
     had = (drawn["sources"][:-1] == count - 1).any(1)
@@ -58,7 +58,7 @@ def test_laws_of_the_draw():
 
 def test_draws_of_mixtures_never_change_between_versions():
     """A resumed run must go on with the same parameters: these values are part of the contract."""
-    drawn = draw_mix(AugmentSettings(mosaic=0.5, mixup=0.5), 1, [0, 0, 3, 3, 3], [5, 6, 7, 8, 2**40])
+    drawn = draw_mix_partners(AugmentSettings(mosaic=0.5, mixup=0.5), 1, [0, 0, 3, 3, 3], [5, 6, 7, 8, 2**40])
     assert {name: values.tolist() for name, values in drawn.items() if name not in ("centre", "ratio")} == CHOICES
     assert drawn["centre"][:2].tolist() == [pytest.approx(each) for each in CENTRES]
     assert drawn["ratio"].tolist() == pytest.approx(RATIOS)

@@ -86,12 +86,12 @@ def test_chunks_give_what_the_whole_batch_gives(threads: int, monkeypatch: pytes
 
 def test_numbers_arrive_as_they_were():
     values = {"a": np.arange(6).reshape(2, 3), "none": np.zeros(0, np.int64), "b": np.array([True, False])}
-    sent = pixels.send(values | {"key": np.array([2**32 - 1])}, torch.device("cpu"))
+    sent = pixels.copy_to_device(values | {"key": np.array([2**32 - 1])}, torch.device("cpu"))
     assert sent["a"].tolist() == [[0, 1, 2], [3, 4, 5]]
     assert sent["none"].shape == (0,)
     assert sent["b"].tolist() == [1, 0]
     assert sent["key"].tolist() == [2**32 - 1]
-    assert pixels.send({}, torch.device("cpu")) == {}
+    assert pixels.copy_to_device({}, torch.device("cpu")) == {}
 
 
 @pytest.mark.parametrize("name", [*KINDS, "evaluation"])

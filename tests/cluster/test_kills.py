@@ -87,19 +87,19 @@ def test_an_image_that_ends_its_process_costs_itself_alone(
     assert found["statuses"] == {"ok": 8, "error": 1}
     rows = predictions.read(str(tmp_path / "out")).to_pylist()
     assert [row["image_id"] for row in rows] == [f"{number}.png" for number in range(9)]
-    assert [row["error"] for row in rows if row["status"] == "error"] == [crash_guard.CULPRIT]
+    assert [row["error"] for row in rows if row["status"] == "error"] == [crash_guard.SKIPPED_IMAGE]
 
 
 def test_starts_and_culprits_are_counted():
-    starts = crash_guard.Starts()
-    assert [starts.begin(7)[0] for _ in range(3)] == [1, 2, 3]
-    starts.take(7, 1)
-    starts.take(7, 2)
-    assert starts.begin(7) == (4, []), "once may be anybody's fault"
-    starts.take(7, 2)
-    assert starts.begin(7) == (5, [2])
-    assert starts.begin(8) == (1, [])
-    assert [starts.born(), starts.born()] == [1, 2]
-    starts.done(7)
-    assert starts.begin(7) == (1, [])
-    assert starts.born() == 1
+    starts = crash_guard.StartCounter()
+    assert [starts.unit_started(7)[0] for _ in range(3)] == [1, 2, 3]
+    starts.image_started(7, 1)
+    starts.image_started(7, 2)
+    assert starts.unit_started(7) == (4, []), "once may be anybody's fault"
+    starts.image_started(7, 2)
+    assert starts.unit_started(7) == (5, [2])
+    assert starts.unit_started(8) == (1, [])
+    assert [starts.process_started(), starts.process_started()] == [1, 2]
+    starts.unit_done(7)
+    assert starts.unit_started(7) == (1, [])
+    assert starts.process_started() == 1

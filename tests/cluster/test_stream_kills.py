@@ -46,9 +46,9 @@ def reader_class() -> type:
 
 def start(info: DatasetInfo, ledger: Ledger, workers: int, pause_s: float) -> tuple[list[Any], list[Any], int]:
     """Workers that read all that remains of the run: (their handles, their calls, steps)."""
-    order = epoch_order.Order.of(row_groups(info, "train"), SEED, 4000)
+    order = epoch_order.EpochOrder.of(row_groups(info, "train"), SEED, 4000)
     assert order.windows > 1
-    rest = epoch_order.plan_rest(ledger, EPOCHS * order.rows, BATCH * workers)
+    rest = epoch_order.plan_remaining_rows(ledger, EPOCHS * order.rows, BATCH * workers)
     columns = run_stream.training_columns("segmentation", info)
     shards = run_stream.dataset(order, rest, ledger, columns, BATCH, "").streaming_split(workers, equal=True)
     actor: Any = ray.remote(num_cpus=0.5, max_concurrency=2)(reader_class())
@@ -58,9 +58,9 @@ def start(info: DatasetInfo, ledger: Ledger, workers: int, pause_s: float) -> tu
 
 def order_of(info: DatasetInfo) -> list[str]:
     """The image at each position of the whole run, read by nobody's workers."""
-    order = epoch_order.Order.of(row_groups(info, "train"), SEED, 4000)
+    order = epoch_order.EpochOrder.of(row_groups(info, "train"), SEED, 4000)
     columns = tuple(run_stream.training_columns("segmentation", info))
-    expand = run_stream.Expand(order, columns, 0, EPOCHS * order.rows, Ledger().to_bytes(), BATCH, "")
+    expand = run_stream.ExpandUnits(order, columns, 0, EPOCHS * order.rows, Ledger().to_bytes(), BATCH, "")
     units = {"id": np.arange(EPOCHS * order.windows)}
     return [name for table in expand(units) for name in table["image_id"].to_pylist()]
 

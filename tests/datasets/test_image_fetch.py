@@ -15,7 +15,7 @@ from pipeline.datasets.dataset import DatasetInfo, open_dataset, row_groups
 from pipeline.errors import InputError
 from pipeline.scoring.job import predict
 from pipeline.stream import epoch_order, run_stream, validation
-from pipeline.stream.frame_cache import Framing
+from pipeline.stream.frame_cache import FrameRows
 from pipeline.stream.ledger import Ledger
 from pipeline.verify import verify
 from tests.support.tiny import UNET, make_bundle, make_squares, png
@@ -80,7 +80,7 @@ def test_rows_to_predict_say_what_became_of_their_images(tmp_path: Path):
     (tmp_path / "1.png").unlink()
     (tmp_path / "2.png").write_bytes(png(8, 8, 77))
     packed = pa.array([None, None, None, b"packed"], pa.binary())
-    out = image_fetch.fill(table.set_column(3, "image", packed))
+    out = image_fetch.with_images(table.set_column(3, "image", packed))
     assert out["image"].to_pylist() == [png(8, 8, 0), None, None, b"packed"]
     assert out["status"].to_pylist() == ["ok", "missing", "corrupt", "ok"]
 
@@ -94,7 +94,7 @@ def test_rows_to_train_on_come_in_order_a_bounded_number_ahead(tmp_path: Path, m
             asked.append(k)
             yield rows(tmp_path, 3, first=3 * k)
 
-    for k, table in enumerate(image_fetch.require(tables())):
+    for k, table in enumerate(image_fetch.require_images(tables())):
         assert table.column_names == ["image_id", "image"]
         assert table["image"].to_pylist() == [png(8, 8, 3 * k + n) for n in range(3)]
         assert len(asked) <= k + 3, "no more than 6 images ahead"
@@ -105,7 +105,7 @@ def test_a_row_to_train_on_whose_image_is_gone_names_it(tmp_path: Path):
     table = rows(tmp_path, 3)
     (tmp_path / "1.png").unlink()
     with pytest.raises(InputError, match=r"image '1\.png' of the dataset is missing at '.*1\.png'.*ingest again"):
-        list(image_fetch.require([table]))
+        list(image_fetch.require_images([table]))
 
 
 # --- whole datasets
@@ -135,10 +135,10 @@ def test_rows_refer_to_images_and_are_otherwise_those_of_a_packed_dataset(both: 
 @pytest.mark.parametrize("framed", [False, True])
 def test_training_rows_are_the_same(both: dict[str, DatasetInfo], framed: bool):
     def walk(info: DatasetInfo) -> pa.Table:
-        order = epoch_order.Order.of(row_groups(info, "train"), 3, 2**20)
+        order = epoch_order.EpochOrder.of(row_groups(info, "train"), 3, 2**20)
         columns = tuple(run_stream.training_columns("segmentation", info))
-        framing = Framing(InputSettings(size=(32, 32)), 3) if framed else None
-        expand = run_stream.Expand(order, columns, 0, 25, Ledger().to_bytes(), 4, "", framing)
+        framing = FrameRows(InputSettings(size=(32, 32)), 3) if framed else None
+        expand = run_stream.ExpandUnits(order, columns, 0, 25, Ledger().to_bytes(), 4, "", framing)
         return pa.concat_tables(list(expand({"id": np.arange(3 * order.windows)})))
 
     found = walk(both["referenced"])
@@ -149,7 +149,7 @@ def test_training_rows_are_the_same(both: dict[str, DatasetInfo], framed: bool):
 def test_validation_rows_are_the_same(both: dict[str, DatasetInfo]):
     def rows(info: DatasetInfo, rank: int) -> pa.Table:
         columns = run_stream.training_columns("segmentation", info)
-        return pa.concat_tables(validation.share(info, "val", rank, 2, columns))
+        return pa.concat_tables(validation.rows_of_rank(info, "val", rank, 2, columns))
 
     for rank in (0, 1):
         assert rows(both["referenced"], rank).equals(rows(both["packed"], rank))
@@ -158,9 +158,9 @@ def test_validation_rows_are_the_same(both: dict[str, DatasetInfo]):
 def test_cached_frames_of_referenced_images(both: dict[str, DatasetInfo]):
     def frames(info: DatasetInfo) -> pa.Table:
         groups = row_groups(info, "train")
-        order = epoch_order.Order.of(groups, 3, 2**20)
-        rest = epoch_order.plan_rest(Ledger(), order.rows, 4)
-        framing = Framing(InputSettings(size=(32, 32)), 3)
+        order = epoch_order.EpochOrder.of(groups, 3, 2**20)
+        rest = epoch_order.plan_remaining_rows(Ledger(), order.rows, 4)
+        framing = FrameRows(InputSettings(size=(32, 32)), 3)
         columns = run_stream.training_columns("segmentation", info)
         data = run_stream.dataset(order, rest, Ledger(), columns, 4, "", framing, cached=True)
         return pa.concat_tables(list(data.iter_batches(batch_size=4, batch_format="pyarrow")))

@@ -26,7 +26,7 @@ def sources(count: int, labelled: bool = True) -> list[Source]:
     return [Source(f"{i:03d}.png", f"/images/{i:03d}.png", 10, label=label) for i in range(count)]
 
 
-def sizes(assignment: splits.Assignment) -> dict[str, int]:
+def sizes(assignment: splits.SplitAssignment) -> dict[str, int]:
     return dict(Counter(assignment.split_of.values()))
 
 
@@ -141,14 +141,14 @@ def test_fingerprint_depends_on_content_alone():
 def test_statistics_are_those_of_the_train_pixels():
     rng = np.random.default_rng(0)
     images = [rng.integers(0, 256, (4, 6, 3), np.uint8), rng.integers(0, 256, (8, 2, 3), np.uint8)]
-    total = shard_writer.Sums()
+    total = shard_writer.SplitStatistics()
     for pixels in images:
-        part = shard_writer.Sums(images=1)
+        part = shard_writer.SplitStatistics(images=1)
         part.sizes[pixels.shape[0], pixels.shape[1]] += 1
         for channel in range(3):
             part.histogram[channel] += np.bincount(pixels[..., channel].ravel(), minlength=256)
         total.add(part)
-    found = metadata.statistics({"train": total, "test": shard_writer.Sums(images=9)})
+    found = metadata.statistics({"train": total, "test": shard_writer.SplitStatistics(images=9)})
     flat = np.concatenate([pixels.reshape(-1, 3) for pixels in images]) / 255
     np.testing.assert_allclose(found["mean"], flat.mean(0), atol=1e-6)
     np.testing.assert_allclose(found["std"], flat.std(0), atol=1e-6)
@@ -250,12 +250,12 @@ def test_row_groups_are_bounded(monkeypatch, tmp_path):
 
     form = FORMATS["masks"]
     index = form.index(images, masks, CLASSES, form.settings.parse({}, "--set"))
-    plan = shard_writer.Plan(str(tmp_path / "s.parquet"), "train", "masks", tuple(index.sources))
-    written = shard_writer.write(plan, index.context)
+    plan = shard_writer.ShardPlan(str(tmp_path / "s.parquet"), "train", "masks", tuple(index.sources))
+    written = shard_writer.write_shard(plan, index.context)
     assert written.file is not None
     assert [rows for rows, _ in written.file["row_groups"]] == [3, 3, 1]
     monkeypatch.setattr(shard_writer, "ROW_GROUP_BYTES", 1)
-    written = shard_writer.write(plan, index.context)
+    written = shard_writer.write_shard(plan, index.context)
     assert written.file is not None
     assert [rows for rows, _ in written.file["row_groups"]] == [1] * 7
 

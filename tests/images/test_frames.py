@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.augment import Augment, AugmentSettings, InputSettings
-from pipeline.images import affine, frame_labels
+from pipeline.images import affine
+from pipeline.images.frame_labels import frame
 from pipeline.images.unframe import unframe_boxes, unframe_maps
 from pipeline.schema import VOID
 from tests.support.augment_cases import batch_of, present, smooth_images, unit
@@ -19,7 +20,7 @@ def test_framing_an_image_that_fits_is_the_identity(fit: str):
     mask = np.random.default_rng(1).integers(0, 9, (30, 44)).astype(np.uint8)
     box = np.array([[1.25, 2.5, 33.125, 29.0]])
     input = InputSettings.parse({"size": (30, 44), "fit": fit}, "test")
-    got = frame_labels([image], [mask], [box], [np.array([3])], None, input, train=True)
+    got = frame([image], [mask], [box], [np.array([3])], None, input, train=True)
     assert np.array_equal(got["images"][0].permute(1, 2, 0).numpy(), image)
     assert np.array_equal(present(got["masks"])[0].numpy(), mask)
     assert present(got["boxes"])[0].tolist() == box.tolist()
@@ -29,7 +30,7 @@ def test_framing_an_image_that_fits_is_the_identity(fit: str):
 def test_letterbox_puts_void_and_the_mean_colour_around_the_image():
     image, mask = np.full((20, 40, 3), 200, np.uint8), np.full((20, 40), 4, np.uint8)
     input = InputSettings(size=(80, 80), mean=(0.2, 0.4, 0.6))
-    got = frame_labels([image], [mask], [np.array([[0.0, 0, 40, 20]])], [np.array([0])], None, input, train=False)
+    got = frame([image], [mask], [np.array([[0.0, 0, 40, 20]])], [np.array([0])], None, input, train=False)
     assert (present(got["masks"])[0, 20:60] == 4).all()
     assert (present(got["masks"])[0, :20] == VOID).all()
     assert (present(got["masks"])[0, 60:] == VOID).all()
@@ -44,12 +45,12 @@ def test_shrinking_does_not_alias_and_agrees_with_the_matrix():
     stripes = np.zeros((128, 128, 3), np.uint8)
     stripes[:, ::2] = 255
     input = InputSettings(size=(32, 32))
-    grey = frame_labels([stripes], None, None, None, None, input, train=False)["images"].int()
+    grey = frame([stripes], None, None, None, None, input, train=False)["images"].int()
     # The columns at the edge see half a filter, so the two kinds of stripe do not weigh the same there.
     assert (grey[..., 1:-1] - 128).abs().max() <= 2
     image = np.zeros((120, 200, 3), np.uint8)
     image[40:80, 100:180] = 255
-    got = frame_labels([image], None, [np.array([[100.0, 40, 180, 80]])], [np.array([0])], None, input, train=False)
+    got = frame([image], None, [np.array([[100.0, 40, 180, 80]])], [np.array([0])], None, input, train=False)
     weight = got["images"][0, 0].float() / 255
     weight[:6] = weight[25:] = 0  # the mean colour around the image
     x1, y1, x2, y2 = present(got["boxes"])[0, 0].tolist()
@@ -61,16 +62,16 @@ def test_shrinking_does_not_alias_and_agrees_with_the_matrix():
 def test_resized_masks_take_the_class_at_the_centre_of_each_pixel():
     mask = np.arange(64, dtype=np.uint8).reshape(8, 8)
     input = InputSettings(size=(4, 4), fit="stretch")
-    shrunk = frame_labels([np.zeros((8, 8, 3), np.uint8)], [mask], None, None, None, input, train=False)
+    shrunk = frame([np.zeros((8, 8, 3), np.uint8)], [mask], None, None, None, input, train=False)
     assert np.array_equal(present(shrunk["masks"])[0].numpy(), mask[1::2, 1::2])
-    grown = frame_labels([np.zeros((2, 2, 3), np.uint8)], [mask[:2, :2]], None, None, None, input, train=False)
+    grown = frame([np.zeros((2, 2, 3), np.uint8)], [mask[:2, :2]], None, None, None, input, train=False)
     assert np.array_equal(present(grown["masks"])[0].numpy(), mask[:2, :2].repeat(2, 0).repeat(2, 1))
 
 
 def test_read_only_arrays_as_they_come_from_parquet_are_accepted_without_a_warning():
     mask = np.frombuffer(bytes(12), np.uint8).reshape(3, 4)
     image = np.frombuffer(bytes(36), np.uint8).reshape(3, 4, 3)
-    got = frame_labels([image], [mask], None, None, None, InputSettings(size=(3, 4)), train=False)
+    got = frame([image], [mask], None, None, None, InputSettings(size=(3, 4)), train=False)
     assert present(got["masks"]).eq(0).all()
 
 
@@ -81,7 +82,7 @@ def test_training_crop_is_a_native_window_and_offsets_reach_every_corner():
     augment = Augment(AugmentSettings(), input)
     ends = [(0.0, 0.0, 0, 0), (0.999999, 0.999999, 44, 56), (0.0, 0.999999, 0, 56), (0.5, 0.5, 22, 28)]
     for down, right, top, left in ends:
-        parts = frame_labels([image], [mask], None, None, None, input, train=True, offsets=np.array([[down, right]]))
+        parts = frame([image], [mask], None, None, None, input, train=True, offsets=np.array([[down, right]]))
         assert parts["images"].shape == (1, 3, 24, 36)
         batch = batch_of(parts)
         out = augment(batch)
@@ -95,7 +96,7 @@ def test_training_crop_centres_an_image_smaller_than_the_input_and_moves_its_box
     image = np.full((10, 12, 3), 9, np.uint8)
     input = InputSettings(size=(16, 16), fit="crop")
     box = np.array([[2.0, 3, 12, 10]])
-    parts = frame_labels([image], [np.ones((10, 12), np.uint8)], [box], [np.array([0])], None, input, train=True)
+    parts = frame([image], [np.ones((10, 12), np.uint8)], [box], [np.array([0])], None, input, train=True)
     batch = batch_of(parts)
     out = Augment(AugmentSettings(), input)(batch)
     expected = torch.full((16, 16), VOID, dtype=torch.uint8)
@@ -107,7 +108,7 @@ def test_training_crop_centres_an_image_smaller_than_the_input_and_moves_its_box
 def test_evaluation_crop_is_the_whole_image_padded_to_a_common_multiple():
     images = smooth_images(1, 30, 50) + smooth_images(1, 70, 20)
     input = InputSettings(size=(16, 16), fit="crop")
-    got = frame_labels(images, None, None, None, None, input, train=False, multiple=32)
+    got = frame(images, None, None, None, None, input, train=False, multiple=32)
     assert got["images"].shape == (2, 3, 96, 64)
     for n, image in enumerate(images):
         height, width = image.shape[:2]
@@ -119,8 +120,8 @@ def test_threads_do_not_change_the_result():
     images = smooth_images(3, 30, 50) + smooth_images(3, 70, 20)
     masks = [np.full(image.shape[:2], n, np.uint8) for n, image in enumerate(images)]
     input = InputSettings(size=(40, 40))
-    one = frame_labels(images, masks, None, None, None, input, train=False)
-    three = frame_labels(images, masks, None, None, None, input, train=False, threads=3)
+    one = frame(images, masks, None, None, None, input, train=False)
+    three = frame(images, masks, None, None, None, input, train=False, threads=3)
     assert torch.equal(one["images"], three["images"])
     assert torch.equal(present(one["masks"]), present(three["masks"]))
 
@@ -128,7 +129,7 @@ def test_threads_do_not_change_the_result():
 def test_an_unlabelled_image_among_labelled_ones_is_void_and_has_no_boxes():
     images = smooth_images(2, 20, 20)
     boxes, labels = [np.array([[1.0, 2, 3, 4]]), None], [np.array([1]), None]
-    got = frame_labels(
+    got = frame(
         images,
         [np.zeros((20, 20), np.uint8), None],
         boxes,
@@ -144,9 +145,7 @@ def test_an_unlabelled_image_among_labelled_ones_is_void_and_has_no_boxes():
 
 def test_unframing_is_exact_where_nothing_was_resized():
     input = InputSettings(size=(16, 16), fit="crop")
-    parts = frame_labels(
-        smooth_images(1, 30, 50) + smooth_images(1, 70, 20), None, None, None, None, input, train=False
-    )
+    parts = frame(smooth_images(1, 30, 50) + smooth_images(1, 70, 20), None, None, None, None, input, train=False)
     maps = torch.rand(2, 4, 96, 64, generator=torch.Generator().manual_seed(0))
     back = unframe_maps(maps, parts["matrices"], parts["sizes"])
     assert torch.equal(back[0], maps[0, :, :30, :50])
@@ -156,7 +155,7 @@ def test_unframing_is_exact_where_nothing_was_resized():
 def test_unframing_a_letterbox_never_mixes_in_the_padding_and_keeps_a_ramp():
     input = InputSettings(size=(48, 48))
     sizes = [(30, 60), (100, 40), (48, 48)]
-    parts = frame_labels([np.zeros((*size, 3), np.uint8) for size in sizes], None, None, None, None, input, train=False)
+    parts = frame([np.zeros((*size, 3), np.uint8) for size in sizes], None, None, None, None, input, train=False)
     y, x = torch.meshgrid(torch.arange(48.0) + 0.5, torch.arange(48.0) + 0.5, indexing="ij")
     back = unframe_maps(torch.stack([x, y]).expand(3, 2, 48, 48), parts["matrices"], parts["sizes"])
     for n, (height, width) in enumerate(sizes):

@@ -113,6 +113,6 @@ def test_memory_stays_bounded():
 
 @pytest.fixture(scope="module")
 def real_or_none() -> Path | None:
-    from conftest import SHARED
+    from tests.conftest import SHARED
 
     return SHARED if SHARED.is_dir() else None

@@ -48,7 +48,7 @@ def test_two_servers_do_not_answer_for_each_other(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(os, "environ", os.environ | crossed)
         with pytest.raises(OSError) as caught:  # noqa: PT011 - classified below
             storage.read_bytes("s3://data/x")
-        assert storage.classify(caught.value) == "forbidden"
+        assert storage.error_status(caught.value) == "forbidden"
         monkeypatch.setattr(os, "environ", os.environ | environment(two, read_only=True))
         assert storage.read_bytes("s3://data/x") == two["endpoint"].encode()
         with pytest.raises(OSError):  # noqa: PT011

@@ -12,7 +12,7 @@ import pytest
 from jobs.cli import app
 from jobs.submission import client, pinned_versions, visible_paths, working_tree
 from pipeline.errors import InputError
-from pipeline.runtime.json_log import Lines, Replay, voice
+from pipeline.runtime.json_log import JsonLog, JsonLogReplay, job_output
 from pipeline.runtime.progress import Terminal
 
 
@@ -178,7 +178,7 @@ def test_no_credential_travels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 def test_lines_come_back_as_bars_and_messages(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     sent = io.StringIO()
-    lines = Lines("train", "job-1", sent)
+    lines = JsonLog("train", "job-1", sent)
     lines.say("a [bold] message")
     for done in range(0, 101):
         lines.update("train", done, 100, unit="steps")
@@ -187,7 +187,7 @@ def test_lines_come_back_as_bars_and_messages(tmp_path: Path, capsys: pytest.Cap
     assert all(event["run"] == "job-1" and event["verb"] == "train" for event in events)
     assert [event["done"] for event in events if event["level"] == "progress"] == [0, 100], "once a second, and the end"
     out, err, log = io.StringIO(), io.StringIO(), tmp_path / "log"
-    replay = Replay(Terminal(out, err, log))
+    replay = JsonLogReplay(Terminal(out, err, log))
     text = "INFO of Ray\n" + sent.getvalue() + '{"time": "not ours"}\nlast'
     for start in range(0, len(text), 7):
         replay.feed(text[start : start + 7])
@@ -202,10 +202,10 @@ def test_lines_come_back_as_bars_and_messages(tmp_path: Path, capsys: pytest.Cap
 def test_a_job_speaks_json_where_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     out = io.StringIO()
     monkeypatch.delenv("DUBITO_LOG", raising=False)
-    assert voice("train") is Terminal
+    assert job_output("train") is Terminal
     monkeypatch.setenv("DUBITO_LOG", "json")
     monkeypatch.delenv("DUBITO_RUN", raising=False)
-    voice("train")(out, out, tmp_path / "train-1.log").say("hello")
+    job_output("train")(out, out, tmp_path / "train-1.log").say("hello")
     assert json.loads(out.getvalue())["run"] == "train-1"
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pipeline.errors import InputError
-from pipeline.losses import LOSSES, categorical, margin, total
+from pipeline.losses import LOSSES, binary_logit, categorical, total
 from pipeline.schema import VOID
 from tests.support.loss_cases import CASES, TWO_CLASSES, generator, scene, truth_logits, variants
 
@@ -113,8 +113,8 @@ def test_heads_by_hand():
         categorical(z).softmax(1)[0, :, 0], torch.stack([z.sigmoid(), 1 - z.sigmoid()]).view(2, 2)
     )
     assert categorical(torch.ones(2, 3, 1, 1)).shape == (2, 3, 1, 1)
-    assert margin(z, "a", "b").tolist() == [[[2.0, -1.0]]]
-    assert margin(torch.cat([z, z * 3], 1), "a", "b").tolist() == [[[-4.0, 2.0]]]
+    assert binary_logit(z, "a", "b").tolist() == [[[2.0, -1.0]]]
+    assert binary_logit(torch.cat([z, z * 3], 1), "a", "b").tolist() == [[[-4.0, 2.0]]]
 
 
 @pytest.mark.parametrize(("name", "channels"), CASES)

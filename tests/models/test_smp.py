@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from pipeline.errors import InputError
-from pipeline.models import describe, dropout_layers, parse, skeleton
+from pipeline.models import build_untrained, describe, dropout_layers, parse
 from pipeline.models.smp import Smp, SmpModule
 
 ARCHS = sorted(cls.__name__ for cls in smp.MODEL_ARCHITECTURES_MAPPING.values())
@@ -162,7 +162,7 @@ def test_it_never_fetches_weights_for_a_skeleton(monkeypatch):
     asked = []
     real = smp.create_model
     monkeypatch.setattr(smp, "create_model", lambda *a, **k: asked.append(k["encoder_weights"]) or real(*a, **k))
-    skeleton(Smp(encoder_weights="imagenet"), 2)
+    build_untrained(Smp(encoder_weights="imagenet"), 2)
     assert asked == [None]
 
 

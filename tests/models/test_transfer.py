@@ -44,11 +44,11 @@ def test_a_file_of_the_same_network_fills_the_backbone_and_nothing_else(tmp_path
     path = tmp_path / f"w{suffix}"
     save_file(state, path) if suffix == ".safetensors" else torch.save({"state_dict": state, "epoch": 3}, path)
     before, inside = state_of(module), in_backbone(module)
-    loaded = transfer.prepare(settings(path), module)
+    loaded = transfer.load_pretrained(settings(path), module)
     counted = [name for name in inside if not name.endswith("num_batches_tracked")]
     assert loaded is not None
     assert (loaded.tensors, loaded.total) == (len(counted), len(counted))
-    assert f"{len(counted)} of {len(counted)} tensors loaded from" in loaded.sentence()
+    assert f"{len(counted)} of {len(counted)} tensors loaded from" in loaded.describe()
     assert loaded.unused > 0
     assert 0 < len(inside) < len(before)
     for name, value in module.state_dict().items():
@@ -58,7 +58,7 @@ def test_a_file_of_the_same_network_fills_the_backbone_and_nothing_else(tmp_path
 def test_a_bare_backbone_is_found_by_its_own_names(tmp_path: Path):
     donor, module = unet(1), unet(2)
     save_file(donor.encoder.state_dict(), tmp_path / "w.safetensors")
-    transfer.prepare(settings(tmp_path / "w.safetensors"), module)
+    transfer.load_pretrained(settings(tmp_path / "w.safetensors"), module)
     assert torch.equal(module.encoder[0].first[0].weight, donor.encoder[0].first[0].weight)
 
 
@@ -66,7 +66,7 @@ def test_the_whole_model_but_for_what_is_skipped(tmp_path: Path):
     donor, module = unet(1), unet(2)
     save_file(state_of(donor), tmp_path / "w.safetensors")
     before = state_of(module)
-    loaded = transfer.prepare(settings(tmp_path / "w.safetensors", part="model", skip=["heads."]), module)
+    loaded = transfer.load_pretrained(settings(tmp_path / "w.safetensors", part="model", skip=["heads."]), module)
     assert loaded is not None
     assert loaded.total - loaded.tensors == sum(name.startswith("heads.") for name in before)
     for name, value in module.state_dict().items():
@@ -80,8 +80,8 @@ def test_by_order_when_only_the_names_differ(tmp_path: Path):
     state = {f"layer_{at:03d}": donor.state_dict()[name] for at, name in enumerate(kept) if "tracked" not in name}
     torch.save({**state, "fc": torch.zeros(3)}, tmp_path / "w.pth")
     with pytest.raises(InputError, match=r"0 of \d+ tensors found.*first.*'encoder.*set transfer.match to order"):
-        transfer.prepare(settings(tmp_path / "w.pth"), module)
-    loaded = transfer.prepare(settings(tmp_path / "w.pth", match="order"), module)
+        transfer.load_pretrained(settings(tmp_path / "w.pth"), module)
+    loaded = transfer.load_pretrained(settings(tmp_path / "w.pth", match="order"), module)
     assert loaded is not None
     assert loaded.unused == 1
     assert torch.equal(module.encoder[0].first[0].weight, donor.encoder[0].first[0].weight)
@@ -92,17 +92,17 @@ def test_a_mismatch_names_the_first_tensor(tmp_path: Path):
     with pytest.raises(
         InputError, match=r"'encoder\.0\.first\.0\.weight' has shape \(6, 3, 3, 3\).*wants \(4, 3, 3, 3\)"
     ):
-        transfer.prepare(settings(tmp_path / "wide.safetensors"), unet())
+        transfer.load_pretrained(settings(tmp_path / "wide.safetensors"), unet())
     with pytest.raises(InputError, match=r"tensor 1: .*has shape"):
-        transfer.prepare(settings(tmp_path / "wide.safetensors", match="order"), unet())
+        transfer.load_pretrained(settings(tmp_path / "wide.safetensors", match="order"), unet())
     state = state_of(unet(1))
     del state["encoder.1.second.weight"]
     save_file(state, tmp_path / "less.safetensors")
     with pytest.raises(InputError, match=r"the first that is not there is 'encoder\.1\.second\.weight'"):
-        transfer.prepare(settings(tmp_path / "less.safetensors"), unet())
+        transfer.load_pretrained(settings(tmp_path / "less.safetensors"), unet())
     save_file({"a": state["encoder.0.first.0.weight"]}, tmp_path / "one.safetensors")
     with pytest.raises(InputError, match=r"has 1 tensors.*first without a counterpart is 'encoder\.0\.first\.1"):
-        transfer.prepare(settings(tmp_path / "one.safetensors", match="order"), unet())
+        transfer.load_pretrained(settings(tmp_path / "one.safetensors", match="order"), unet())
 
 
 def test_files_that_are_no_weights_are_refused(tmp_path: Path):
@@ -122,28 +122,28 @@ def test_files_that_are_no_weights_are_refused(tmp_path: Path):
     }.items():
         where = name if name.startswith("wheel:") else tmp_path / name
         with pytest.raises(InputError, match=word):
-            transfer.prepare(settings(where), unet())
+            transfer.load_pretrained(settings(where), unet())
 
 
 def test_settings_that_contradict_themselves():
     with pytest.raises(InputError, match="init is random, but weights are given"):
         TransferSettings.parse({"weights": "w.pth"}, "transfer")
     with pytest.raises(InputError, match="finetune wants weights"):
-        transfer.check(TransferSettings(init="finetune"), pretrained=False)
-    transfer.check(TransferSettings(init="finetune"), pretrained=True)
-    transfer.check(TransferSettings(), pretrained=False)
+        transfer.check_transfer(TransferSettings(init="finetune"), pretrained=False)
+    transfer.check_transfer(TransferSettings(init="finetune"), pretrained=True)
+    transfer.check_transfer(TransferSettings(), pretrained=False)
 
 
 def test_a_frozen_backbone_keeps_weights_and_statistics(tmp_path: Path):
     save_file(state_of(unet(1)), tmp_path / "w.safetensors")
     module, frozen = unet(2), settings(tmp_path / "w.safetensors", init="frozen")
-    transfer.prepare(frozen, module)
+    transfer.load_pretrained(frozen, module)
     before, inside = state_of(module), in_backbone(module)
     learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(learning, lr=0.1)
     for _ in range(3):
         module.train()
-        transfer.hold(frozen, module)
+        transfer.keep_frozen_eval(frozen, module)
         module(torch.randn(2, 3, 8, 8)).square().sum().backward()
         optimizer.step()
     after = module.state_dict()
@@ -160,7 +160,7 @@ def test_the_wheel_of_a_backbone(tmp_path: Path):
     except importlib.metadata.PackageNotFoundError:
         pytest.skip(f"{package} is not installed (extra dev)")
     module = models.parse({"name": "smp", "encoder": "tu-tf_efficientnet_lite0"}, "test").build(2)
-    loaded = transfer.prepare(settings(f"wheel:{package}", match="order"), module)
+    loaded = transfer.load_pretrained(settings(f"wheel:{package}", match="order"), module)
     assert loaded is not None
     assert (loaded.tensors, loaded.total, loaded.unused) == (240, 240, 7)
     state, digest = transfer.read(f"wheel:{package}")
@@ -181,8 +181,8 @@ def test_a_name_of_timm_is_a_download_that_may_fail(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(timm, "create_model", create_model)
     module = unet(2)
-    transfer.prepare(settings("timm:unet"), module)
+    transfer.load_pretrained(settings("timm:unet"), module)
     assert asked == [("unet", True)]
     assert torch.equal(module.encoder[0].first[0].weight, donor.encoder[0].first[0].weight)
     with pytest.raises(InputError, match="timm has or gives no weights 'far-away': no network"):
-        transfer.prepare(settings("timm:far-away"), module)
+        transfer.load_pretrained(settings("timm:far-away"), module)

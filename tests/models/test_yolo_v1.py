@@ -12,7 +12,7 @@ from pipeline.errors import InputError
 from pipeline.images.boxes import iou
 from pipeline.losses import total
 from pipeline.losses.yolo_v1 import YoloV1Loss, cell_owners, yolo_v1
-from pipeline.models.parts import dropout_layers, layers_of
+from pipeline.models.parts import backbone_layers, dropout_layers
 from pipeline.models.yolo_v1 import UNIT_CELLS, YoloOutput, YoloV1, YoloV1Module, decode
 
 STRIDE = 16
@@ -351,7 +351,7 @@ def test_dropout_is_one_that_monte_carlo_dropout_finds(model):
     (layer,) = dropout_layers(network)
     assert layer.p == 0.5
     assert dropout_layers(model.model_copy(update={"dropout": 0.0}).build(2)) == []
-    assert len(layers_of(network)) == 3
+    assert len(backbone_layers(network)) == 3
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -45,11 +45,11 @@ PIECES = [Piece(range(2)), Piece(range(2, 3))]
 
 
 def begin(uri: Path | str, digest: str = DIGEST) -> predictions.Attempt:
-    return predictions.start(str(uri), inputs=INPUTS, digest=digest, pieces=PIECES)
+    return predictions.start_attempt(str(uri), inputs=INPUTS, digest=digest, pieces=PIECES)
 
 
 def listed(folder: Path) -> list[dict[str, Any]]:
-    return list(predictions.listed(str(folder), json.loads((folder / "_MANIFEST.json").read_text())))
+    return list(predictions.iter_files(str(folder), json.loads((folder / "_MANIFEST.json").read_text())))
 
 
 def write(attempt: predictions.Attempt, unit: int, table: pa.Table | None = None, **more: Any) -> predictions.UnitFile:
@@ -59,7 +59,7 @@ def write(attempt: predictions.Attempt, unit: int, table: pa.Table | None = None
 
 
 def finish(attempt: predictions.Attempt, units: list[predictions.UnitFile], inputs: dict[str, Any] = INPUTS):
-    return predictions.commit(attempt, units, expected=EXPECTED, inputs=inputs, extra={})
+    return predictions.commit_attempt(attempt, units, expected=EXPECTED, inputs=inputs, extra={})
 
 
 @pytest.fixture
@@ -215,12 +215,12 @@ def test_drivers_that_start_together_never_share_an_attempt(tmp_path: Path):
 
 
 def test_committed_by_the_same_or_by_other_inputs(done: Path):
-    found = predictions.committed(str(done), INPUTS)
+    found = predictions.committed_manifest(str(done), INPUTS)
     assert found is not None
     assert found["rows"] == 8
     with pytest.raises(InputError, match="bundle_id was 'b1', now 'b2'"):
-        predictions.committed(str(done), {**INPUTS, "bundle_id": "b2"})
-    assert predictions.committed(str(done.parent / "none"), INPUTS) is None
+        predictions.committed_manifest(str(done), {**INPUTS, "bundle_id": "b2"})
+    assert predictions.committed_manifest(str(done.parent / "none"), INPUTS) is None
 
 
 def test_a_flipped_bit_is_found_by_the_reader(done: Path):
@@ -253,4 +253,4 @@ def test_s3_commits_once(s3: str):
     finish(again, [again.adopted[0], write(again, 1), write(again, 2)])
     assert predictions.read(uri).num_rows == 8
     with pytest.raises(InputError, match="other inputs"):
-        predictions.committed(uri, {**INPUTS, "data": "d2"})
+        predictions.committed_manifest(uri, {**INPUTS, "data": "d2"})

@@ -10,7 +10,14 @@ from scipy import stats
 from pipeline.errors import InputError
 from pipeline.metrics.detection import DetectionMetric
 from pipeline.metrics.segmentation import SegmentationMetric
-from pipeline.retraining.promotion import JudgeSettings, Newest, Sides, decide, figures, gain
+from pipeline.retraining.promotion import (
+    FrozenTestMetrics,
+    JudgeSettings,
+    NewestMetrics,
+    decide_promotion,
+    figures,
+    paired_gain,
+)
 from tests.support.metric_cases import box_images, detection
 
 STRICT = JudgeSettings.parse({"tolerance": 0.005}, "test")
@@ -59,24 +66,24 @@ def names(record: dict[str, Any], holds: bool) -> set[str]:
 
 
 def test_the_first_challenger_is_promoted_and_it_is_said_why():
-    record = decide(STRICT, Sides(scored(0.3), None), None)
+    record = decide_promotion(STRICT, FrozenTestMetrics(scored(0.3), None), None)
     assert record["promote"]
     assert record["reasons"] == ["there is no champion to compare with: the first challenger is promoted"]
     assert record["figures"]["champion"] is None
 
 
 def test_better_is_promoted_and_the_same_is_not():
-    record = decide(STRICT, Sides(scored(0.9), scored(0.8)), None)
+    record = decide_promotion(STRICT, FrozenTestMetrics(scored(0.9), scored(0.8)), None)
     assert record["promote"], record["reasons"]
     assert record["gain"]["over_champion"]["lower"] > 0
-    same = decide(STRICT, Sides(scored(0.8), scored(0.8)), None)
+    same = decide_promotion(STRICT, FrozenTestMetrics(scored(0.8), scored(0.8)), None)
     assert not same["promote"]
     assert names(same, False) == {"improvement"}
     assert "frozen test +0.0000, newest data (0 images): not defined" in same["reasons"][0]
 
 
 def test_worse_is_refused_with_the_reason():
-    record = decide(STRICT, Sides(scored(0.6), scored(0.8)), None)
+    record = decide_promotion(STRICT, FrozenTestMetrics(scored(0.6), scored(0.8)), None)
     assert not record["promote"]
     assert {"main figure against the champion", "improvement"} <= names(record, False)
     assert record["reasons"][0].startswith("refused: main figure against the champion: gain -0.")
@@ -86,7 +93,7 @@ def test_worse_is_refused_with_the_reason():
 def test_as_accurate_but_worse_calibrated_is_refused():
     """The same pixels are right; the challenger is a little better, and sure of everything."""
     own, other = scored(0.81, confidence=0.999), scored(0.8, confidence=0.82)
-    record = decide(JudgeSettings(), Sides(own, other), None)
+    record = decide_promotion(JudgeSettings(), FrozenTestMetrics(own, other), None)
     assert record["gain"]["over_champion"]["difference"] > 0
     assert not record["promote"]
     assert names(record, False) == {"NLL", "calibration error"}
@@ -99,7 +106,7 @@ def test_a_class_that_is_lost_is_refused():
         target = torch.full((64, 64), 1, dtype=torch.uint8)
         said = torch.where(torch.tensor(rng.random((64, 64)) < right), 1, 0)
         metric.update(torch.nn.functional.one_hot(said, 3).permute(2, 0, 1) * 0.7 + 0.1, target, "last", 0.5)
-    record = decide(JudgeSettings.parse({"tolerance": 1.0}, "t"), Sides(own, other), None)
+    record = decide_promotion(JudgeSettings.parse({"tolerance": 1.0}, "t"), FrozenTestMetrics(own, other), None)
     assert "recall of the worst class" in names(record, False)
 
 
@@ -111,9 +118,9 @@ def test_small_losses_cannot_add_up():
     everything = frozenset(f"image{n:03d}" for n in range(IMAGES))
     promoted = []
     for before, after in zip(metrics, metrics[1:], strict=False):
-        newest = Newest(scored(0.9), scored(0.5), everything)
-        alone = decide(settings, Sides(after, before), newest)
-        beside_best = decide(settings, Sides(after, before, metrics[0]), newest)
+        newest = NewestMetrics(scored(0.9), scored(0.5), everything)
+        alone = decide_promotion(settings, FrozenTestMetrics(after, before), newest)
+        beside_best = decide_promotion(settings, FrozenTestMetrics(after, before, metrics[0]), newest)
         assert alone["promote"], alone["reasons"]
         promoted.append(beside_best["promote"])
     assert promoted[0]
@@ -122,34 +129,34 @@ def test_small_losses_cannot_add_up():
 
 
 def test_the_newest_images_alone_can_be_the_improvement():
-    frozen = Sides(scored(0.8), scored(0.8))
+    frozen = FrozenTestMetrics(scored(0.8), scored(0.8))
     few = frozenset(["image001", "image002", "nowhere"])
-    record = decide(STRICT, frozen, Newest(scored(0.9), scored(0.7), few), drifted=True)
+    record = decide_promotion(STRICT, frozen, NewestMetrics(scored(0.9), scored(0.7), few), drifted=True)
     assert record["promote"], record["reasons"]
     assert record["newest"]["images"] == 2
     assert record["newest"]["challenger"] > record["newest"]["champion"]
     assert "improvement (doubt drifted)" in names(record, True)
     rows = scored(0.9, order=[1, 2])
     assert record["newest"]["challenger"] == pytest.approx(figures(rows)["main"])
-    assert not decide(STRICT, frozen, Newest(scored(0.7), scored(0.9), few), drifted=True)["promote"]
+    assert not decide_promotion(STRICT, frozen, NewestMetrics(scored(0.7), scored(0.9), few), drifted=True)["promote"]
 
 
 def test_the_order_of_images_changes_nothing():
     order = np.random.default_rng(1).permutation(IMAGES)
-    one = decide(STRICT, Sides(scored(0.82), scored(0.8)), None)
-    other = decide(STRICT, Sides(scored(0.82, order=order), scored(0.8, order=order[::-1])), None)
+    one = decide_promotion(STRICT, FrozenTestMetrics(scored(0.82), scored(0.8)), None)
+    other = decide_promotion(STRICT, FrozenTestMetrics(scored(0.82, order=order), scored(0.8, order=order[::-1])), None)
     assert one == other
 
 
 def test_other_images_are_refused():
     with pytest.raises(InputError, match="wants both sides of the same images: found 40 and 39 images"):
-        gain(STRICT, scored(0.8), scored(0.8, images=39))
+        paired_gain(STRICT, scored(0.8), scored(0.8, images=39))
 
 
 def test_the_limit_is_that_of_another_implementation():
     """Against scipy's paired percentile bootstrap of the same statistic."""
     own, other = scored(0.83), scored(0.8)
-    ours = gain(JudgeSettings.parse({"resamples": 4000}, "t"), own, other)["lower"]
+    ours = paired_gain(JudgeSettings.parse({"resamples": 4000}, "t"), own, other)["lower"]
     a, b = (metric.images_table() for metric in (own, other))
 
     def statistic(index: np.ndarray) -> float:
@@ -165,12 +172,12 @@ def test_the_limit_is_that_of_another_implementation():
 
 
 def test_detectors_are_judged_by_map():
-    record = decide(STRICT, Sides(found(0.5), found(2.0)), None)
+    record = decide_promotion(STRICT, FrozenTestMetrics(found(0.5), found(2.0)), None)
     own, other = found(0.5).compute(), found(2.0).compute()
     assert record["figures"]["challenger"]["main"] == pytest.approx(own["map"], abs=1e-9)
     assert record["gain"]["over_champion"]["difference"] == pytest.approx(own["map"] - other["map"], abs=1e-9)
     assert record["promote"], record["reasons"]
-    assert not decide(STRICT, Sides(found(2.0), found(0.5)), None)["promote"]
+    assert not decide_promotion(STRICT, FrozenTestMetrics(found(2.0), found(0.5)), None)["promote"]
     assert record["figures"]["challenger"]["recall"] == pytest.approx(
         min(np.diagonal(own["confusion"])[:2] / np.sum(own["confusion"], 1)[:2])
     )
@@ -203,6 +210,6 @@ def test_detectors_of_one_member_differ_by_less_than_a_tolerance_where_they_are_
 
 
 def test_without_labels_nobody_is_promoted():
-    record = decide(STRICT, Sides(SegmentationMetric(3, background=2), None), None)
+    record = decide_promotion(STRICT, FrozenTestMetrics(SegmentationMetric(3, background=2), None), None)
     assert not record["promote"]
     assert record["reasons"] == ["refused: the frozen test has no labels to judge by"]

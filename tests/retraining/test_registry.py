@@ -115,28 +115,28 @@ def test_damage_and_gaps_are_named(tmp_path: Path):
 def test_decisions_are_kept_once_and_looks_are_counted(tmp_path: Path):
     where, test = str(tmp_path), {"fingerprint": "f", "split": "test", "uri": "u"}
     assert registry.decision(where, "cells", "a") is None
-    assert registry.looks(where, "cells", "f", "test") == 0
-    first = registry.decide(where, "cells", "a", {"promote": True, "test": test})
-    assert registry.decide(where, "cells", "a", {"promote": False, "test": test}) == first
-    registry.decide(where, "cells", "b", {"promote": False, "test": test})
-    registry.decide(where, "cells", "c", {"promote": False, "test": test | {"split": "val"}})
-    assert registry.looks(where, "cells", "f", "test") == 2
+    assert registry.decisions_on_test(where, "cells", "f", "test") == 0
+    first = registry.record_decision(where, "cells", "a", {"promote": True, "test": test})
+    assert registry.record_decision(where, "cells", "a", {"promote": False, "test": test}) == first
+    registry.record_decision(where, "cells", "b", {"promote": False, "test": test})
+    registry.record_decision(where, "cells", "c", {"promote": False, "test": test | {"split": "val"}})
+    assert registry.decisions_on_test(where, "cells", "f", "test") == 2
     assert [each["run"] for each in registry.decisions(where, "cells")] == ["a", "b", "c"]
     assert registry.champion(where, "cells") is None, "a decision makes no champion"
 
 
 def test_the_lock_is_held_by_one_renewed_and_given_back(tmp_path: Path):
     where = str(tmp_path / "locks")
-    with lease.hold(where, "run a", 1.0):
+    with lease.hold_lease(where, "run a", 1.0):
         time.sleep(1.6)  # renewed meanwhile
         with pytest.raises(InputError, match="run a holds the lock '.*' on .* since .* UTC, until .* at least"):
-            with lease.hold(where, "run b", 1.0):
+            with lease.hold_lease(where, "run b", 1.0):
                 raise AssertionError
-    with lease.hold(where, "run b", 1.0):
+    with lease.hold_lease(where, "run b", 1.0):
         pass
-    with pytest.raises(ZeroDivisionError), lease.hold(where, "run c", 60.0):
+    with pytest.raises(ZeroDivisionError), lease.hold_lease(where, "run c", 60.0):
         raise ZeroDivisionError
-    with lease.hold(where, "run d", 1.0):
+    with lease.hold_lease(where, "run d", 1.0):
         pass
 
 
@@ -152,7 +152,7 @@ def test_the_lock_of_a_dead_holder_is_taken_over_when_it_expires(tmp_path: Path)
 def _hold(where: str, gate: Any, found: Any) -> None:
     gate.wait()
     try:
-        with lease.hold(where, "a run", 30.0):
+        with lease.hold_lease(where, "a run", 30.0):
             found.put("held")
             time.sleep(2)
     except InputError:

@@ -60,7 +60,7 @@ def grown(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for n in range(60):
         write_square(root, n)
     ingest(root, "2026-11-01")
-    made = run.run(config(root))
+    made = run.retrain(config(root))
     assert made.kind == "promoted", made.said
     return root
 
@@ -92,7 +92,7 @@ def test_the_first_run_makes_a_champion_and_keeps_what_it_saw(grown: Path):
 
 def test_without_new_data_nothing_is_done(grown: Path):
     before = sorted(path for path in (grown / "work").rglob("*"))
-    made = run.run(config(grown))
+    made = run.retrain(config(grown))
     assert made.kind == "nothing"
     assert "0 new, 0 changed and 0 removed images since the champion's data, 0 to learn from" in made.said
     assert sorted(path for path in (grown / "work").rglob("*")) == before
@@ -101,11 +101,11 @@ def test_without_new_data_nothing_is_done(grown: Path):
 def test_too_little_new_data_waits_unless_doubt_drifted_or_it_is_forced(grown: Path, tmp_path: Path):
     root = copy_of(grown, tmp_path, more=range(60, 64))
     settings = config(root, least_new=5)
-    made = run.run(settings)
+    made = run.retrain(settings)
     assert made.kind == "nothing"
     assert "4 new, 0 changed and 0 removed images since the champion's data, 4 to learn from" in made.said
     assert "nothing to do (least_new = 5)" in made.said
-    assert run.run(settings, dry_run=True, force=True).kind == "dry run"
+    assert run.retrain(settings, dry_run=True, force=True).kind == "dry run"
     for name, brightness in (("then", 0), ("now", 100)):
         for n in range(20):
             path = tmp_path / name / f"{n}.png"
@@ -118,7 +118,7 @@ def test_too_little_new_data_waits_unless_doubt_drifted_or_it_is_forced(grown: P
         assert entry is not None
         predict(entry.bundle, str(tmp_path / name), str(tmp_path / f"{name}-out"))
     drift = {"reference": str(tmp_path / "then-out"), "recent": str(tmp_path / "now-out"), "least": 10}
-    made = run.run(config(root, least_new=5, drift=drift), dry_run=True)
+    made = run.retrain(config(root, least_new=5, drift=drift), dry_run=True)
     assert made.kind == "dry run", made.said
     assert any(sentence.startswith("doubt drifted") for sentence in made.said)
 
@@ -147,20 +147,24 @@ def test_a_run_that_ended_anywhere_is_finished_by_the_next(grown: Path, tmp_path
     def broken(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt
 
-    for where, name in ((run.exams, "sit"), (run.registry, "decide"), (run.registry, "add")):
+    for where, name in (
+        (run.stored_metrics, "metrics_on_split"),
+        (run.registry, "record_decision"),
+        (run.registry, "add"),
+    ):
         with monkeypatch.context() as patch:
             patch.setattr(where, name, broken)
             with pytest.raises(KeyboardInterrupt):
-                run.run(settings)
+                run.retrain(settings)
         entry = registry.champion(settings.registry, "cells")
         assert entry is not None
         assert entry.number == 1, "no half champion"
-    made = run.run(settings)
+    made = run.retrain(settings)
     assert made.kind == "promoted", made.said
     runs = list((root / "work" / "cells").iterdir())
     assert len(runs) == 2, "the champion's and one more"
     assert len(registry.decisions(settings.registry, "cells")) == 2
-    again = run.run(settings)
+    again = run.retrain(settings)
     assert again.kind == "nothing"
     assert len(registry.decisions(settings.registry, "cells")) == 2
 
@@ -168,7 +172,7 @@ def test_a_run_that_ended_anywhere_is_finished_by_the_next(grown: Path, tmp_path
 @pytest.mark.long
 def test_somebody_else_promoted_meanwhile(grown: Path, tmp_path: Path, monkeypatch: Any):
     root = copy_of(grown, tmp_path, more=range(60, 80))
-    settings, decide = config(root), registry.decide
+    settings, decide = config(root), registry.record_decision
     other = tiny.make_bundle(tmp_path / "other", tiny.UNET)
 
     def decides(*args: Any) -> Any:
@@ -176,8 +180,8 @@ def test_somebody_else_promoted_meanwhile(grown: Path, tmp_path: Path, monkeypat
         return decide(*args[:3], {**args[3], "promote": True})
 
     with monkeypatch.context() as patch:
-        patch.setattr(run.registry, "decide", decides)
-        made = run.run(settings)
+        patch.setattr(run.registry, "record_decision", decides)
+        made = run.retrain(settings)
     assert made.kind == "overtaken"
     assert "was made by run promote-" in made.said[-1]
     assert [entry.kind for entry in registry.entries(settings.registry, "cells")] == ["promotion", "manual"]
@@ -186,17 +190,17 @@ def test_somebody_else_promoted_meanwhile(grown: Path, tmp_path: Path, monkeypat
 def test_a_frozen_test_that_is_trained_on_is_refused(grown: Path, tmp_path: Path):
     test = {"data": str(grown / "datasets" / "2026-11-01"), "split": "train"}
     with pytest.raises(InputError, match=r"images of split 'train' of .* are in the frozen test"):
-        run.run(config(grown, test=test, registry=str(tmp_path / "registry")))
+        run.retrain(config(grown, test=test, registry=str(tmp_path / "registry")))
 
 
 @pytest.mark.long
 def test_many_looks_at_one_test_are_warned_of(grown: Path, tmp_path: Path, monkeypatch: Any):
     root = copy_of(grown, tmp_path)
-    monkeypatch.setattr(registry, "LOOKS", 1)
+    monkeypatch.setattr(registry, "MAX_DECISIONS_ON_TEST", 1)
     for n in range(60, 70):
         write_square(root, n)
     ingest(root, "2026-11-02")
-    made = run.run(config(root))
+    made = run.retrain(config(root))
     assert any(sentence.startswith("1 decisions looked at this frozen test before") for sentence in made.said)
     assert made.decision is not None
     assert made.decision["test"]["looks_before"] == 1
@@ -208,15 +212,15 @@ def test_one_that_knows_less_what_it_knows_is_refused_though_as_accurate(grown: 
     root = copy_of(grown, tmp_path, more=range(60, 70))
     settings = config(root, judge={"tolerance": 0.01})
 
-    def flattened(config: Any, news: run.News, name: str, sink: Any) -> str:
+    def flattened(config: Any, news: run.RetrainReason, name: str, sink: Any) -> str:
         assert news.champion is not None
         source = bundle.open_bundle(news.champion.bundle)
         flat = {"kind": "temperature", "parameters": {"temperature": 30.0}, "fitted_on": "nothing", "n": 0}
-        changed = bundle.derive(source, calibration=flat)
-        return bundle.write(str(tmp_path / "flat"), changed.manifest, bundle.member_uris(source)).uri
+        changed = bundle.with_changes(source, calibration=flat)
+        return bundle.write_bundle(str(tmp_path / "flat"), changed.manifest, bundle.member_uris(source)).uri
 
     monkeypatch.setattr(run, "_train", flattened)
-    made = run.run(settings)
+    made = run.retrain(settings)
     assert made.kind == "refused"
     assert made.decision is not None
     assert made.decision["gain"]["over_champion"]["difference"] == pytest.approx(0, abs=1e-6)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.runtime.progress import NoSink, Progress, Terminal, diverted, rate_text
+from pipeline.runtime.progress import Progress, SilentSink, Terminal, rate_text, redirect_output
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -75,7 +75,7 @@ def test_progress_keeps_the_last_note(clock: Clock):
     clock.now += 1
     progress.advance()
     assert sink.seen == [("train", 1, 3, ""), ("train", 2, 3, "loss 2"), ("train", 3, 3, "loss 2")]
-    Progress(NoSink(), "quiet", 1).advance()
+    Progress(SilentSink(), "quiet", 1).advance()
 
 
 def shown(steps: list[tuple[float, int, int]], clock: Clock) -> list[str]:
@@ -172,7 +172,7 @@ print("after")
 
 def test_output_comes_back_after_an_error(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     def work() -> None:
-        with diverted(tmp_path / "log"):
+        with redirect_output(tmp_path / "log"):
             os.write(1, b"hidden\n")
             raise RuntimeError("boom")
 
@@ -185,7 +185,7 @@ def test_output_comes_back_after_an_error(tmp_path: Path, capfd: pytest.CaptureF
 
 def test_a_log_is_continued(tmp_path: Path):
     for word in ("one", "two"):
-        with diverted(tmp_path / "log"):
+        with redirect_output(tmp_path / "log"):
             os.write(1, f"{word}\n".encode())
     assert (tmp_path / "log").read_text() == "one\ntwo\n"
 

@@ -14,7 +14,7 @@ import pytest
 from pipeline import predictions
 from pipeline.datasets import ingest
 from pipeline.runtime import prometheus
-from pipeline.runtime.progress import NoSink
+from pipeline.runtime.progress import SilentSink
 from pipeline.scoring import plan
 from pipeline.scoring.job import predict
 from pipeline.training import ensemble
@@ -90,7 +90,7 @@ class Prometheus:
 @pytest.fixture
 def server(ray_local: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Prometheus]:
     monkeypatch.setattr(plan, "UNIT_ROWS", 5)
-    monkeypatch.setattr(prometheus, "_named", prometheus.Source("test", RUN))
+    monkeypatch.setattr(prometheus, "_named", prometheus.MetricTags("test", RUN))
     made = Prometheus()
     yield made
     made.close()
@@ -113,7 +113,7 @@ def test_what_prometheus_finds_is_what_was_done(server: Prometheus, tmp_path: Pa
     ingest.ingest(*again, classes=["cell"], options={"max_reject_fraction": 0.5})
 
     out = tmp_path / "out"
-    made = ensemble.run(config(data, str(out)), 1, resume=False, sink=NoSink())
+    made = ensemble.train_ensemble(config(data, str(out)), 1, resume=False, sink=SilentSink())
     curves = scalars(str(out / "tensorboard" / "0"))
     require_increasing(curves)
     assert [step for step, _ in curves["loss/train"]] == [2, 4, 6]
@@ -156,7 +156,7 @@ def test_what_prometheus_finds_is_what_was_done(server: Prometheus, tmp_path: Pa
 
 def every_metric() -> None:
     """One number of each, from this process."""
-    told = prometheus.Recorder(prometheus.Source("test", TABLE, "none"))
+    told = prometheus.MetricsRecorder(prometheus.MetricTags("test", TABLE, "none"))
     for metric, row in prometheus.METRICS.items():
         add = {"counter": told.count, "gauge": told.set}.get(row.kind)
         if add is None:
@@ -169,7 +169,7 @@ def every_metric() -> None:
 def test_without_a_ray_session_nothing_is_kept_and_nothing_is_imported(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(prometheus, "_ray_runs", lambda: False)
     monkeypatch.setattr(prometheus, "_handle", lambda metric: pytest.fail("Ray was asked"))
-    with prometheus.running(prometheus.source("train")) as told:
+    with prometheus.running(prometheus.stage_tags("train")) as told:
         for _ in range(1000):
             told.count("dubito_images_total", 8, "ok")
             told.observe("dubito_step_seconds", 0.1)
@@ -188,11 +188,11 @@ def test_calls_that_overlap_are_no_waiting(monkeypatch: pytest.MonkeyPatch):
 
     clock = Clock()
     monkeypatch.setattr(prometheus, "time", clock)
-    idle = prometheus.Idle()
-    first, second = prometheus.Idle.__enter__, prometheus.Idle.__exit__
+    idle = prometheus.IdleTimer()
+    first, second = prometheus.IdleTimer.__enter__, prometheus.IdleTimer.__exit__
     clock.now = 3.0
     first(idle)
-    assert idle.take() == 3.0
+    assert idle.take_s() == 3.0
     clock.now = 4.0
     first(idle)
     clock.now = 6.0
@@ -201,12 +201,12 @@ def test_calls_that_overlap_are_no_waiting(monkeypatch: pytest.MonkeyPatch):
     second(idle)
     clock.now = 9.0
     first(idle)
-    assert idle.take() == 2.0, "only from 7 to 9 was nothing in hand"
-    assert idle.take() == 0.0
+    assert idle.take_s() == 2.0, "only from 7 to 9 was nothing in hand"
+    assert idle.take_s() == 0.0
 
 
 def test_what_a_process_does_names_its_stages(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(prometheus, "_named", prometheus.Source())
-    assert prometheus.source("x").tags() == {"verb": "library", "run": "none", "stage": "x"}
-    prometheus.name("predict", "predict-1")
-    assert prometheus.source("evaluate").tags() == {"verb": "predict", "run": "predict-1", "stage": "evaluate"}
+    monkeypatch.setattr(prometheus, "_named", prometheus.MetricTags())
+    assert prometheus.stage_tags("x").tags() == {"verb": "library", "run": "none", "stage": "x"}
+    prometheus.set_run("predict", "predict-1")
+    assert prometheus.stage_tags("evaluate").tags() == {"verb": "predict", "run": "predict-1", "stage": "evaluate"}

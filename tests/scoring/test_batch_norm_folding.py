@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline import models
-from pipeline.scoring.batch_norm_folding import _tensors, fold
+from pipeline.scoring.batch_norm_folding import _tensors, fold_batch_norms
 
 
 def used(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -37,7 +37,7 @@ def test_a_folded_network_says_the_same(settings: dict[str, object], left: int |
     torch.manual_seed(0)
     model = used(models.parse(settings, "test").build(3))
     before = norms(model)
-    folded = fold(model, 2 * max(32, int(getattr(model, "stride", 1))))
+    folded = fold_batch_norms(model, 2 * max(32, int(getattr(model, "stride", 1))))
     assert before > 0
     assert norms(model) == before, "the network itself is left alone"
     if left is not None:
@@ -71,7 +71,7 @@ class Shared(nn.Module):
 def test_what_cannot_be_folded_stays(kind: str):
     torch.manual_seed(0)
     model = used(Shared(kind))
-    folded = fold(model, 32)
+    folded = fold_batch_norms(model, 32)
     assert norms(folded) == 2
     images = torch.randn(1, 3, 16, 16)
     with torch.inference_mode():

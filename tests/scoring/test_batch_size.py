@@ -25,19 +25,19 @@ def test_a_gpu_begins_small_and_then_takes_what_fits():
     size = BatchSize(CUDA)
     assert size.images(512, 512) == batch_size.FIRST_IMAGES
     # 1,000 bytes a pixel, of which 60 % of 4e9 bytes hold 2.4 million: 9 images of 262,144.
-    size.learn(4 * 512 * 512, 4 * 512 * 512 * 1000, 4 * 10**9)
+    size.set_from_measurement(4 * 512 * 512, 4 * 512 * 512 * 1000, 4 * 10**9)
     assert (size.measured, size.images(512, 512), size.images(256, 256)) == (True, 9, 36)
-    size.learn(4 * 512 * 512, 1, 1)  # once is enough
+    size.set_from_measurement(4 * 512 * 512, 1, 1)  # once is enough
     assert size.images(512, 512) == 9
     roomy = BatchSize(CUDA)
-    roomy.learn(100, 100, 10**15)
+    roomy.set_from_measurement(100, 100, 10**15)
     assert roomy.images(512, 512) == 64
 
 
 def test_what_did_not_fit_is_halved(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     size = BatchSize(CUDA)
-    size.learn(100, 100, 10**15)
+    size.set_from_measurement(100, 100, 10**15)
     for wanted in (32, 16, 8, 4, 2, 1, 1):
         size.halve(size.images(512, 512) * 512 * 512)
         assert size.images(512, 512) == wanted
@@ -59,7 +59,7 @@ def test_free_memory_is_that_of_a_real_machine():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_the_first_batch_is_measured():
     size = BatchSize(CUDA)
-    with batch_size.Measured(size, 1000):
+    with batch_size.MeasurePeakMemory(size, 1000):
         held = torch.zeros(2**20, device="cuda")
         del held
     free = torch.cuda.mem_get_info()[0]

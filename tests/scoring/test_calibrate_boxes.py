@@ -49,7 +49,7 @@ def test_a_detector_is_calibrated_and_keeps_its_promise_in_writing(tmp_path: Pat
     assert set(fitted["parameters"]) == {"pool", "spread"}
     assert (threshold["n"], threshold["score"], threshold["risk"]) == (12, "expected_error", 0.999)
     assert threshold["fitted_on"]["split"] == "calibration"
-    assert "score to precision" in calibrate.sentence(made)
+    assert "score to precision" in calibrate.describe_calibration(made)
     rows, old = predicted(made, data, tmp_path / "new"), predicted(before, data, tmp_path / "old")
     knots = fitted["parameters"]["pool"]
     for row, was in zip(rows, old, strict=True):
@@ -59,7 +59,8 @@ def test_a_detector_is_calibrated_and_keeps_its_promise_in_writing(tmp_path: Pat
         limit = threshold["value"]
         wanted = "accept" if limit is not None and row["uncertainty"] <= limit else "review"
         assert row["decision"] == wanted
-    metrics, _ = evaluate(str(bundles.write(str(tmp_path / "b"), made.manifest, bundles.member_uris(before)).uri),
+    uncalibrated = bundles.write_bundle(str(tmp_path / "b"), made.manifest, bundles.member_uris(before))
+    metrics, _ = evaluate(str(uncalibrated.uri),
                           data, "test")  # fmt: skip
     wanted_keys = "map map50 map75 per_class pdq laece lrp auroc_tp members gain shift_auroc decisions uncalibrated"
     assert set(wanted_keys.split()) <= set(metrics)
@@ -77,9 +78,9 @@ def test_the_score_threshold_is_that_of_the_best_f1_on_the_validation_split(data
 
 def test_unlike_detectors_become_one_ensemble(tmp_path: Path, data: str, detector: str):
     other = make_bundle(tmp_path / "yolo", YOLO, seeds=(7,), predict=PREDICT)
-    manifest, weights = bundle_join.join([bundles.open_bundle(uri) for uri in (detector, other)])
+    manifest, weights = bundle_join.join_bundles([bundles.open_bundle(uri) for uri in (detector, other)])
     staged = bundles.stage(str(tmp_path / "joined"), manifest, weights)
-    assert (staged.members, staged.alike) == (3, False)
+    assert (staged.members, staged.same_model) == (3, False)
     assert [staged.model_settings(k).__class__.__name__ for k in range(3)] == ["AnchorFree", "AnchorFree", "YoloV1"]
     made = bundles.commit(calibrate.calibrate(staged, data, settings()))
     assert len(made.manifest["calibration"]["parameters"]["members"]) == 3
@@ -94,9 +95,9 @@ def test_unlike_detectors_become_one_ensemble(tmp_path: Path, data: str, detecto
 
 def test_copies_joined_are_an_ordinary_ensemble(tmp_path: Path, detector: str):
     opened = bundles.open_bundle(detector)
-    manifest, weights = bundle_join.join([opened, opened])
-    made = bundles.write(str(tmp_path / "twice"), manifest, weights)
-    assert made.alike
+    manifest, weights = bundle_join.join_bundles([opened, opened])
+    made = bundles.write_bundle(str(tmp_path / "twice"), manifest, weights)
+    assert made.same_model
     assert made.members == 4
     assert Predictor(made, "cpu", threads=1).task.alike
 
@@ -104,24 +105,24 @@ def test_copies_joined_are_an_ordinary_ensemble(tmp_path: Path, detector: str):
 def test_members_may_be_normalised_each_in_its_own_way(tmp_path: Path, detector: str):
     dark = {"size": [32, 32], "fit": "letterbox", "mean": [0.2, 0.3, 0.4], "std": [0.5, 0.4, 0.3]}
     other = make_bundle(tmp_path / "dark", DETECTOR, seeds=(8,), predict=PREDICT, input=dark)
-    manifest, weights = bundle_join.join([bundles.open_bundle(uri) for uri in (detector, other)])
-    made = bundles.write(str(tmp_path / "joined"), manifest, weights)
+    manifest, weights = bundle_join.join_bundles([bundles.open_bundle(uri) for uri in (detector, other)])
+    made = bundles.write_bundle(str(tmp_path / "joined"), manifest, weights)
     assert [each["mean"][0] for each in made.manifest["normalise"]] == [0.5, 0.5, 0.2]
     joined, alone = Predictor(made, "cpu", threads=1), Predictor(other, "cpu", threads=1)
     batch, _ = joined.task.collate(table([png(32, 32, 0)]), train=False, seed=0)
     wanted = alone._normalise(batch).images
     shown = joined._normalise(batch).images
-    assert (joined._coloured(2, shown) - wanted).abs().max() < 1e-5
-    assert (joined._coloured(0, shown) - shown).abs().max() < 1e-5
+    assert (joined._renormalised(2, shown) - wanted).abs().max() < 1e-5
+    assert (joined._renormalised(0, shown) - shown).abs().max() < 1e-5
 
 
 def test_what_cannot_be_joined(tmp_path: Path, detector: str):
     opened = bundles.open_bundle(detector)
     with pytest.raises(InputError, match="wanted two bundles or more to join, found 1"):
-        bundle_join.join([opened])
+        bundle_join.join_bundles([opened])
     unet = bundles.open_bundle(make_bundle(tmp_path / "unet", UNET))
     with pytest.raises(InputError, match="bundles differ in task"):
-        bundle_join.join([opened, unet])
+        bundle_join.join_bundles([opened, unet])
     named = bundles.open_bundle(make_bundle(tmp_path / "named", DETECTOR, classes=["dog", CLASSES[1]]))
     with pytest.raises(InputError, match="bundles differ in classes"):
-        bundle_join.join([opened, named])
+        bundle_join.join_bundles([opened, named])

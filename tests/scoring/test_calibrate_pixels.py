@@ -12,7 +12,7 @@ from pipeline.datasets import ingest
 from pipeline.errors import InputError
 from pipeline.models import bundle as bundles
 from pipeline.scoring import calibrate, job
-from pipeline.scoring.evaluate import evaluate, gain, shifted
+from pipeline.scoring.evaluate import evaluate, segmentation_gain, shift_detection
 from pipeline.uncertainty.calibration.settings import CalibrateSettings
 from tests.support.tiny import DETECTOR, UNET, encode, make_bundle, make_squares
 
@@ -81,15 +81,15 @@ def test_the_threshold_is_obeyed_and_written(tmp_path: Path, data: str, unet: st
     assert strict.manifest["calibration"] is None
     assert strict.manifest["threshold"]["value"] is None
     assert {row["decision"] for row in predicted(strict, data, tmp_path / "strict")} == {"review"}
-    assert "review" in calibrate.sentence(strict)
+    assert "review" in calibrate.describe_calibration(strict)
 
 
 def test_the_score_that_the_threshold_acts_on_can_be_chosen(tmp_path: Path, data: str, unet: str):
     source = bundles.open_bundle(unet)
-    changed = bundles.derive(source, predict={"uncertainty": "member_dice", "tta": {"flips": True}})
+    changed = bundles.with_changes(source, predict={"uncertainty": "member_dice", "tta": {"flips": True}})
     made = calibrate.calibrate(changed, data, settings(risk=0.999, delta=0.5))
     assert made.manifest["threshold"]["score"] == "member_dice"
-    written = bundles.write(str(tmp_path / "b"), made.manifest, bundles.member_uris(source))
+    written = bundles.write_bundle(str(tmp_path / "b"), made.manifest, bundles.member_uris(source))
     assert written.id == made.id
     rows = predicted(written, data, tmp_path / "p")
     assert {row["members"] for row in rows} == {8}
@@ -140,7 +140,7 @@ def test_every_number_of_an_image_may_tell_the_shift():
         {"uncertainty": [0.1, 0.2, 0.3, None], "member_dice": [0.9, 0.8, 0.95, None], "image_id": list("abcd")}
     )
     there = pa.table({"uncertainty": [0.25, 0.4], "member_dice": [0.5, 0.4], "image_id": list("xy")})
-    found = shifted(here, there, "there")
+    found = shift_detection(here, there, "there")
     assert found["images"] == 2
     assert found["auroc"] == {"uncertainty": pytest.approx(5 / 6), "member_dice": 1.0}
     assert found["fpr95"] == {"uncertainty": pytest.approx(1 / 3), "member_dice": 0.0}
@@ -148,12 +148,12 @@ def test_every_number_of_an_image_may_tell_the_shift():
 
 def test_the_gain_over_the_chosen_member_needs_validation_losses(data: str, unet: str):
     meters = job.score(unet, data, split="test", measure="metrics")["meters"]
-    chosen = gain(meters, [{"val_loss": 2.0}, {"val_loss": 1.0}])
+    chosen = segmentation_gain(meters, [{"val_loss": 2.0}, {"val_loss": 1.0}])
     assert chosen is not None
     assert chosen["chosen_member"] == 1
     for figure, value in chosen["over_chosen_member"].items():
         assert value["low"] <= value["difference"] <= value["high"], figure
-    unknown = gain(meters, {})
+    unknown = segmentation_gain(meters, {})
     assert unknown is not None
     assert (unknown["chosen_member"], unknown["over_chosen_member"]) == (None, {})
 
@@ -164,4 +164,4 @@ def test_shift_data_without_a_readable_image(tmp_path: Path, data: str, unet: st
     here = job.score(unet, data, split="test", scalars=True)["scalars"]
     there = job.score(unet, str(tmp_path / "other"), scalars=True)["scalars"]
     with pytest.raises(InputError, match="no image of it could be predicted"):
-        shifted(here, there, "other")
+        shift_detection(here, there, "other")

@@ -18,7 +18,7 @@ from pipeline.datasets import ingest, shard_reader
 from pipeline.datasets.dataset import open_dataset, row_groups
 from pipeline.errors import InputError
 from pipeline.models.bundle import open_bundle
-from pipeline.runtime.progress import NoSink
+from pipeline.runtime.progress import SilentSink
 from pipeline.scoring import actor_pool, job
 from pipeline.scoring import plan as plan_module
 from pipeline.scoring.evaluate import evaluate
@@ -110,7 +110,7 @@ def test_every_image_of_a_dataset_once(tmp_path: Path, data: str, unet: str):
     assert made["uncertainty_mean"] == pytest.approx(np.mean(table["uncertainty"].to_pylist()), rel=1e-6)
     assert told[0] == ("predict", 0, ROWS)
     assert told[-1] == ("predict", ROWS, ROWS)
-    files = predictions.listed(out, json.loads((tmp_path / "p/_MANIFEST.json").read_text()))
+    files = predictions.iter_files(out, json.loads((tmp_path / "p/_MANIFEST.json").read_text()))
     assert [entry["rows"] for entry in files] == [4, 1, 4, 4, 4, 4, 1]
 
 
@@ -221,7 +221,9 @@ def refusals(tmp_path: Path, data: str) -> dict[str, tuple[Callable[[], Any], st
     (tmp_path / "empty").mkdir()
     (tmp_path / "boxless").mkdir()
     meta = json.loads(storage.read_bytes(f"{data}/dataset.json"))
-    (tmp_path / "boxless/dataset.json").write_text(json.dumps(checksum.seal({**meta, "tasks": ["segmentation"]})))
+    (tmp_path / "boxless/dataset.json").write_text(
+        json.dumps(checksum.with_checksum({**meta, "tasks": ["segmentation"]}))
+    )
     images, out = folder_of(tmp_path / "images", 1), str(tmp_path / "p")
     return {
         "class": (lambda: evaluate(others, data, "test"), "label 0 is 'nucleus' in bundle .* and 'cell' in"),
@@ -264,14 +266,14 @@ def test_a_shard_that_is_gone_stops_the_job_with_its_sentence(tmp_path: Path, da
 
 def test_the_plan_depends_on_its_inputs_alone(tmp_path: Path, data: str, unet: str, detector: str):
     bundle = open_bundle(unet)
-    plan = plan_module.make_plan(bundle, data, None, measure=False)
-    assert plan.digest == plan_module.make_plan(bundle, data, None, measure=False).digest
+    plan = plan_module.plan_scoring(bundle, data, None, measure=False)
+    assert plan.digest == plan_module.plan_scoring(bundle, data, None, measure=False).digest
     assert plan.rows == ROWS
     assert sorted(plan.expected) == list(range(len(plan.units)))
     others = [
-        plan_module.make_plan(bundle, data, "test", measure=False),
-        plan_module.make_plan(bundle, data, None, measure=True),
-        plan_module.make_plan(open_bundle(detector), data, None, measure=False),
+        plan_module.plan_scoring(bundle, data, "test", measure=False),
+        plan_module.plan_scoring(bundle, data, None, measure=True),
+        plan_module.plan_scoring(open_bundle(detector), data, None, measure=False),
     ]
     assert len({plan.digest, *(other.digest for other in others)}) == 4
 
@@ -282,14 +284,14 @@ def test_pages_are_bounded_in_images_and_bytes(tmp_path: Path, unet: str, monkey
     for n in range(11):
         (root / f"{n:02d}.png").write_bytes(bytes(10 if n else 200))
     monkeypatch.setattr(plan_module, "UNIT_BYTES", 100)
-    plan = plan_module.make_plan(open_bundle(unet), str(root), None, measure=False)
+    plan = plan_module.plan_scoring(open_bundle(unet), str(root), None, measure=False)
     assert [unit.rows for unit in plan.units] == [1, 4, 4, 2]
     paths = [path for unit in plan.units for path in unit.source["paths"]]
     assert paths == sorted(paths)
-    changed = plan_module.make_plan(open_bundle(unet), str(root), None, measure=False)
+    changed = plan_module.plan_scoring(open_bundle(unet), str(root), None, measure=False)
     assert changed.inputs == plan.inputs
     (root / "05.png").write_bytes(bytes(11))
-    changed = plan_module.make_plan(open_bundle(unet), str(root), None, measure=False)
+    changed = plan_module.plan_scoring(open_bundle(unet), str(root), None, measure=False)
     assert changed.inputs != plan.inputs
 
 
@@ -308,15 +310,15 @@ def test_everything_on_s3(s3: str, ray_local: None, unet: str, tmp_path: Path):
 
 def test_one_actor_an_image_where_there_is_little_to_do(ray_local: None):
     assert int(ray.cluster_resources()["CPU"]) == 8
-    assert actor_pool.plan(1, None, None, 8).size == 1
-    assert actor_pool.plan(100, None, None, 8).size == 3
-    assert actor_pool.plan(100, 2, 5, 8) == actor_pool.Pool(2, 2, 0, threads=1, calls=5)
-    assert actor_pool.plan(3, 2, 5, 8) == actor_pool.Pool(2, 2, 0, threads=5, calls=1)
+    assert actor_pool.plan_actor_pool(1, None, None, 8).size == 1
+    assert actor_pool.plan_actor_pool(100, None, None, 8).size == 3
+    assert actor_pool.plan_actor_pool(100, 2, 5, 8) == actor_pool.ActorPool(2, 2, 0, threads=1, calls=5)
+    assert actor_pool.plan_actor_pool(3, 2, 5, 8) == actor_pool.ActorPool(2, 2, 0, threads=5, calls=1)
 
 
 def test_a_pool_leaves_a_cpu_to_the_readers_whatever_others_hold(ray_local: None):
     for free in (0.0, 1.0, 1.5, 2.0, 3.0, 4.0, 6.5, 8.0):
-        pool = actor_pool.plan(100, 4, None, free)
+        pool = actor_pool.plan_actor_pool(100, 4, None, free)
         assert pool.size == 1 or pool.size * pool.cpus + 1 <= free, free
 
 
@@ -333,7 +335,7 @@ def processes(name: str) -> set[str]:
 def test_no_process_of_a_job_outlives_it(tmp_path: Path, unet: str, ray_local: None):
     before, seen = processes("Starts"), set()
 
-    class Looks(NoSink):
+    class Looks(SilentSink):
         def update(self, *args: Any, **kwargs: Any) -> None:
             seen.update(processes("Starts") - before)
 

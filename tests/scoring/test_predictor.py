@@ -16,7 +16,7 @@ from pipeline.errors import InputError
 from pipeline.schema import PREDICTIONS, pack_map, unpack_map
 from pipeline.scoring import predictor as predictor_module
 from pipeline.scoring.batch_size import BatchSize
-from pipeline.scoring.ensemble_metrics import Meters
+from pipeline.scoring.ensemble_metrics import EnsembleMetrics
 from pipeline.scoring.predictor import Predictor
 from tests.support.tiny import DETECTOR, INPUT, UNET, encode, make_bundle, png, table
 
@@ -178,7 +178,10 @@ def test_metrics_add_up_over_tables_and_cross_process_borders(tmp_path: Path, mo
     whole, meters = predictor.measure(truth([0, 1, 2, 3]))
     assert whole.to_pylist() == predictor(truth([0, 1, 2, 3])).to_pylist()
     parts = [predictor.measure(truth(seeds))[1] for seeds in ([0, 1, 2], [3])]
-    total, rest = (Meters.from_bytes(part.to_bytes(), part.pool, predictor.task.new_sample()) for part in parts)
+    total, rest = (
+        EnsembleMetrics.from_bytes(part.to_bytes(), part.pool, predictor.task.new_calibration_sample())
+        for part in parts
+    )
     total.merge(rest)
     found, wanted = total.compute(), meters.compute()
     assert wanted["images"] == 4

@@ -11,7 +11,7 @@ from pipeline.errors import InputError
 from pipeline.schema import pack_map, unpack_map
 from pipeline.scoring.predictor import Predictor
 from pipeline.tasks.segmentation import Prediction
-from pipeline.uncertainty.tta import TtaSettings, views
+from pipeline.uncertainty.tta import TtaSettings, tta_views
 from tests.support.tiny import DETECTOR, INPUT, UNET, encode, make_bundle, png, table
 
 CROP = {**INPUT, "fit": "crop"}
@@ -37,8 +37,8 @@ def test_views_are_pooled_where_they_belong(tmp_path: Path):
     images = made._normalise(batch).images
     with torch.inference_mode():
         each = [
-            view.back(made.members[0](view.look(images, made.stride)), (32, 32)).softmax(1)
-            for view in views(TtaSettings.parse(predict["tta"], "x"))
+            view.invert(made.members[0](view.apply(images, made.stride)), (32, 32)).softmax(1)
+            for view in tta_views(TtaSettings.parse(predict["tta"], "x"))
         ]
     pool = made.task.fuse([Prediction(one) for one in each])
     wanted = made.task.to_columns(pool, batch)

@@ -163,7 +163,7 @@ def test_of_sixteen_processes_that_commit_one_wins_on_s3_and_on_a_local_folder(s
 def test_a_missing_object_is_classified_missing(root: str):
     with pytest.raises(OSError) as caught:  # noqa: PT011 - what it says differs by filesystem
         storage.read_bytes(storage.join(root, "none.jpg"))
-    assert storage.classify(caught.value) == "missing"
+    assert storage.error_status(caught.value) == "missing"
 
 
 def test_wrong_credentials_are_forbidden_and_named(s3: str, monkeypatch: pytest.MonkeyPatch):
@@ -172,7 +172,7 @@ def test_wrong_credentials_are_forbidden_and_named(s3: str, monkeypatch: pytest.
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     with pytest.raises(OSError) as caught:  # noqa: PT011
         storage.read_bytes(uri)
-    assert storage.classify(caught.value) == "forbidden"
+    assert storage.error_status(caught.value) == "forbidden"
     with pytest.raises(InputError, match=r"could not be listed: .*AWS_ENDPOINT_URL\) and the credentials$"):
         storage.list_files(s3)
     with pytest.raises(InputError, match=r"list '.*' could not be read: "):
@@ -200,7 +200,7 @@ def test_a_commit_that_could_not_be_made_is_an_error_and_no_answer(s3: str, monk
     ],
 )
 def test_errors_are_told_apart(error: BaseException, word: str):
-    assert storage.classify(error) == word
+    assert storage.error_status(error) == word
 
 
 def test_absolute_means_the_same_in_every_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -84,7 +84,7 @@ def test_a_first_call_that_is_never_answered_is_given_up_early(monkeypatch: pyte
     monkeypatch.setattr(retry, "_state", {"limit": None, "answered": False})
     monkeypatch.setattr(retry, "FIRST_S", 0.5)
     monkeypatch.setenv(retry.VARIABLE, "30")
-    retry.expect_an_answer_soon()
+    retry.shorten_first_wait()
     calls: list[int] = []
 
     def fail() -> None:
@@ -93,7 +93,7 @@ def test_a_first_call_that_is_never_answered_is_given_up_early(monkeypatch: pyte
 
     began = time.monotonic()
     with pytest.raises(OSError, match="NETWORK"):
-        retry.patiently(fail, "here")
+        retry.retry_call(fail, "here")
     assert time.monotonic() - began < 5
     assert len(calls) > 1
 
@@ -107,7 +107,7 @@ def test_what_will_not_change_is_not_tried_again(error: Exception):
         raise error
 
     with pytest.raises(type(error)):
-        retry.patiently(fail, "here")
+        retry.retry_call(fail, "here")
     assert calls == [1]
 
 

@@ -51,8 +51,8 @@ def test_batches_made_in_threads_are_those_made_in_step(task):
     tables = [rows(4, seed=n, start=4 * n) for n in range(6)]
 
     def views(threaded: bool):
-        items = batches.collated(worker.task, tables, train=True, seed=0)
-        return list(batches.views(items, worker.augment, worker.device, threaded))
+        items = batches.decode_batches(worker.task, tables, train=True, seed=0)
+        return list(batches.augmented_batches(items, worker.augment, worker.device, threaded))
 
     for (table, plain), (other, threaded), given in zip(views(False), views(True), tables, strict=True):
         assert table is other is given
@@ -70,8 +70,8 @@ def test_a_decoder_of_groups_gives_the_batches_of_the_host(task):
             asked.append(len(items))
             return super().__call__(items)
 
-    host = list(batches.collated(worker.task, tables, train=True, seed=0))
-    ours = list(batches.collated(worker.task, tables, train=True, seed=0, decoder=Counting("cpu")))
+    host = list(batches.decode_batches(worker.task, tables, train=True, seed=0))
+    ours = list(batches.decode_batches(worker.task, tables, train=True, seed=0, decoder=Counting("cpu")))
     assert [item.table for item in ours] == tables
     for a, b in zip(host, ours, strict=True):
         same(a.batch, b.batch, apart=1)
@@ -80,9 +80,9 @@ def test_a_decoder_of_groups_gives_the_batches_of_the_host(task):
 
 def test_groups_are_bounded_in_images_and_in_pixels(monkeypatch):
     monkeypatch.setattr(batches, "GROUP_IMAGES", 10)
-    assert [len(group) for group in batches.groups([rows(4)] * 8)] == [1, 2, 2, 2, 1]
+    assert [len(group) for group in batches.decode_groups([rows(4)] * 8)] == [1, 2, 2, 2, 1]
     monkeypatch.setattr(batches, "GROUP_BYTES", 3 * 5 * SIZE * SIZE)
-    assert [len(group) for group in batches.groups([rows(4)] * 3)] == [1, 1, 1]
+    assert [len(group) for group in batches.decode_groups([rows(4)] * 3)] == [1, 1, 1]
 
 
 @pytest.mark.parametrize("decoder", [None, DeviceDecoder("cpu")])
@@ -120,7 +120,7 @@ def test_the_thread_stops_where_the_loop_does():
         finally:
             closed.set()
 
-    values = batches.ahead(endless, 2)
+    values = batches.prefetch(endless, 2)
     assert [next(values) for _ in range(3)] == [0, 1, 2]
     values.close()
     assert closed.wait(5), "the thread goes on"

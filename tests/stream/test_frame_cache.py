@@ -14,9 +14,9 @@ from pipeline.augment import InputSettings
 from pipeline.datasets.shard_reader import RowGroup
 from pipeline.errors import InputError
 from pipeline.stream import run_stream
-from pipeline.stream.epoch_order import Order, plan_rest
-from pipeline.stream.frame_cache import Cache, Framing, require_room
-from pipeline.stream.run_stream import Expand, Ledger
+from pipeline.stream.epoch_order import EpochOrder, plan_remaining_rows
+from pipeline.stream.frame_cache import FrameCache, FrameRows, require_cache_room
+from pipeline.stream.run_stream import ExpandUnits, Ledger
 from pipeline.tasks.collate import FAULT, FRAME
 from tests.images.test_gpu_decode import jpeg, picture
 from tests.stream.test_batches import same
@@ -65,9 +65,9 @@ def test_frames_made_elsewhere_become_the_batch_made_here(task, fit):
     config = tree(task, input={"size": [32, 48], "fit": fit}, seed=3)
     worker, table = worker_of(config), placed(table_of(7))
     here, _ = worker.task.collate(table, train=True, seed=config.seed)
-    framed = Framing(config.input, config.seed)(table)
+    framed = FrameRows(config.input, config.seed)(table)
     assert "image" not in framed.column_names
-    assert framed[FRAME].type.byte_width == here.images[0].numel() == Framing(config.input, 0).row_bytes
+    assert framed[FRAME].type.byte_width == here.images[0].numel() == FrameRows(config.input, 0).row_bytes
     there, failures = worker.task.collate(framed, train=True, seed=config.seed)
     assert failures == []
     same(here, there)
@@ -84,7 +84,7 @@ def test_an_image_that_cannot_be_framed_is_a_failure_and_its_neighbours_are_none
     table = placed(table.set_column(1, "image", pa.array(files, pa.binary())))
     worker = worker_of(tree("segmentation"))
     here, wanted = worker.task.collate(table, train=True, seed=0)
-    framed = Framing(worker.config.input, 0)(table)
+    framed = FrameRows(worker.config.input, 0)(table)
     assert [fault is None for fault in framed[FAULT].to_pylist()] == [True, False, False, True]
     there, found = worker.task.collate(framed, train=True, seed=0)
     assert found == wanted
@@ -93,13 +93,13 @@ def test_an_image_that_cannot_be_framed_is_a_failure_and_its_neighbours_are_none
 
 
 def test_the_order_is_the_same_with_frames(shards):
-    order = Order.of(shards, 3, 2 * max(group.num_bytes for group in shards))
+    order = EpochOrder.of(shards, 3, 2 * max(group.num_bytes for group in shards))
     used = Ledger()
     used.add(np.array([0, 4, 20]))
-    framing = Framing(InputSettings(size=(32, 32)), 3)
+    framing = FrameRows(InputSettings(size=(32, 32)), 3)
 
     def walk(**more) -> pa.Table:
-        expand = Expand(order, tuple(COLUMNS), 0, 40, used.to_bytes(), 4, "", **more)
+        expand = ExpandUnits(order, tuple(COLUMNS), 0, 40, used.to_bytes(), 4, "", **more)
         return pa.concat_tables(list(expand({"id": np.arange(3 * order.windows)})))
 
     plain, framed = walk(), walk(framing=framing)
@@ -111,10 +111,10 @@ def test_the_order_is_the_same_with_frames(shards):
 def test_cached_frames_are_made_once_and_every_position_comes_once(ray_local, shards):
     import ray
 
-    order = Order.of(shards, 3, 2 * max(group.num_bytes for group in shards))
-    rest = plan_rest(Ledger(), 3 * order.rows, 4)
+    order = EpochOrder.of(shards, 3, 2 * max(group.num_bytes for group in shards))
+    rest = plan_remaining_rows(Ledger(), 3 * order.rows, 4)
     settings = InputSettings(size=(32, 32))
-    framing = Framing(settings, 3)
+    framing = FrameRows(settings, 3)
     given = (order, rest, Ledger(), COLUMNS, 4, "")
 
     def read(dataset) -> pa.Table:
@@ -126,7 +126,7 @@ def test_cached_frames_are_made_once_and_every_position_comes_once(ray_local, sh
     assert cached["image_id"].to_pylist() == plain["image_id"].to_pylist()
     assert framing(plain)[FRAME].combine_chunks().equals(cached[FRAME].combine_chunks())
 
-    cache = Cache.start(framing, COLUMNS)
+    cache = FrameCache.start(framing, COLUMNS)
     first = cache.read(shards[:2])
     again = cache.read([shards[1], shards[0]])
     assert ray.get(cache.keeper.count.remote()) == 2, "a row group was framed again"
@@ -135,13 +135,13 @@ def test_cached_frames_are_made_once_and_every_position_comes_once(ray_local, sh
 
 @pytest.mark.parametrize(("gigabytes", "fits"), [(0.5, True), (0.45, False)])
 def test_a_cache_that_would_not_fit_is_refused_with_the_numbers(gigabytes, fits):
-    framing = Framing(InputSettings(size=(256, 256)), 0)
+    framing = FrameRows(InputSettings(size=(256, 256)), 0)
     if fits:
-        require_room(framing, 1000, gigabytes * 1e9)
+        require_cache_room(framing, 1000, gigabytes * 1e9)
         return
     text = r"1000 frames of 256x256, 0\.20 GB; the cluster's object stores have 0\.45 GB, .* 40% \(0\.18 GB\)"
     with pytest.raises(InputError, match=text):
-        require_room(framing, 1000, gigabytes * 1e9)
+        require_cache_room(framing, 1000, gigabytes * 1e9)
 
 
 @pytest.mark.parametrize(
@@ -161,5 +161,5 @@ def test_png_files_travel_as_frames_too():
     out = io.BytesIO()
     Image.fromarray(picture(40, 60)).save(out, "PNG")
     table = table_of(1).set_column(1, "image", pa.array([out.getvalue()], pa.binary()))
-    framed = Framing(InputSettings(size=(40, 60)), 0)(placed(table))
+    framed = FrameRows(InputSettings(size=(40, 60)), 0)(placed(table))
     assert framed[FRAME][0].as_py() == picture(40, 60).tobytes()

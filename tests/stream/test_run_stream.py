@@ -9,16 +9,16 @@ from hypothesis import strategies as st
 
 from pipeline.datasets.shard_reader import RowGroup
 from pipeline.stream import run_stream
-from pipeline.stream.epoch_order import Order, plan_rest
-from pipeline.stream.run_stream import Expand, Ledger
+from pipeline.stream.epoch_order import EpochOrder, plan_remaining_rows
+from pipeline.stream.run_stream import ExpandUnits, Ledger
 
 
-def order_of(sizes: list[int], seed: int = 0, window_bytes: int = 250) -> Order:
+def order_of(sizes: list[int], seed: int = 0, window_bytes: int = 250) -> EpochOrder:
     groups = [RowGroup(file=f"f{i}", index=0, rows=n, num_bytes=100) for i, n in enumerate(sizes)]
-    return Order.of(groups, seed, window_bytes)
+    return EpochOrder.of(groups, seed, window_bytes)
 
 
-def walk(order: Order, epoch: int) -> list[tuple[int, str, int]]:
+def walk(order: EpochOrder, epoch: int) -> list[tuple[int, str, int]]:
     """(position, file, row) of a whole epoch."""
     out = []
     for window in range(order.windows):
@@ -68,7 +68,7 @@ def test_ledger_is_a_set(a: list[int], b: list[int]):
 def test_rest_is_whole_steps(used: list[int], end: int, global_batch: int):
     ledger = Ledger()
     ledger.add(np.array(used, np.int64))
-    rest = plan_rest(ledger, end, global_batch)
+    rest = plan_remaining_rows(ledger, end, global_batch)
     free = [p for p in range(rest.stop) if p not in set(used)]
     assert len(free) == rest.steps * global_batch
     assert set(range(end)) - set(used) <= set(free)
@@ -82,9 +82,9 @@ def test_expand_yields_what_the_ledger_lacks(tmp_path):
         path = str(tmp_path / f"{i}.parquet")
         pq.write_table(pa.table({"image_id": [f"{i}-{r}" for r in range(rows)]}), path)
         groups.append(RowGroup(file=path, index=0, rows=rows, num_bytes=10))
-    order = Order.of(groups, 0, 25)
+    order = EpochOrder.of(groups, 0, 25)
     assert order.windows == 2
-    whole = Expand(order, ("image_id",), 0, 40, Ledger().to_bytes(), 4, "")
+    whole = ExpandUnits(order, ("image_id",), 0, 40, Ledger().to_bytes(), 4, "")
     tables = list(whole({"id": np.arange(2 * order.windows + 2)}))
     assert max(table.num_rows for table in tables) == 4
     table = pa.concat_tables(tables)
@@ -94,7 +94,9 @@ def test_expand_yields_what_the_ledger_lacks(tmp_path):
     assert table["epoch"].to_pylist() == [p // 15 for p in range(40)]
     used = Ledger()
     used.add(np.array([0, 1, 2, 7, 20]))
-    part = pa.concat_tables(list(Expand(order, ("image_id",), 0, 40, used.to_bytes(), 4, "c")({"id": np.arange(6)})))
+    part = pa.concat_tables(
+        list(ExpandUnits(order, ("image_id",), 0, 40, used.to_bytes(), 4, "c")({"id": np.arange(6)}))
+    )
     assert part["position"].to_pylist() == [p for p in range(40) if p not in (0, 1, 2, 7, 20)]
     same = dict(zip(table["position"].to_pylist(), table["image_id"].to_pylist(), strict=True))
     assert [same[p] for p in part["position"].to_pylist()] == part["image_id"].to_pylist()
@@ -110,8 +112,8 @@ def test_ray_splits_the_stream_evenly_and_loses_nothing(ray_local, tmp_path, wor
         row_group_size=16,
     )
     groups = [RowGroup(file=path, index=i, rows=n, num_bytes=500 * n) for i, n in enumerate([16, 16, 9])]
-    order = Order.of(groups, 3, 500 * 20)
-    rest = plan_rest(Ledger(), 3 * order.rows, 4 * world)
+    order = EpochOrder.of(groups, 3, 500 * 20)
+    rest = plan_remaining_rows(Ledger(), 3 * order.rows, 4 * world)
     dataset = run_stream.dataset(order, rest, Ledger(), ["image_id", "image"], 4, "")
     import ray
 

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from pipeline.augment import AugmentSettings, InputSettings, crop_offsets
-from pipeline.images import frame_labels
 from pipeline.images.batch import Batch
-from pipeline.images.frame_labels import Frame
+from pipeline.images.frame_labels import Frame, frame
 
 EVERYTHING = AugmentSettings(
     hflip=0.5, vflip=0.5, quarter_turns=0.5, rotate=25, translate=0.1, scale=(0.7, 1.4), shear=8,
@@ -44,7 +43,7 @@ def make_batch(
     crowd = [np.array([False, True])] * count
     labels, offsets = [np.array([1, 2])] * count, crop_offsets(seed, np.zeros(count), np.arange(count))
     images = smooth_images(count, height, width, seed)
-    return batch_of(frame_labels(images, masks, given_boxes, labels, crowd, input, train=True, offsets=offsets)), input
+    return batch_of(frame(images, masks, given_boxes, labels, crowd, input, train=True, offsets=offsets)), input
 
 
 def painted_batch(
@@ -81,7 +80,7 @@ def painted_batch(
         labels.append(np.arange(4 * n + 1, 4 * n + 5))
     offsets = crop_offsets(seed, np.zeros(count), np.arange(count))
     return (
-        batch_of(frame_labels(images, masks, boxes, labels, None, input, train=True, offsets=offsets)),
+        batch_of(frame(images, masks, boxes, labels, None, input, train=True, offsets=offsets)),
         input,
         colours,
     )

@@ -43,7 +43,7 @@ def make_bundle(folder: Path, model: dict[str, Any], seeds: tuple[int, ...] = (0
     folder.mkdir(parents=True, exist_ok=True)
     outputs = len(changes.get("classes", CLASSES)) - (models.parse(model, "test").task == "detection")
     files = [weights(folder, model, outputs, seed) for seed in seeds]
-    return bundle.write(str(folder / "bundle"), manifest(model, **changes), files).uri
+    return bundle.write_bundle(str(folder / "bundle"), manifest(model, **changes), files).uri
 
 
 def png(height: int, width: int, seed: int) -> bytes:

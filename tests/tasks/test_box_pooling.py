@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from pipeline.errors import InputError
 from pipeline.images.affine import transform_boxes
 from pipeline.tasks import Detection
-from pipeline.tasks.box_pooling import poolable
+from pipeline.tasks.box_pooling import same_locations
 from pipeline.tasks.pooled_boxes import expected_error
-from pipeline.uncertainty.tta import TtaSettings, View, views
+from pipeline.uncertainty.tta import TtaSettings, View, tta_views
 from tests.support.task_cases import Output, detection, framed, output_of
 
 ALL = TtaSettings(flips=True, turns=True)
@@ -37,7 +37,7 @@ def test_views_of_a_symmetric_detector_are_that_detector(seed, size):
     task = detection(size=size, predict={"tta": ALL.to_dict()})
     batch = framed(task, [size])
     output = output_of(1, size, seed)
-    said = [(*shown(output, look, size), look) for look in views(ALL)]
+    said = [(*shown(output, look, size), look) for look in tta_views(ALL)]
     members = [task.predict(each, batch, look, seen) for each, seen, look in said]
     (row,) = task.to_columns(task.fuse(members), batch)["boxes"]
     plain = detection(size=size)
@@ -54,8 +54,8 @@ def test_views_of_a_symmetric_detector_are_that_detector(seed, size):
 
 def test_a_view_sends_pixels_where_its_matrix_says():
     image = torch.arange(24.0).reshape(1, 1, 4, 6)
-    for look in views(ALL):
-        there = look.look(image, 1)
+    for look in tta_views(ALL):
+        there = look.apply(image, 1)
         matrix = look.matrix((4, 6), (there.shape[-2], there.shape[-1]))
         for row in range(4):
             for column in range(6):
@@ -67,20 +67,20 @@ def test_where_locations_do_not_fall_onto_each_other_boxes_are_clustered():
     task = detection(predict={"tta": {"flips": True}})
     batch = framed(task, [(32, 32)])
     first = task.predict(output_of(1, (32, 32), 0), batch)
-    assert poolable(first, views(task.settings.tta))
-    assert not poolable(first, views(TtaSettings(scales=(1.0, 0.5))))
-    assert not poolable(replace(first, fixed=False), views(TtaSettings()))
+    assert same_locations(first, tta_views(task.settings.tta))
+    assert not same_locations(first, tta_views(TtaSettings(scales=(1.0, 0.5))))
+    assert not same_locations(replace(first, fixed=False), tta_views(TtaSettings()))
     shifted = replace(first, centres=first.centres - 4)
-    assert poolable(shifted, views(TtaSettings()))
-    assert not poolable(shifted, views(task.settings.tta))
+    assert same_locations(shifted, tta_views(TtaSettings()))
+    assert not same_locations(shifted, tta_views(task.settings.tta))
     wide = detection(size=(32, 64))
     grid = wide.predict(output_of(1, (32, 64), 0), framed(wide, [(32, 64)]))
-    turns = views(TtaSettings(turns=True))
-    assert poolable(grid, turns)
-    assert not poolable(replace(grid, centres=grid.centres - 4), [View(), View(turns=1)])
+    turns = tta_views(TtaSettings(turns=True))
+    assert same_locations(grid, turns)
+    assert not same_locations(replace(grid, centres=grid.centres - 4), [View(), View(turns=1)])
     twice = replace(first, centres=first.centres.repeat(2, 1), strides=first.strides.repeat(2))
-    assert poolable(twice, views(task.settings.tta))
-    assert not poolable(twice, views(ALL))
+    assert same_locations(twice, tta_views(task.settings.tta))
+    assert not same_locations(twice, tta_views(ALL))
     strict = detection(predict={"tta": {"scales": [1.0, 0.5]}, "fuse": "locations"})
     with pytest.raises(InputError, match="fuse: locations wants members and views that predict at the same places"):
         strict.fuse([first])
@@ -134,7 +134,7 @@ def test_a_calibration_changes_scores_and_spread_and_nothing_else():
         same = ("x1", "label", "entropy", "mutual_information", "votes", "probabilities")
         assert [a[name] for name in same] == [b[name] for name in same]
     assert after["entropy_sum"] == before["entropy_sum"]
-    rows = task.uncalibrated(fused).own(batch)[0]
+    rows = task.without_calibration(fused).own(batch)[0]
     assert rows.scores.tolist() == fused.found[0].scores.tolist()
 
 

@@ -171,7 +171,7 @@ def test_losses_carry_weights_settings_and_the_counts():
     batch, _ = task.collate(table, train=False, seed=0)
     logits = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     terms = task.loss(logits, batch)
-    assert sorted(terms) == task.terms == ["cross_entropy", "focal"]
+    assert sorted(terms) == task.loss_terms == ["cross_entropy", "focal"]
     assert (terms["cross_entropy"][0], terms["focal"][0]) == (0.5, 2)
     # Focal loss with gamma 0 is the cross entropy.
     torch.testing.assert_close(terms["focal"][1], terms["cross_entropy"][1])
@@ -187,8 +187,8 @@ def test_detection_loss_terms_are_named_and_counted():
     table = table_of([(32, 32)] * 2, boxes=[[box(2, 2, 12, 12, 1), box(0, 0, 9, 9, 0, True)], []])
     batch, _ = task.collate(table, train=False, seed=0)
     terms = task.loss(output_of(2, (32, 32), 0), batch)
-    assert sorted(terms) == task.terms
-    assert {name: count.item() for name, count in task.counts(batch).items()} == dict.fromkeys(task.terms, 1)
+    assert sorted(terms) == task.loss_terms
+    assert {name: count.item() for name, count in task.counts(batch).items()} == dict.fromkeys(task.loss_terms, 1)
 
 
 def test_both_tasks_are_in_the_table():

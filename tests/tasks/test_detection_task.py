@@ -178,12 +178,12 @@ def test_detection_is_measured_whatever_threshold_is_stored(threshold):
     )
     prediction = task.predict(two, batch)
     metric, pool = task.metric(), task.metric()
-    task.measure(prediction, batch, table, metric)
-    task.measure(task.fuse([prediction]), batch, table, pool)
+    task.update_metric(prediction, batch, table, metric)
+    task.update_metric(task.fuse([prediction]), batch, table, pool)
     got = metric.compute()
     assert got == pool.compute()
     assert (got["images"], got["boxes"]) == (1, 1)
     assert got["map"] == pytest.approx(1)
     assert got["per_class"] == [None, pytest.approx(1)]
     with pytest.raises(InputError, match="no column 'boxes': metrics of detection need"):
-        task.measure(prediction, batch, None, metric)
+        task.update_metric(prediction, batch, None, metric)

@@ -175,8 +175,8 @@ def test_segmentation_is_measured_at_the_images_own_size():
     batch, _ = task.collate(table, train=False, seed=0)
     prediction = task.predict(logits_of(3, (16, 24), 0), batch)
     metric, pool = task.metric(), task.metric()
-    task.measure(prediction, batch, table, metric)
-    task.measure(task.fuse([prediction, prediction]), batch, table, pool)
+    task.update_metric(prediction, batch, table, metric)
+    task.update_metric(task.fuse([prediction, prediction]), batch, table, pool)
     got = metric.compute()
     assert got == pool.compute()
     assert got["images"] == 2
@@ -187,7 +187,7 @@ def test_segmentation_is_measured_at_the_images_own_size():
         hits += 0 if mask is None else int((_unpacked(packed, *mask.shape) == mask).sum())
     assert got["accuracy"] == pytest.approx(hits / got["pixels"])
     with pytest.raises(InputError, match="no column 'mask': metrics of segmentation need"):
-        task.measure(prediction, batch, table.drop_columns(["mask"]), metric)
+        task.update_metric(prediction, batch, table.drop_columns(["mask"]), metric)
 
 
 @settings(max_examples=15)
@@ -202,7 +202,7 @@ def test_pool_is_never_worse_than_the_mean_member(seed, members, sharpness):
     figures = []
     for predicted in [*predictions, task.fuse(predictions)]:
         metric = task.metric()
-        task.measure(predicted, batch, table, metric)
+        task.update_metric(predicted, batch, table, metric)
         figures.append(metric.compute())
     for name in ("nll", "brier"):
         mean = np.mean([each[name] for each in figures[:-1]])

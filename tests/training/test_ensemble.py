@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pipeline.errors import InputError
-from pipeline.runtime.progress import NoSink
+from pipeline.runtime.progress import SilentSink
 from pipeline.training import ensemble
 from pipeline.training.train_config import TrainConfig
 from tests.support import tiny
@@ -47,7 +47,7 @@ def dies(folder: Path, times: dict[int, int]) -> ensemble.Fit:
             if not mark.exists():
                 mark.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
-        return ray_train.fit(run)
+        return ray_train.train_member(run)
 
     return fit
 
@@ -55,7 +55,7 @@ def dies(folder: Path, times: dict[int, int]) -> ensemble.Fit:
 def test_a_member_that_dies_twice_succeeds_and_one_that_dies_for_good_is_listed(squares: str, tmp_path: Path):
     fit = dies(tmp_path / "marks", {0: 2, 1: 99})
     settings = config(squares, tmp_path / "out", ensemble={"min_members": 1, "retries": 2})
-    made = ensemble.run(settings, 2, resume=False, sink=NoSink(), fit=fit)
+    made = ensemble.train_ensemble(settings, 2, resume=False, sink=SilentSink(), fit=fit)
     assert made.members == 1
     assert made.manifest["seeds"] == [0]
     assert [(each["member"], each["seed"]) for each in made.manifest["failed"]] == [(1, 1)]
@@ -66,8 +66,10 @@ def test_a_member_that_dies_twice_succeeds_and_one_that_dies_for_good_is_listed(
 def test_too_few_members_are_no_ensemble_and_what_was_done_is_kept(squares: str, tmp_path: Path):
     settings = config(squares, tmp_path / "out", ensemble={"retries": 0})
     with pytest.raises(Exception, match="died|crashed"):
-        ensemble.run(settings, 1, resume=False, sink=NoSink(), fit=dies(tmp_path / "marks", {0: 1}))
+        ensemble.train_ensemble(settings, 1, resume=False, sink=SilentSink(), fit=dies(tmp_path / "marks", {0: 1}))
     with pytest.raises(InputError, match="unfinished run of the same inputs; add --resume"):
-        ensemble.run(settings, 1, resume=False, sink=NoSink())
+        ensemble.train_ensemble(settings, 1, resume=False, sink=SilentSink())
     with pytest.raises(InputError, match="--members 1: an ensemble needs at least 2"):
-        ensemble.run(config(squares, tmp_path / "x", ensemble={"min_members": 2}), 1, resume=False, sink=NoSink())
+        ensemble.train_ensemble(
+            config(squares, tmp_path / "x", ensemble={"min_members": 2}), 1, resume=False, sink=SilentSink()
+        )

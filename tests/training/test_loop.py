@@ -18,7 +18,7 @@ from pipeline.datasets.dataset import DatasetInfo
 from pipeline.errors import InputError
 from pipeline.images.batch import Batch
 from pipeline.models import device
-from pipeline.runtime.progress import NoSink, Progress
+from pipeline.runtime.progress import Progress, SilentSink
 from pipeline.stream import epoch_order
 from pipeline.training import checkpoint, loop, loss_readback
 from pipeline.training.train_config import TrainConfig
@@ -115,7 +115,7 @@ def _rank(rank: int, world: int, port: int, task: str, folder: str) -> None:
         torch.save(grad, Path(folder) / "grad.pt")
     model = {**tree(task).model, "norm": "batch"}
     running = worker_of(tree(task, model=model, optim={"ema": 0.9}), rank=rank, world=world)
-    buffers = [*running.module.buffers(), *running.judged.buffers()]
+    buffers = [*running.module.buffers(), *running.evaluated_module.buffers()]
     assert buffers
     for buffer in buffers:
         buffer.fill_(rank)
@@ -156,7 +156,7 @@ def test_compiling_changes_neither_the_gradient_nor_the_names_of_the_weights(mon
     plain = worker_of(tree("segmentation"))
     monkeypatch.setattr(loop, "Compiled", lambda model: device.Compiled(model, backend="aot_eager"))
     worker = worker_of(tree("segmentation", train={"steps": 4, "batch_size": 4, "compile": True}))
-    assert isinstance(worker.forward, device.Compiled)
+    assert isinstance(worker.train_forward, device.Compiled)
     assert worker.module.state_dict().keys() == plain.module.state_dict().keys()
     want, have = gradient(plain, [rows(4), rows(4, seed=1)]), gradient(worker, [rows(4), rows(4, seed=1)])
     assert (want - have).abs().max() <= 1e-6 * max(1.0, float(want.abs().max()))
@@ -191,12 +191,12 @@ def test_the_fused_optimiser_follows_the_device_not_the_checkpoint(name):
     worker = worker_of(tree("segmentation", optim={"name": name, "lr": 0.01}))
     loop.train_step(worker, [view_of(worker, rows(4))], 0.01)
     assert all(not group["fused"] for group in worker.optimizer.param_groups)
-    device.fuse(worker.optimizer, torch.device("cuda"))
+    device.use_fused_kernels(worker.optimizer, torch.device("cuda"))
     assert all(group["fused"] for group in worker.optimizer.param_groups)
     # What a GPU saved is restored here: torch takes the saved choice over, which is the other machine's.
     again = worker_of(tree("segmentation", optim={"name": name, "lr": 0.01}))
     again.optimizer.load_state_dict(worker.optimizer.state_dict())
-    device.fuse(again.optimizer, again.device)
+    device.use_fused_kernels(again.optimizer, again.device)
     assert all(not group["fused"] for group in again.optimizer.param_groups)
     assert loop.train_step(again, [view_of(again, rows(4))], 0.01).isfinite()
 
@@ -206,9 +206,9 @@ def test_decoding_on_a_device_that_is_none_is_refused():
         worker_of(tree("segmentation", stream={"decode": "device"}))
 
 
-def run(worker: loop.Worker, tables, journal=None, looks=None, every=2, steps=4) -> loop.Journal:
-    journal = journal or loop.Journal()
-    plan = loop.Plan(steps, every, "")
+def run(worker: loop.Worker, tables, journal=None, looks=None, every=2, steps=4) -> loop.RunState:
+    journal = journal or loop.RunState()
+    plan = loop.StepSchedule(steps, every, "")
 
     def look(worker, journal):
         metrics = loop.validate(worker, [rows(5, seed=1)])
@@ -216,7 +216,7 @@ def run(worker: loop.Worker, tables, journal=None, looks=None, every=2, steps=4)
         if looks is not None:
             looks.append((journal.step, metrics, worker.ledger.count(0, 10**9)))
 
-    loop.run_steps(worker, loop.steps_of(worker, tables), journal, plan, Progress(NoSink(), "t", steps), look)
+    loop.run_steps(worker, loop.steps_of(worker, tables), journal, plan, Progress(SilentSink(), "t", steps), look)
     return journal
 
 
@@ -239,9 +239,9 @@ def test_a_batch_that_is_not_full_is_an_error_not_a_loss():
 
 
 def test_early_stop_counts_validations_without_improvement():
-    journal = loop.Journal()
+    journal = loop.RunState()
     for value in (3.0, 2.0, 1.95, 1.99):
-        journal.judge(value, 0.1)
+        journal.record_validation(value, 0.1)
     assert (journal.best, journal.stale) == (2.0, 2)
     config = tree("segmentation", train={"steps": 9, "batch_size": 4, "patience": 1, "min_delta": 1e9})
     looks: list = []
@@ -290,13 +290,13 @@ def test_a_warning_keeps_one_checkpoint_with_all_losses_read_and_no_validation()
         asked.append(step)
         return step >= 2
 
-    def keep(worker: loop.Worker, journal: loop.Journal) -> None:
+    def keep(worker: loop.Worker, journal: loop.RunState) -> None:
         losses = [row["step"] for row in journal.history if "loss" in row]
         kept.append((journal.step, worker.ledger.count(0, 10**9), losses))
 
-    journal = loop.Journal()
+    journal = loop.RunState()
     loop.run_steps(
-        worker, loop.steps_of(worker, tables), journal, loop.Plan(6, 4, ""), Progress(NoSink(), "t", 6),
+        worker, loop.steps_of(worker, tables), journal, loop.StepSchedule(6, 4, ""), Progress(SilentSink(), "t", 6),
         lambda worker, journal: looked.append(journal.step), warned, keep,
     )  # fmt: skip
     assert (journal.step, asked, looked) == (6, [1, 2], [4, 6]), "once it is kept nobody asks again"
@@ -314,9 +314,15 @@ def test_who_watches_hears_of_every_step():
             fed.append(time.monotonic() - began)
             yield step
 
-    journal = loop.Journal()
+    journal = loop.RunState()
     loop.run_steps(
-        worker, steps(), journal, loop.Plan(6, 9, ""), Progress(NoSink(), "t", 6), lambda *_: None, heard=heard.append
+        worker,
+        steps(),
+        journal,
+        loop.StepSchedule(6, 9, ""),
+        Progress(SilentSink(), "t", 6),
+        lambda *_: None,
+        heard=heard.append,
     )
     assert [made.step for made in heard] == [1, 2, 3, 4, 5, 6]
     assert {made.images for made in heard} == {8}
@@ -334,10 +340,10 @@ def test_a_restored_run_goes_on_as_if_nothing_had_happened(tmp_path, ema):
     whole = worker_of(config)
     run(whole, tables)
     first = worker_of(config)
-    journal = loop.Journal()
-    plan = loop.Plan(4, 9, "")
+    journal = loop.RunState()
+    plan = loop.StepSchedule(4, 9, "")
     two = loop.steps_of(first, tables[:2])
-    loop.run_steps(first, two, journal, plan, Progress(NoSink(), "t", 4), lambda *_: None)
+    loop.run_steps(first, two, journal, plan, Progress(SilentSink(), "t", 4), lambda *_: None)
     progress = {"step": journal.step, "best": journal.best, "stale": 0, "history": []}
     checkpoint.save(
         tmp_path,
@@ -352,10 +358,12 @@ def test_a_restored_run_goes_on_as_if_nothing_had_happened(tmp_path, ema):
     restored = checkpoint.load(tmp_path, 0, model=second.module, average=second.average, optimizer=second.optimizer)
     second.ledger = checkpoint.read_ledger(str(tmp_path))
     assert second.ledger.contains(np.arange(9)).tolist() == [True] * 8 + [False]
-    run(second, tables[2:], journal=loop.Journal(**restored))
-    for a, b in zip(whole.judged.state_dict().values(), second.judged.state_dict().values(), strict=True):
+    run(second, tables[2:], journal=loop.RunState(**restored))
+    for a, b in zip(
+        whole.evaluated_module.state_dict().values(), second.evaluated_module.state_dict().values(), strict=True
+    ):
         assert torch.equal(a, b)
-    assert epoch_order.plan_rest(second.ledger, 16, 4).steps == 0
+    assert epoch_order.plan_remaining_rows(second.ledger, 16, 4).steps == 0
 
 
 @pytest.mark.parametrize("loss", ["binary_cross_entropy", "binary_focal", "lovasz_hinge", "cross_entropy", "tversky"])

@@ -9,9 +9,17 @@ import torch
 from torch import nn
 
 from pipeline.errors import InputError
-from pipeline.models import layers_of
+from pipeline.models import backbone_layers
 from pipeline.models.unet import UNet
-from pipeline.training.optimizer import Ema, OptimSettings, add_penalties, build, clip_gradients, lr_at, set_lr
+from pipeline.training.optimizer import (
+    Ema,
+    OptimSettings,
+    add_penalties,
+    build_optimizer,
+    clip_gradients,
+    lr_at,
+    set_lr,
+)
 
 
 def network() -> nn.Sequential:
@@ -23,7 +31,7 @@ def network() -> nn.Sequential:
 def test_only_matrices_decay_and_nothing_is_left_out(name, kind):
     module = network()
     module[2].weight.requires_grad_(False)
-    built = build(OptimSettings(name=name, lr=0.1, weight_decay=0.5), module)
+    built = build_optimizer(OptimSettings(name=name, lr=0.1, weight_decay=0.5), module)
     assert isinstance(built, kind)
     decay = {id(p): group["weight_decay"] for group in built.param_groups for p in group["params"]}
     wanted = {id(p): (0.5 if p.ndim > 1 else 0.0) for p in module.parameters() if p.requires_grad}
@@ -33,7 +41,7 @@ def test_only_matrices_decay_and_nothing_is_left_out(name, kind):
 def test_sgd_with_momentum_follows_its_recursion():
     module = nn.Linear(1, 1, bias=False)
     nn.init.constant_(module.weight, 1.0)
-    built = build(OptimSettings(name="sgd", lr=0.1, momentum=0.5, weight_decay=0.2), module)
+    built = build_optimizer(OptimSettings(name="sgd", lr=0.1, momentum=0.5, weight_decay=0.2), module)
     weight, velocity = 1.0, 0.0
     for _ in range(4):
         module.weight.grad = torch.full((1, 1), 2.0)
@@ -62,7 +70,7 @@ def test_the_schedule_survives_short_runs():
 
 
 def test_set_lr_reaches_every_group():
-    built = build(OptimSettings(lr=0.1), network())
+    built = build_optimizer(OptimSettings(lr=0.1), network())
     set_lr(built, 0.025)
     assert [group["lr"] for group in built.param_groups] == [0.025, 0.025]
 
@@ -89,7 +97,7 @@ def rates(built: torch.optim.Optimizer, module: nn.Module) -> dict[str, float]:
 def test_learning_rates_fall_layer_by_layer_down_the_backbone(name):
     module = Backboned()
     settings = OptimSettings(name=name, lr=0.1, backbone_lr=0.5, layer_decay=0.4)
-    built = build(settings, module, module.LAYERS)
+    built = build_optimizer(settings, module, module.LAYERS)
     factors = {"a": 0.5 * 0.16, "b": 0.5 * 0.4, "c": 0.5, "head": 1.0}
     wanted = {each: factor for name, factor in factors.items() for each in (name, f"{name}.bias")}
     assert rates(built, module) == pytest.approx({key: 0.1 * value for key, value in wanted.items()}, rel=1e-12)
@@ -101,8 +109,8 @@ def test_learning_rates_fall_layer_by_layer_down_the_backbone(name):
 
 def test_one_factor_for_the_backbone_makes_few_groups():
     module = Backboned()
-    assert len(build(OptimSettings(), module, module.LAYERS).param_groups) == 2
-    built = build(OptimSettings(backbone_lr=0.1), module, module.LAYERS)
+    assert len(build_optimizer(OptimSettings(), module, module.LAYERS).param_groups) == 2
+    built = build_optimizer(OptimSettings(backbone_lr=0.1), module, module.LAYERS)
     assert sorted((group["scale"], len(group["params"])) for group in built.param_groups) == [
         (0.1, 3),
         (0.1, 3),
@@ -114,7 +122,7 @@ def test_one_factor_for_the_backbone_makes_few_groups():
 def test_frozen_layers_do_not_count_when_rates_fall():
     module = Backboned()
     module.c.requires_grad_(False)
-    built = build(OptimSettings(lr=1.0, layer_decay=0.5), module, module.LAYERS)
+    built = build_optimizer(OptimSettings(lr=1.0, layer_decay=0.5), module, module.LAYERS)
     found = rates(built, module)
     assert (found["a"], found["b"], found["head"]) == (0.5, 1.0, 1.0)
     assert "c" not in found
@@ -122,7 +130,7 @@ def test_frozen_layers_do_not_count_when_rates_fall():
 
 def test_the_layers_of_a_real_network_are_taken():
     module = UNet(width=4, depth=3).build(2)
-    built = build(OptimSettings(lr=1.0, layer_decay=0.5), module, layers_of(module))
+    built = build_optimizer(OptimSettings(lr=1.0, layer_decay=0.5), module, backbone_layers(module))
     found = rates(built, module)
     assert [found[f"encoder.{level}.first.0"] for level in range(3)] == [0.25, 0.5, 1.0]
     assert found["heads.0"] == found["decoder.0.first.0"] == 1.0
@@ -130,7 +138,7 @@ def test_the_layers_of_a_real_network_are_taken():
 
 def test_rates_by_layer_want_the_layers():
     with pytest.raises(ValueError, match="want the names of the backbone's layers"):
-        build(OptimSettings(backbone_lr=0.1), Backboned())
+        build_optimizer(OptimSettings(backbone_lr=0.1), Backboned())
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
@@ -139,7 +147,7 @@ def test_the_optimisers_state_goes_round(name):
     torch.manual_seed(0)
     first = Backboned()
     second = copy.deepcopy(first)
-    one = build(settings, first, first.LAYERS)
+    one = build_optimizer(settings, first, first.LAYERS)
     x = torch.randn(4, 2)
 
     def step(module: nn.Module, optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -150,7 +158,7 @@ def test_the_optimisers_state_goes_round(name):
 
     step(first, one, 0.05)
     second.load_state_dict(first.state_dict())
-    two = build(settings, second, second.LAYERS)
+    two = build_optimizer(settings, second, second.LAYERS)
     buffer = io.BytesIO()
     torch.save(one.state_dict(), buffer)
     buffer.seek(0)
@@ -164,7 +172,7 @@ def test_the_optimisers_state_goes_round(name):
 
 def test_a_state_from_before_there_were_scales_still_loads():
     module = network()
-    built = build(OptimSettings(), module)
+    built = build_optimizer(OptimSettings(), module)
     state = built.state_dict()
     for group in state["param_groups"]:
         del group["scale"]
@@ -206,7 +214,7 @@ def test_l2_is_weight_decay_to_sgd():
         (decayed, OptimSettings(name="sgd", lr=0.1, weight_decay=0.2)),
         (penalised, OptimSettings(name="sgd", lr=0.1, weight_decay=0.0, l2=0.2)),
     ):
-        built = build(settings, module)
+        built = build_optimizer(settings, module)
         for _ in range(3):
             built.zero_grad()
             module(x).square().mean().backward()
@@ -221,7 +229,7 @@ def test_l1_drives_what_does_not_help_to_zero():
     x = torch.randn(256, 2)
     module = nn.Linear(2, 1, bias=False)
     settings = OptimSettings(name="sgd", lr=0.02, momentum=0.0, weight_decay=0.0, l1=0.3)
-    built = build(settings, module)
+    built = build_optimizer(settings, module)
     for _ in range(400):
         built.zero_grad()
         (module(x)[:, 0] - x[:, 0]).square().mean().backward()

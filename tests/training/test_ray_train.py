@@ -16,7 +16,7 @@ from pipeline import predictions, storage
 from pipeline.datasets import ingest
 from pipeline.datasets.dataset import open_dataset
 from pipeline.errors import DoneError, InputError
-from pipeline.runtime.progress import NoSink
+from pipeline.runtime.progress import SilentSink
 from pipeline.scoring.job import predict
 from pipeline.training import checkpoint, ensemble
 from pipeline.training.train_config import TrainConfig
@@ -41,14 +41,14 @@ def tree(data: str, out: str, **loop) -> dict:
 @pytest.fixture(scope="module")
 def demo_on_s3(ray_local, s3) -> str:
     uri = f"{s3}/demo"
-    ingest.ingest("demo", None, None, uri, options={"images": 60}, sink=NoSink())
+    ingest.ingest("demo", None, None, uri, options={"images": 60}, sink=SilentSink())
     return uri
 
 
 def test_s3_end_to_end_with_two_workers_and_an_ensemble(demo_on_s3, s3):
     rows = open_dataset(demo_on_s3).counts["train"]["images"]
     config = TrainConfig.parse(tree(demo_on_s3, f"{s3}/one", workers=2, epochs=2), "test")
-    one = ensemble.run(config, 1, resume=False, sink=NoSink())
+    one = ensemble.train_ensemble(config, 1, resume=False, sink=SilentSink())
     run = f"{s3}/one/members/0"
     newest = checkpoint.latest(run)
     assert newest is not None
@@ -74,7 +74,7 @@ def test_s3_end_to_end_with_two_workers_and_an_ensemble(demo_on_s3, s3):
 
     more = {"transfer": {"init": "frozen", "weights": weights}, "calibrate": {"risk": 0.99, "delta": 0.5}}
     config = TrainConfig.parse({**tree(demo_on_s3, f"{s3}/two", steps=3), **more}, "test")
-    two = ensemble.run(config, 2, resume=False, sink=NoSink())
+    two = ensemble.train_ensemble(config, 2, resume=False, sink=SilentSink())
     assert two.members == 2
     said = two.manifest["transfer"]
     assert (said["source"], said["tensors"]) == (weights, said["total"])
@@ -87,11 +87,11 @@ def test_s3_end_to_end_with_two_workers_and_an_ensemble(demo_on_s3, s3):
     splits = open_dataset(demo_on_s3).counts
     assert two.manifest["calibration"]["n"] == splits["calibration"]["images"] == two.manifest["threshold"]["n"]
     with pytest.raises(DoneError, match="done already"):
-        ensemble.run(config, 2, resume=False, sink=NoSink())
+        ensemble.train_ensemble(config, 2, resume=False, sink=SilentSink())
     with pytest.raises(InputError, match=r"other inputs \(members was 2, now 3\)"):
-        ensemble.run(config, 3, resume=False, sink=NoSink())
+        ensemble.train_ensemble(config, 3, resume=False, sink=SilentSink())
 
-    predict(two.uri, demo_on_s3, f"{s3}/predictions", sink=NoSink())
+    predict(two.uri, demo_on_s3, f"{s3}/predictions", sink=SilentSink())
     table = predictions.read(f"{s3}/predictions")
     assert table.num_rows == 60 == len(set(table["image_id"].to_pylist()))
     assert set(table["status"].to_pylist()) == {"ok"}
@@ -109,7 +109,7 @@ def _dubito(*args: str, cwd: Path, **kwargs) -> subprocess.Popen:
 
 def test_a_killed_run_resumes_and_trains_on_each_image_once_an_epoch(ray_local, tmp_path):
     data, out = str(tmp_path / "data"), str(tmp_path / "out")
-    ingest.ingest("demo", None, None, data, options={"images": 60}, sink=NoSink())
+    ingest.ingest("demo", None, None, data, options={"images": 60}, sink=SilentSink())
     rows = open_dataset(data).counts["train"]["images"]
     settings = tree(data, out, epochs=15, validate_every=15)
     config = tmp_path / "config.yaml"
@@ -127,7 +127,7 @@ def test_a_killed_run_resumes_and_trains_on_each_image_once_an_epoch(ray_local, 
     steps = -(-15 * rows // 4)
     assert 0 < killed_at < steps
     with pytest.raises(InputError, match="unfinished run of the same inputs; add --resume"):
-        ensemble.run(TrainConfig.parse(settings, "test"), 1, resume=False, sink=NoSink())
+        ensemble.train_ensemble(TrainConfig.parse(settings, "test"), 1, resume=False, sink=SilentSink())
     resumed = _dubito("train", str(config), "--resume", cwd=tmp_path)
     said, error = resumed.communicate(timeout=200)
     assert resumed.returncode == 0, error

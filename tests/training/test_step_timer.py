@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pipeline.training import step_timer
-from pipeline.training.step_timer import Pace
+from pipeline.training.step_timer import StepTimer
 
 CPU = torch.device("cpu")
 
@@ -39,25 +39,25 @@ def feed(clock: Clock, seconds: list[float]) -> Iterator[int]:
 
 
 def test_on_a_cpu_what_the_feed_takes_is_waiting_and_the_work_is_not(clock: Clock):
-    timed, waited, seconds = Pace(CPU), [], []
-    for _ in timed.over(feed(clock, [4, 0, 1])):
+    timed, waited, seconds = StepTimer(CPU), [], []
+    for _ in timed.timed(feed(clock, [4, 0, 1])):
         clock.sleep(2)
-        seconds.append(timed.done(8))
-        waited.append(timed.waited())
+        seconds.append(timed.finish_step(8))
+        waited.append(timed.take_wait_s())
     assert waited == [4, 0, 1]
     assert seconds == [6, 2, 3]
-    assert timed.rate() == 24 / 11
-    assert timed.rate() == 0.0, "a rate is of the steps since the last one"
+    assert timed.take_images_per_s() == 24 / 11
+    assert timed.take_images_per_s() == 0.0, "a rate is of the steps since the last one"
 
 
 def test_what_lies_between_steps_counts_for_neither(clock: Clock):
-    timed = Pace(CPU)
-    for _ in timed.over(range(3)):
+    timed = StepTimer(CPU)
+    for _ in timed.timed(range(3)):
         clock.sleep(1)
-        timed.done(5)
+        timed.finish_step(5)
         clock.sleep(60)  # a look
-    assert timed.waited() == 0.0
-    assert timed.rate() == 5.0
+    assert timed.take_wait_s() == 0.0
+    assert timed.take_images_per_s() == 5.0
 
 
 @pytest.mark.gpu
@@ -74,11 +74,11 @@ def test_on_a_gpu_the_wait_is_that_of_the_stream_not_of_the_host(feed_s: float, 
     for _ in range(3):
         work @ work
     torch.cuda.synchronize()
-    timed, total = Pace(torch.device("cuda")), 0.0
-    for _ in timed.over(slow()):
+    timed, total = StepTimer(torch.device("cuda")), 0.0
+    for _ in timed.timed(slow()):
         for _ in range(5):
             work @ work
-        timed.done(1)
-        total += timed.waited()
+        timed.finish_step(1)
+        total += timed.take_wait_s()
     torch.cuda.synchronize()
-    assert least <= total + timed.waited() <= most
+    assert least <= total + timed.take_wait_s() <= most

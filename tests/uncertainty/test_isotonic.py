@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.uncertainty.calibration import BoxSample, apply_isotonic, apply_spread, fit_isotonic, fit_spread
-from pipeline.uncertainty.calibration.isotonic import SLOPE
+from pipeline.uncertainty.calibration.isotonic import MIN_SLOPE
 
 
 def overconfident(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -37,17 +37,21 @@ def test_the_blocks_are_those_of_scikit_learn(weighted: bool, digits: int):
     scores, hits = overconfident(3000)
     scores = scores.round(digits)
     weights = np.random.default_rng(1).uniform(0.1, 3, 3000) if weighted else np.ones(3000)
-    shifted = (hits - SLOPE * scores) / (1 - SLOPE)
+    shifted = (hits - MIN_SLOPE * scores) / (1 - MIN_SLOPE)
     steps = isotonic.IsotonicRegression(y_min=0, y_max=1).fit_transform(scores, shifted, sample_weight=weights)
     levels = np.unique(steps)
     centres = [np.average(scores[steps == level], weights=weights[steps == level]) for level in levels]
     found = fit_isotonic(scores, hits, weights if weighted else None)
     assert 10 < len(levels) <= 100
     np.testing.assert_allclose(found["x"], [0, *centres, 1], rtol=1e-9)
-    np.testing.assert_allclose(mapped(found, np.array(centres)), SLOPE * np.array(centres) + (1 - SLOPE) * levels)
+    np.testing.assert_allclose(
+        mapped(found, np.array(centres)), MIN_SLOPE * np.array(centres) + (1 - MIN_SLOPE) * levels
+    )
     # Outside the outermost centres the map is level, but for the least slope.
     ends = mapped(found, np.array([0.0, 1.0]))
-    np.testing.assert_allclose(ends, [(1 - SLOPE) * levels[0], SLOPE + (1 - SLOPE) * levels[-1]], atol=1e-12)
+    np.testing.assert_allclose(
+        ends, [(1 - MIN_SLOPE) * levels[0], MIN_SLOPE + (1 - MIN_SLOPE) * levels[-1]], atol=1e-12
+    )
 
 
 def test_what_is_learned_is_the_precision():
@@ -95,7 +99,7 @@ def test_any_map_rises_within_its_bounds(rows: list, kind: torch.dtype):
     assert x[-1] == 1
     assert (np.diff(x) > 0).all()
     assert ((y >= 0) & (y <= 1)).all()
-    assert (np.diff(y) >= SLOPE * np.diff(x) - 1e-12).all()
+    assert (np.diff(y) >= MIN_SLOPE * np.diff(x) - 1e-12).all()
     grid = torch.linspace(0, 1, 2001, dtype=kind)
     out = apply_isotonic(found, grid)
     assert out.dtype == kind

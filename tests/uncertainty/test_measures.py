@@ -95,12 +95,12 @@ def test_equal_weights_give_the_plain_moments_and_copies_no_spread():
 
 
 def test_scores_become_a_distribution_whose_rest_is_non_existence():
-    p = measures.with_rest(torch.tensor([[0.8, 0.2, 0.0], [0.0, 0.0, 0.0], [1.0, 0.0, 0.0]]))
+    p = measures.add_background_class(torch.tensor([[0.8, 0.2, 0.0], [0.0, 0.0, 0.0], [1.0, 0.0, 0.0]]))
     expected = torch.tensor([[0.64, 0.16, 0, 0.2], [0, 0, 0, 1], [1, 0, 0, 0]])
     torch.testing.assert_close(p, expected)
     scores = torch.rand(50, 6, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(measures.with_rest(scores).sum(-1), torch.ones(50))
-    assert torch.equal(measures.with_rest(scores)[:, :-1].argmax(-1), scores.argmax(-1))
+    torch.testing.assert_close(measures.add_background_class(scores).sum(-1), torch.ones(50))
+    assert torch.equal(measures.add_background_class(scores)[:, :-1].argmax(-1), scores.argmax(-1))
 
 
 def _frame(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -132,7 +132,7 @@ def test_means_and_quantiles_look_at_the_image_only():
 @pytest.mark.parametrize("size", [1, 2, 5])
 def test_patch_max_equals_the_loop_over_windows(size):
     values, _, valid = _frame(1)
-    got = measures.patch_max(values, valid, size)
+    got = measures.max_patch_mean(values, valid, size)
     for n in range(3):
         means = [
             values[n, y : y + size, x : x + size].mean().item()
@@ -145,9 +145,9 @@ def test_patch_max_equals_the_loop_over_windows(size):
 def test_patch_max_of_an_image_smaller_than_the_window_is_its_mean():
     values, _, valid = _frame(2)
     means = measures.masked_mean(values, valid)
-    torch.testing.assert_close(measures.patch_max(values, valid, 30), means)
+    torch.testing.assert_close(measures.max_patch_mean(values, valid, 30), means)
     # Only the third image, 5 columns wide, holds no window of 9.
-    got = measures.patch_max(values, valid, 9)
+    got = measures.max_patch_mean(values, valid, 9)
     assert got[2].item() == pytest.approx(means[2].item())
     assert got[1].item() > means[1].item()
 
@@ -155,7 +155,7 @@ def test_patch_max_of_an_image_smaller_than_the_window_is_its_mean():
 @pytest.mark.parametrize("radius", [0, 1, 2])
 def test_inner_equals_the_loop_over_neighbourhoods(radius):
     _, labels, valid = _frame(3)
-    got = measures.inner(labels, valid, radius)
+    got = measures.interior(labels, valid, radius)
     for n, y, x in itertools.product(range(3), range(13), range(17)):
         rows, columns = (slice(max(0, at - radius), at + radius + 1) for at in (y, x))
         near = labels[n, rows, columns][valid[n, rows, columns]]
@@ -166,9 +166,9 @@ def test_inner_mean_falls_back_to_the_whole_image():
     values, _, valid = _frame(4)
     checker = torch.arange(13)[:, None].add(torch.arange(17)).remainder(2).expand(3, 13, 17)
     whole = measures.masked_mean(values, valid)
-    torch.testing.assert_close(measures.inner_mean(values, checker, valid, 1), whole)
+    torch.testing.assert_close(measures.interior_mean(values, checker, valid, 1), whole)
     one_class = torch.zeros(3, 13, 17, dtype=torch.long)
-    torch.testing.assert_close(measures.inner_mean(values, one_class, valid, 2), whole)
+    torch.testing.assert_close(measures.interior_mean(values, one_class, valid, 2), whole)
 
 
 def _slow_dice(a: np.ndarray, b: np.ndarray, classes: list[int]) -> float:

@@ -8,7 +8,7 @@ import pytest
 from scipy.stats import binomtest
 
 from benchmarks.quality.review_threshold import POPULATIONS, draw, repeated_splits
-from pipeline.uncertainty.calibration import review_threshold
+from pipeline.uncertainty.calibration import fit_review_threshold
 from pipeline.uncertainty.calibration.review_threshold import p_value
 
 DELTA = 0.1
@@ -70,7 +70,7 @@ def test_the_threshold_is_what_was_counted():
     rng = np.random.default_rng(0)
     scores = rng.random(300)
     losses = 0.4 * scores * rng.random(300)
-    found = review_threshold(scores, losses, risk=0.09)
+    found = fit_review_threshold(scores, losses, risk=0.09)
     assert found.value is not None
     inside = scores.astype(np.float32) <= np.float32(found.value)
     assert found.accepted == inside.mean()
@@ -85,8 +85,8 @@ def test_more_risk_or_less_certainty_never_accepts_fewer():
     rng = np.random.default_rng(1)
     scores = rng.random(300)
     losses = 0.5 * scores**2
-    by_risk = [review_threshold(scores, losses, risk).accepted for risk in (0.02, 0.05, 0.1, 0.2, 0.4)]
-    by_delta = [review_threshold(scores, losses, 0.1, delta).accepted for delta in (0.01, 0.1, 0.5)]
+    by_risk = [fit_review_threshold(scores, losses, risk).accepted for risk in (0.02, 0.05, 0.1, 0.2, 0.4)]
+    by_delta = [fit_review_threshold(scores, losses, 0.1, delta).accepted for delta in (0.01, 0.1, 0.5)]
     assert by_risk == sorted(by_risk)
     assert by_delta == sorted(by_delta)
     assert by_risk[0] < by_risk[-1]
@@ -96,7 +96,7 @@ def test_only_the_order_of_scores_matters():
     rng = np.random.default_rng(2)
     scores = rng.random(200)
     losses = 0.5 * scores
-    a, b = review_threshold(scores, losses, 0.2), review_threshold(np.exp(3 * scores), losses, 0.2)
+    a, b = fit_review_threshold(scores, losses, 0.2), fit_review_threshold(np.exp(3 * scores), losses, 0.2)
     assert (a.accepted, a.accepted_loss) == (b.accepted, b.accepted_loss)
 
 
@@ -104,15 +104,15 @@ def test_without_a_threshold_it_says_how_many_images_would_do():
     rng = np.random.default_rng(3)
     scores = rng.random(12)
     losses = 0.1 + 0.05 * rng.random(12)
-    few = review_threshold(scores, losses, risk=0.16)
+    few = fit_review_threshold(scores, losses, risk=0.16)
     assert few.value is None
     assert (few.accepted, few.accepted_loss) == (0.0, None)
     assert few.n_needed is not None
     assert few.n_needed > 12
     assert f"about {few.n_needed} calibration images" in few.note
     repeats = few.n_needed // 12
-    assert review_threshold(np.tile(scores, repeats), np.tile(losses, repeats), 0.16).value is not None
-    never = review_threshold(scores, losses, risk=0.05)
+    assert fit_review_threshold(np.tile(scores, repeats), np.tile(losses, repeats), 0.16).value is not None
+    never = fit_review_threshold(scores, losses, risk=0.05)
     assert (never.value, never.n_needed) == (None, None)
     assert "even the surest" in never.note
 
@@ -129,33 +129,33 @@ def test_without_a_threshold_it_says_how_many_images_would_do():
     ],
 )
 def test_the_reason_why_there_is_no_threshold_is_true(scores: list[float], losses: list[float], why: str):
-    found = review_threshold(scores, losses, risk=0.1999)
+    found = fit_review_threshold(scores, losses, risk=0.1999)
     assert (found.value, found.n_needed) == (None, None)
     assert why in found.note
 
 
 def test_many_hopeless_images_are_not_repeated():
-    found = review_threshold(np.linspace(0, 1, 600_000), np.full(600_000, 0.0999999), risk=0.1)
+    found = fit_review_threshold(np.linspace(0, 1, 600_000), np.full(600_000, 0.0999999), risk=0.1)
     assert (found.value, found.n_needed) == (None, None)
     assert "far more images" in found.note
 
 
 def test_odd_input():
-    assert review_threshold([], [], 0.1).value is None
-    assert review_threshold([0.5] * 100, [0.0] * 100, 0.1).value is None, "ties cannot be told apart"
+    assert fit_review_threshold([], [], 0.1).value is None
+    assert fit_review_threshold([0.5] * 100, [0.0] * 100, 0.1).value is None, "ties cannot be told apart"
     scores = np.r_[np.linspace(0, 1, 200), np.full(40, np.nan)]
-    found = review_threshold(scores, np.r_[np.zeros(200), np.ones(40)], 0.1)
+    found = fit_review_threshold(scores, np.r_[np.zeros(200), np.ones(40)], 0.1)
     assert found.value is not None
     assert found.value < 1
     with pytest.raises(ValueError, match="0..1"):
-        review_threshold([0.1], [1.5], 0.1)
+        fit_review_threshold([0.1], [1.5], 0.1)
     with pytest.raises(ValueError, match="0..1"):
-        review_threshold([0.1], [math.nan], 0.1)
+        fit_review_threshold([0.1], [math.nan], 0.1)
     for risk, delta in ((0.0, 0.1), (1.0, 0.1), (0.1, 0.0), (0.1, 1.0), (math.nan, 0.1)):
         with pytest.raises(ValueError, match="risk and delta must lie between 0 and 1"):
-            review_threshold([0.1], [0.5], risk, delta)
+            fit_review_threshold([0.1], [0.5], risk, delta)
     with pytest.raises(ValueError, match="one loss for each score"):
-        review_threshold([0.1, 0.2], [0.5], 0.1)
+        fit_review_threshold([0.1, 0.2], [0.5], 0.1)
 
 
 def test_repeated_splits_count_what_happens_to_the_rest():

@@ -110,7 +110,7 @@ def test_images_without_a_labelled_pixel_add_nothing():
     sample.update(torch.full((2, 4, 4), 0.5), torch.full((4, 4), VOID, dtype=torch.uint8), "void")
     assert (sample.images, sample.pixels, len(sample.rows()[1])) == (1, 0, 0)
     with pytest.raises(ValueError, match="no pixel"):
-        calibration.fit(sample.rows())
+        calibration.fit_temperature(sample.rows())
 
 
 def test_pixels_that_are_no_number_are_left_out():
@@ -131,19 +131,19 @@ def test_pixels_that_are_no_number_are_left_out():
 @pytest.mark.parametrize("factor", [0.5, 1.0, 2.0])
 def test_the_temperature_is_found(classes: int, factor: float):
     rows = overconfident(8, classes, factor)
-    found = calibration.fit(sample_of(rows).rows()).parameters["temperature"]
+    found = calibration.fit_temperature(sample_of(rows).rows()).parameters["temperature"]
     assert found == pytest.approx(factor, rel=0.04)
-    small = calibration.fit(sample_of(rows, 3000).rows()).parameters["temperature"]
+    small = calibration.fit_temperature(sample_of(rows, 3000).rows()).parameters["temperature"]
     assert small == pytest.approx(found, rel=0.08)
 
 
 @pytest.mark.parametrize("kind", ["temperature", "vector"])
 def test_the_loss_falls_and_is_the_one_that_is_said(kind: calibration.Kind):
     rows = overconfident(6)
-    fitted = calibration.fit(sample_of(rows).rows(), kind)
+    fitted = calibration.fit_temperature(sample_of(rows).rows(), kind)
     probabilities = torch.stack([p for _, p, _ in rows])
     target = torch.stack([t for _, _, t in rows])
-    after = calibration.apply(fitted.to_dict(), probabilities)
+    after = calibration.apply_temperature(fitted.to_dict(), probabilities)
     torch.testing.assert_close(after.sum(1), torch.ones(6, 40, 40))
     assert nll(after.movedim(1, 0).flatten(1)[:, :, None], target.flatten()[:, None]) == pytest.approx(
         fitted.nll_after, rel=1e-4
@@ -156,7 +156,7 @@ def test_the_loss_falls_and_is_the_one_that_is_said(kind: calibration.Kind):
 def test_a_vector_undoes_what_one_temperature_cannot():
     scale, bias = torch.tensor([1.5, 0.7, 1.0])[:, None, None], torch.tensor([1.0, -1.0, 0.0])[:, None, None]
     rows = [(name, (p.log() * scale + bias).softmax(0), t) for name, p, t in overconfident(8, factor=1.0)]
-    one, each = (calibration.fit(sample_of(rows).rows(), kind) for kind in ("temperature", "vector"))
+    one, each = (calibration.fit_temperature(sample_of(rows).rows(), kind) for kind in ("temperature", "vector"))
     best = np.mean([nll(p, t) for _, p, t in overconfident(8, factor=1.0)])
     assert each.nll_after < one.nll_after
     assert each.nll_after < best + 0.02
@@ -165,19 +165,19 @@ def test_a_vector_undoes_what_one_temperature_cannot():
 
 def test_a_class_that_is_never_shown_does_not_run_away():
     rows = [(name, p, torch.where(t == 2, 0, t)) for name, p, t in overconfident(4)]
-    fitted = calibration.fit(sample_of(rows).rows(), "vector")
+    fitted = calibration.fit_temperature(sample_of(rows).rows(), "vector")
     assert np.isfinite(fitted.parameters["scale"] + fitted.parameters["bias"]).all()
     assert max(map(abs, fitted.parameters["bias"])) < 20
 
 
 def test_the_identity_gives_back_the_tensor_itself():
     p = torch.rand(1, 2, 3, 3).softmax(1)
-    assert calibration.apply(None, p) is p
-    assert calibration.apply({"kind": "temperature", "parameters": {"temperature": 1.0}}, p) is p
+    assert calibration.apply_temperature(None, p) is p
+    assert calibration.apply_temperature({"kind": "temperature", "parameters": {"temperature": 1.0}}, p) is p
 
 
 def test_certain_pixels_stay_finite():
     p = torch.tensor([1.0, 0.0])[None, :, None, None]
-    after = calibration.apply({"kind": "temperature", "parameters": {"temperature": 4.0}}, p)
+    after = calibration.apply_temperature({"kind": "temperature", "parameters": {"temperature": 4.0}}, p)
     assert after.isfinite().all()
     assert after[0, 0] > 0.99

@@ -8,21 +8,21 @@ from torch import Tensor, nn
 
 from pipeline import models
 from pipeline.errors import InputError
-from pipeline.scoring.sliding_window import gaussian, through_windows, uses_windows
-from pipeline.uncertainty.tta import InferenceSettings, TtaSettings, View, each_pass, views
+from pipeline.scoring.sliding_window import gaussian, needs_sliding_window, sliding_window_logits
+from pipeline.uncertainty.tta import InferenceSettings, TtaSettings, View, inference_passes, tta_views
 
-ALL = views(TtaSettings(flips=True, turns=True))
+ALL = tta_views(TtaSettings(flips=True, turns=True))
 
 
 @pytest.mark.parametrize("view", ALL)
 def test_a_view_and_back_is_the_same_image(view: View):
     images = torch.rand(2, 3, 8, 12)
-    assert torch.equal(view.back(view.look(images, 4), (8, 12)), images)
+    assert torch.equal(view.invert(view.apply(images, 4), (8, 12)), images)
 
 
 def test_the_eight_symmetries_are_all_different():
     images = torch.rand(1, 1, 4, 4)
-    seen = [view.look(images, 1) for view in ALL]
+    seen = [view.apply(images, 1) for view in ALL]
     assert len(ALL) == 8
     assert ALL[0] == View()
     assert not any(torch.equal(a, b) for a, b in itertools.combinations(seen, 2))
@@ -30,7 +30,7 @@ def test_the_eight_symmetries_are_all_different():
 
 def test_flips_alone_are_left_right_up_down_and_both():
     images = torch.rand(1, 1, 4, 6)
-    seen = [view.look(images, 1) for view in views(TtaSettings(flips=True))]
+    seen = [view.apply(images, 1) for view in tta_views(TtaSettings(flips=True))]
     wanted = [images, images.flip(-1), images.flip(-2), images.flip(-1, -2)]
     assert len(seen) == 4
     assert all(any(torch.equal(each, one) for one in seen) for each in wanted)
@@ -38,17 +38,17 @@ def test_flips_alone_are_left_right_up_down_and_both():
 
 def test_scales_keep_multiples_and_come_back_to_the_frame():
     smooth = torch.linspace(0, 1, 64).expand(1, 1, 64, 64).contiguous()
-    for view in views(TtaSettings(scales=(1.0, 0.75, 1.5))):
-        seen = view.look(smooth, 16)
+    for view in tta_views(TtaSettings(scales=(1.0, 0.75, 1.5))):
+        seen = view.apply(smooth, 16)
         assert {side % 16 for side in seen.shape[-2:]} == {0}
-        back = view.back(seen, (64, 64))
+        back = view.invert(seen, (64, 64))
         assert back.shape == smooth.shape
         assert (back - smooth)[..., 4:-4].abs().max() < 0.02
 
 
 def test_the_plain_view_comes_first_and_passes_multiply():
     settings = InferenceSettings.parse({"tta": {"flips": True, "scales": [0.5, 1.0]}, "dropout_passes": 3}, "x")
-    passes = list(each_pass(settings))
+    passes = list(inference_passes(settings))
     assert [number for number, _ in passes] == list(range(4 * 2 * 3))
     assert passes[0][1] == View()
 
@@ -71,14 +71,14 @@ def test_odd_scales_are_refused(scales: list[float]):
 )
 def test_when_windows_are_used(windows: str, canvas: tuple[int, int], wanted: bool):
     settings = InferenceSettings.parse({"windows": windows}, "x")
-    assert uses_windows(settings, canvas, (64, 64)) is wanted
+    assert needs_sliding_window(settings, canvas, (64, 64)) is wanted
 
 
 def test_windows_of_a_pointwise_model_are_the_whole_image():
     model = nn.Conv2d(3, 2, 1)
     images = torch.rand(2, 3, 70, 45)
     with torch.no_grad():
-        found = through_windows(model, images, (32, 32), overlap=0.4)
+        found = sliding_window_logits(model, images, (32, 32), overlap=0.4)
         torch.testing.assert_close(found, model(images), rtol=1e-5, atol=1e-5)
 
 
@@ -92,7 +92,7 @@ def test_windows_of_a_network_leave_seams_on_less_than_one_percent_of_the_pixels
         whole: Tensor = module(images)
         # Decide in the middle, where a seam would show first.
         whole -= whole.mean((2, 3), keepdim=True)
-        seen = through_windows(module, images, (64, 64))
+        seen = sliding_window_logits(module, images, (64, 64))
         seen -= seen.mean((2, 3), keepdim=True)
     assert 0.2 < (whole.argmax(1) == 0).float().mean() < 0.8
     assert (whole.argmax(1) != seen.argmax(1)).float().mean() < 0.01

@@ -3,8 +3,8 @@
 from pipeline.uncertainty.calibration.box_sample import BoxRows, BoxSample
 from pipeline.uncertainty.calibration.isotonic import apply_isotonic, apply_spread, fit_isotonic, fit_spread
 from pipeline.uncertainty.calibration.pixel_sample import PixelSample
-from pipeline.uncertainty.calibration.review_threshold import Threshold, review_threshold
-from pipeline.uncertainty.calibration.temperature import Calibration, Kind, apply, fit
+from pipeline.uncertainty.calibration.review_threshold import ReviewThreshold, fit_review_threshold
+from pipeline.uncertainty.calibration.temperature import Calibration, Kind, apply_temperature, fit_temperature
 
 __all__ = [
     "BoxRows",
@@ -12,12 +12,12 @@ __all__ = [
     "Calibration",
     "Kind",
     "PixelSample",
-    "Threshold",
-    "apply",
+    "ReviewThreshold",
+    "apply_temperature",
     "apply_isotonic",
     "apply_spread",
-    "fit",
+    "fit_temperature",
     "fit_isotonic",
     "fit_spread",
-    "review_threshold",
+    "fit_review_threshold",
 ]

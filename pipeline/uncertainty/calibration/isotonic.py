@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SLOPE = 0.01
+MIN_SLOPE = 0.01
 """The least slope of the map: scores that differ stay different, and average precision what it was."""
 _MAX_BLOCKS = 100
 _NOTHING = 1e-12
@@ -45,7 +45,7 @@ def fit_isotonic(scores: np.ndarray, targets: np.ndarray, weights: np.ndarray | 
     x, at = np.unique(scores[use].clip(0, 1), return_inverse=True)
     weight = np.bincount(at, weights[use])
     target = np.bincount(at, weights[use] * targets[use]) / weight
-    found = isotonic_regression((target - SLOPE * x) / (1 - SLOPE), weights=weight)
+    found = isotonic_regression((target - MIN_SLOPE * x) / (1 - MIN_SLOPE), weights=weight)
     centres, values = _merged(x, weight, found.blocks[:-1])[0], found.x[found.blocks[:-1]].clip(0, 1)
     if len(values) > _MAX_BLOCKS:
         mass = np.add.reduceat(weight, found.blocks[:-1])
@@ -55,7 +55,7 @@ def fit_isotonic(scores: np.ndarray, targets: np.ndarray, weights: np.ndarray | 
     # A block's centre may be 0 or 1 itself, or within rounding of its neighbour's.
     inside = np.flatnonzero(np.diff(np.maximum.accumulate(ends_x), prepend=-1.0) > 0)
     knots, level = ends_x[inside], ends_y[inside]
-    return {"x": knots.tolist(), "y": (SLOPE * knots + (1 - SLOPE) * level).clip(0, 1).tolist()}
+    return {"x": knots.tolist(), "y": (MIN_SLOPE * knots + (1 - MIN_SLOPE) * level).clip(0, 1).tolist()}
 
 
 def _merged(values: np.ndarray, weights: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

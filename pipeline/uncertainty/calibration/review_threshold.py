@@ -38,7 +38,7 @@ Method = Literal["betting", "hoeffding_bentkus"]
 
 
 @dataclass(frozen=True)
-class Threshold:
+class ReviewThreshold:
     """A review threshold, and what is known of it."""
 
     value: float | None
@@ -61,7 +61,7 @@ class Threshold:
         return asdict(self)
 
 
-def review_threshold(
+def fit_review_threshold(
     scores: ArrayLike,
     losses: ArrayLike,
     risk: float,
@@ -69,7 +69,7 @@ def review_threshold(
     method: Method = "betting",
     *,
     explain: bool = True,
-) -> Threshold:
+) -> ReviewThreshold:
     """The threshold that accepts most among those that keep the promise.
 
     Args:
@@ -100,7 +100,7 @@ def review_threshold(
     needed = _needed(score, loss, risk, delta, method) if value is None and explain else None
     why = "" if value is not None else _why(needed, score, loss, risk)
     note = _note(value, risk, delta, n, share, why)
-    return Threshold(value, risk, delta, n, share, mean, accepted_loss, method, needed, note)
+    return ReviewThreshold(value, risk, delta, n, share, mean, accepted_loss, method, needed, note)
 
 
 def _note(value: float | None, risk: float, delta: float, n: int, share: float, why: str) -> str:

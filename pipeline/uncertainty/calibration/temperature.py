@@ -32,7 +32,7 @@ class Calibration:
         return asdict(self)
 
 
-def fit(rows: tuple[np.ndarray, np.ndarray, np.ndarray], kind: Kind = "temperature") -> Calibration:
+def fit_temperature(rows: tuple[np.ndarray, np.ndarray, np.ndarray], kind: Kind = "temperature") -> Calibration:
     """Minimise the weighted mean NLL of ``softmax(scale_c ln p_c + bias_c)`` by L-BFGS (Guo et al. 2017, 1706.04599).
 
     ``temperature``: one scale 1/T for all, no bias; the most probable class stays. ``vector``: one scale and one
@@ -50,7 +50,9 @@ def fit(rows: tuple[np.ndarray, np.ndarray, np.ndarray], kind: Kind = "temperatu
         raise ValueError("a calibration cannot be fitted on no pixel")
     weights = weights / weights.sum()
     before = _nll(log, labels, weights, np.ones(log.shape[1]), np.zeros(log.shape[1]))[0]
-    found = _fit_temperature(log, labels, weights) if kind == "temperature" else _fit_vector(log, labels, weights)
+    found = (
+        _fit_single_temperature(log, labels, weights) if kind == "temperature" else _fit_vector(log, labels, weights)
+    )
     after = _nll(log, labels, weights, *_scale_bias(found, log.shape[1]))[0]
     if not after < before:
         classes = log.shape[1]
@@ -81,7 +83,7 @@ def _nll(
     return value, (p * log).sum(0), p.sum(0)
 
 
-def _fit_temperature(log: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> dict[str, Any]:
+def _fit_single_temperature(log: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> dict[str, Any]:
     def goal(x: np.ndarray) -> tuple[float, np.ndarray]:
         scale = np.full(log.shape[1], np.exp(-x[0]))
         value, by_scale, _ = _nll(log, labels, weights, scale, np.zeros(log.shape[1]))
@@ -117,7 +119,7 @@ def _minimum(goal: Any, size: int, bounds: Any) -> np.ndarray:
 _PRECISE = {"ftol": 1e-12, "gtol": 1e-9, "maxiter": 500}
 
 
-def apply(calibration: dict[str, Any] | None, probabilities: Tensor) -> Tensor:
+def apply_temperature(calibration: dict[str, Any] | None, probabilities: Tensor) -> Tensor:
     """Calibrated probabilities (N, C, h, w); without a calibration, or with the identity, the input itself.
 
     Args:
