@@ -75,9 +75,9 @@ def driver(folder: Path, model: str, counts: tuple[int, int]) -> dict[str, float
     with crash_guard.start_counter() as starts:
         began = time.perf_counter()
         for unit in range(counts[1]):
-            starts.begin.remote(unit)
-            starts.done.remote(unit)
-        ray.get(starts.begin.remote(0))  # calls are answered in order
+            starts.unit_started.remote(unit)
+            starts.unit_done.remote(unit)
+        ray.get(starts.unit_started.remote(0))  # calls are answered in order
         counted_s = time.perf_counter() - began
     return {
         "ms a unit scored": 1e3 * more["scored CPU"], "units a second here": 1 / more["scored s"],

@@ -84,7 +84,7 @@ def start_counter() -> Iterator[Any]:
 
 def record_unit_start(starts: Any, unit: int, source: prometheus.MetricTags) -> tuple[int, list[int]]:
     """``Starts.begin``; what is begun again is counted for those who watch, too."""
-    count, culprits = ray.get(starts.begin.remote(unit))
+    count, culprits = ray.get(starts.unit_started.remote(unit))
     if count > 1:
         told = prometheus.MetricsRecorder(source)
         told.count("dubito_restarts_total", 1, "unit")
@@ -103,7 +103,7 @@ class GuardedActor:
     """
 
     def __init__(self, packed: bytes, starts: Any, most: int, source: prometheus.MetricTags) -> None:
-        births: Any = ray.get(starts.born.remote())
+        births: Any = ray.get(starts.process_started.remote())
         self._inner: Any = None
         self._fault = f"processes that hold the members were started {births} times in vain, {MEMORY_HINT}"
         if births <= most:

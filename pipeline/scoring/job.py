@@ -256,7 +256,7 @@ class Scorer:
         try:
             table = read_stream(batch["images"][0].as_buffer())
             found = self._score(unit, table, json.loads(batch["files"][0].as_py()))
-            self.starts.done.remote(unit)
+            self.starts.unit_done.remote(unit)
             return crash_guard.unit_result_to_table(found, "")
         except InputError as error:
             return crash_guard.unit_result_to_table(nothing, str(error))
@@ -279,7 +279,7 @@ class Scorer:
             return self._ask(table)
         rows, meters = [], None
         for row in range(table.num_rows):
-            ray.get(self.starts.take.remote(unit, row))
+            ray.get(self.starts.image_started.remote(unit, row))
             one = table.slice(row, 1)
             scored, counted = self._ask(without_image(one, crash_guard.SKIPPED_IMAGE) if row in culprits else one)
             rows.append(scored)

@@ -146,9 +146,9 @@ def test_everything_but_the_terminal_goes_to_the_log(tmp_path: Path):
     code = f"""
 import os, subprocess, sys
 from pathlib import Path
-from pipeline.runtime.progress import diverted
+from pipeline.runtime.progress import redirect_output
 print("before")
-with diverted(Path({str(log)!r})) as terminal:
+with redirect_output(Path({str(log)!r})) as terminal:
     print("chatter")
     os.write(1, b"raw\\n")
     subprocess.run(["sh", "-c", "echo child; echo loud >&2"])
@@ -203,9 +203,9 @@ def test_waiting_for_a_start_is_no_part_of_the_rate(clock: Clock):
 def test_a_terminal_shows_a_stage_that_says_nothing_and_nothing_that_others_print(tmp_path: Path):
     code = """
 import sys, time, pathlib
-from pipeline import telemetry
-telemetry.QUIET_S = 0.2
-with telemetry.diverted(pathlib.Path("log")) as terminal:
+from pipeline.runtime import progress
+progress.QUIET_S = 0.2
+with progress.redirect_output(pathlib.Path("log")) as terminal:
     terminal.update("member 0", 0, 60, "", "steps")
     time.sleep(0.6)
     print("chatter of others")

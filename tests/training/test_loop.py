@@ -212,7 +212,7 @@ def run(worker: loop.Worker, tables, journal=None, looks=None, every=2, steps=4)
 
     def look(worker, journal):
         metrics = loop.validate(worker, [rows(5, seed=1)])
-        journal.judge(metrics["val_loss"], worker.config.train.min_delta)
+        journal.record_validation(metrics["val_loss"], worker.config.train.min_delta)
         if looks is not None:
             looks.append((journal.step, metrics, worker.ledger.count(0, 10**9)))
 
