@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from jobs.session import run_job
-from pipeline.errors import InputError
+from pipeline.errors import InputError, one_line
 from pipeline.runtime.progress import JobOutput
 
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
@@ -42,9 +42,7 @@ def trigger(every: str, cron: str) -> Any:
     try:
         return CronTrigger.from_crontab(cron, timezone=UTC)
     except ValueError as error:
-        raise InputError(
-            f"--cron '{cron}': {' '.join(str(error).split())}; wanted five fields such as '0 3 * * *'"
-        ) from None
+        raise InputError(f"--cron '{cron}': {one_line(error)}; wanted five fields such as '0 3 * * *'") from None
 
 
 def serve(verb: str, command: Callable[[datetime], list[str]], every: str, cron: str) -> int:

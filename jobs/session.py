@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from jobs.submission import pinned_versions
-from pipeline.errors import DoneError, root_input_error
+from pipeline.errors import DoneError, one_line, root_input_error
 from pipeline.runtime import prometheus
 from pipeline.runtime.json_log import job_output, run_of
 from pipeline.runtime.progress import JobOutput, redirect_output
@@ -126,6 +126,6 @@ def run_job(verb: str, story: Callable[[JobOutput], int | None], here: bool = Tr
             if wrong is not None:
                 terminal.fail(f"dubito {verb}: {wrong}")
                 return 2
-            first = " ".join(str(error).split())[:200]
+            first = one_line(error)
             terminal.fail(f"dubito {verb}: {type(error).__name__}: {first}", traceback.format_exc())
             return 1

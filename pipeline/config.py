@@ -7,7 +7,7 @@ from typing import Any, Self, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from pipeline.errors import InputError, nearest
+from pipeline.errors import InputError, nearest, one_line
 
 
 class Settings(BaseModel):
@@ -137,7 +137,7 @@ def read_yaml(text: str, where: str) -> dict[str, Any]:
     try:
         value = yaml.load(text, _Yaml)
     except yaml.YAMLError as error:
-        line = " ".join(str(error).split())
+        line = one_line(error)
         raise InputError(f"{where}: not valid YAML: {line}") from None
     if not isinstance(value, dict):
         raise InputError(f"{where}: wanted a mapping of settings, found {type(value).__name__}")

@@ -15,6 +15,21 @@ class DoneError(Exception):
     """The output was already committed by the same inputs: said so, exit code 0."""
 
 
+ONE_LINE_CHARS = 300
+"""The longest message of somebody else's error that goes into one of ours."""
+
+
+def one_line(error: object, limit: int = ONE_LINE_CHARS) -> str:
+    """Somebody else's error or text as part of a sentence: without line breaks, cut after ``limit`` characters.
+
+    An exception without a message is named by its type.
+    """
+    text = " ".join(str(error).split())
+    if not text and isinstance(error, BaseException):
+        text = type(error).__name__
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint for a misspelt name: " Did you mean 'x'? Known: x, y." (with a leading blank).
 

@@ -27,6 +27,9 @@ MAX_CLASSES: Final = 255
 SPLITS: Final = ("train", "val", "calibration", "test", "unlabelled")
 Task = Literal["segmentation", "detection"]
 
+LABEL_COLUMNS: Final = {"segmentation": ["mask"], "detection": ["boxes"]}
+"""Task -> the columns of a dataset that hold what it learns from."""
+
 STATUSES: Final = ("ok", "missing", "forbidden", "timeout", "corrupt", "error")
 """Fate of one image; all but ``ok`` are also reasons in ``rejects/``."""
 

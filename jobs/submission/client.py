@@ -16,7 +16,7 @@ from typing import Any
 
 from jobs.session import DEFAULTS, run_job
 from jobs.submission import pinned_versions, visible_paths, working_tree
-from pipeline.errors import InputError
+from pipeline.errors import InputError, one_line
 from pipeline.runtime.json_log import RUN, WANTED, JsonLogReplay
 from pipeline.runtime.progress import JobOutput
 
@@ -144,7 +144,7 @@ def connect(address: str) -> Any:
             "file that holds the cluster's (or RAY_AUTH_TOKEN)"
         ) from None
     except (ConnectionError, RuntimeError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise InputError(
             f"no Ray cluster answers at {address} ({reason}); check the address, and that its dashboard is "
             "forwarded to this machine"
@@ -175,7 +175,7 @@ def submit(client: Any, name: str, request: Request, cluster: Cluster) -> str:
         except RuntimeError as error:
             known = _known(client, name, request)
             if known is None:
-                raise InputError(f"the cluster refused job {name}: {' '.join(str(error).split())[:300]}") from None
+                raise InputError(f"the cluster refused job {name}: {one_line(error)}") from None
             return known
     return f"job {name} sent to {cluster.address} with {len(request.files)} files ({size / 1e6:.1f} MB)"
 
@@ -278,7 +278,7 @@ def _code(info: Any, name: str, terminal: JobOutput, chatter: list[str]) -> int:
         return INTERRUPTED
     code = getattr(info, "driver_exit_code", None)
     if code not in (1, 2, INTERRUPTED):
-        said = "\n  ".join([" ".join((info.message or "without a message").split())[:500], *chatter])
+        said = "\n  ".join([one_line(info.message or "without a message"), *chatter])
         terminal.fail(f"job {name} failed: {said}")
     return code or 1
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from pipeline import schema, storage
 from pipeline.datasets.shard_reader import RowGroup
-from pipeline.errors import InputError
+from pipeline.errors import InputError, one_line
 from pipeline.storage import checksum
 
 DATASET_JSON = "dataset.json"
@@ -94,7 +94,7 @@ def _committed(uri: str) -> dict[str, Any] | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        text = " ".join(str(error).split())[:200]
+        text = one_line(error)
         raise InputError(f"'{uri}' could not be read: {text}; check the path and the credentials") from None
     except ValueError:
         raise InputError(f"'{uri}/{DATASET_JSON}' is damaged: not valid JSON; ingest to another place") from None

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from pipeline import storage
-from pipeline.errors import InputError
+from pipeline.errors import InputError, one_line
 from pipeline.images.decode import MAX_BYTES
 
 THREADS = 16
@@ -50,7 +50,7 @@ def fetch(uri: str, size: int = 0, sha256: str | None = None) -> Fetched:
         try:
             data = storage.read_bytes(uri, MAX_BYTES + 1)
         except Exception as error:  # whatever a filesystem raises belongs to this image alone
-            text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            text = one_line(f"{type(error).__name__}: {error}")
             return Fetched(None, storage.error_status(error), text)
         if len(data) > MAX_BYTES:
             return Fetched(None, "error", too_large)

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import schema, storage
-from pipeline.errors import InputError
+from pipeline.errors import InputError, one_line
 
 T = TypeVar("T")
 
@@ -108,5 +108,5 @@ def _read(group: RowGroup, names: list[str]) -> pa.Table:
 
 
 def _damaged(file: str, detail: str) -> InputError:
-    text = " ".join(detail.split())[:200]
+    text = one_line(detail)
     return InputError(f"shard '{file}' cannot be read, the dataset is damaged; ingest again: {text}")

@@ -18,6 +18,7 @@ from pipeline import schema, storage
 from pipeline.datasets.formats import FORMATS
 from pipeline.datasets.formats.base import Context, LabelError, Labels, Reject, Source
 from pipeline.datasets.splits import hash_position
+from pipeline.errors import one_line
 from pipeline.images.decode import MAX_BYTES, DecodeError, decode, probe
 
 ROW_GROUP_ROWS = 256
@@ -199,7 +200,7 @@ def _fetch(uri: str) -> bytes:
     try:
         return storage.read_bytes(uri, MAX_BYTES + 1)
     except OSError as error:
-        text = " ".join(str(error).split())[:200]
+        text = one_line(error)
         raise DecodeError(storage.error_status(error), f"'{uri}' could not be read: {text}") from None
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from pipeline.errors import one_line
 from pipeline.images import jpeg
 from pipeline.images.buffer_pool import Buffers
 
@@ -267,4 +268,4 @@ def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def _text(error: Any) -> str:
-    return (" ".join(str(error).split()) or type(error).__name__)[:200]
+    return one_line(error)

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from pipeline import __version__, models, storage
-from pipeline.errors import InputError, nearest
+from pipeline.errors import InputError, nearest, one_line
 from pipeline.schema import BUNDLE_JSON, PREDICTIONS, SCHEMA_VERSION
 from pipeline.storage import checksum
 
@@ -96,12 +96,14 @@ class Bundle:
             InputError: The file is missing, is not what the manifest says, or does not fit the model.
         """
         path = member_path(k)
-        state = _tensors(_verified(self.uri, path, self.manifest["files"][path]), f"'{self.uri}/{path}'")
+        sha256 = self.manifest["files"][path]["sha256"]
+        data = checksum.read_verified(storage.join(self.uri, path), sha256, "write the bundle again")
+        state = _tensors(data, f"'{self.uri}/{path}'")
         module = models.build_untrained(self.model_settings(k), self.num_outputs)
         try:
             module.load_state_dict(state)
         except RuntimeError as error:
-            reason = " ".join(str(error).split())[:300]
+            reason = one_line(error)
             raise InputError(f"'{self.uri}/{path}' does not fit its model: {reason}") from None
         return module.eval()
 
@@ -230,25 +232,6 @@ def _check(where: str, manifest: Any) -> None:
         raise InputError(f"'{where}': 'files' must name {member_path(0)} and so on; write the bundle again")
     if isinstance(manifest["model"], list) and len(each) != len(files):
         raise InputError(f"'{where}': {len(each)} models for {len(files)} members; write the bundle again")
-
-
-def _verified(uri: str, path: str, wanted: Mapping[str, Any]) -> bytes:
-    """The file's bytes, if they are what the manifest says."""
-    where = storage.join(uri, path)
-    try:
-        data = storage.read_bytes(where)
-    except OSError as error:
-        raise InputError(
-            f"'{where}' could not be read ({storage.error_status(error)}); write the bundle again"
-        ) from None
-    if len(data) != wanted["size"]:
-        raise InputError(f"'{where}': {len(data)} bytes, the manifest says {wanted['size']}; write the bundle again")
-    found = hashlib.sha256(data).hexdigest()
-    if found != wanted["sha256"]:
-        raise InputError(
-            f"'{where}': sha256 {found[:12]}..., the manifest says {wanted['sha256'][:12]}...; write the bundle again"
-        )
-    return data
 
 
 def _tensors(data: bytes, where: str) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.errors import InputError, nearest
+from pipeline.errors import InputError, nearest, one_line
 from pipeline.models.layers import Norm, norm_layer
 
 
@@ -151,7 +151,7 @@ def timm_levels(name: str, strides: Sequence[int]) -> tuple[nn.Module, list[int]
         if isinstance(error, InputError):
             raise
         raise InputError(
-            f"model.backbone: '{name}' gives no features ({' '.join(str(error).split())[:160]}); choose a "
+            f"model.backbone: '{name}' gives no features ({one_line(error)}); choose a "
             f"convolutional one, such as resnet18"
         ) from error
     return network, channels

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from pipeline import storage
 from pipeline.config import Settings
-from pipeline.errors import InputError
+from pipeline.errors import InputError, one_line
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 _COUNTERS = "num_batches_tracked"
@@ -158,7 +158,7 @@ def _parse(data: bytes, uri: str, weights: str) -> dict[str, Tensor]:
 
 
 def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:160]
+    return one_line(error)
 
 
 def _in_wheel(package: str) -> str:

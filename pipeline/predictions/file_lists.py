@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import storage
-from pipeline.errors import InputError
 from pipeline.predictions.unit_file import UnitFile
+from pipeline.storage.checksum import read_verified
 
 FOLDER = "_lists"
 """Beside the attempts; tools that glob for rows, and readers of whole folders, pass by names with an underscore."""
@@ -84,13 +84,4 @@ def read_named(uri: str, entry: Mapping[str, Any]) -> bytes:
     Raises:
         InputError: They are not, or it could not be read.
     """
-    where = storage.join(uri, entry["file"])
-    try:
-        data = storage.read_bytes(where)
-    except OSError as error:
-        raise InputError(
-            f"'{where}' could not be read ({storage.error_status(error)}), but the manifest names it"
-        ) from None
-    if hashlib.sha256(data).hexdigest() != entry["sha256"]:
-        raise InputError(f"'{where}' is not what the manifest says (sha256 differs); predict again to another folder")
-    return data
+    return read_verified(storage.join(uri, entry["file"]), entry["sha256"], "predict again to another folder")

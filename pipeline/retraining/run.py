@@ -25,6 +25,7 @@ from pipeline.retraining.drift import DriftSettings
 from pipeline.retraining.promotion import JudgeSettings
 from pipeline.runtime.progress import ProgressSink, SilentSink
 from pipeline.storage import lease
+from pipeline.storage.checksum import read_verified
 from pipeline.training import ensemble
 from pipeline.training.train_config import TrainConfig
 
@@ -231,11 +232,8 @@ def _keep_digests(config: RetrainConfig, info: DatasetInfo) -> None:
     kept, source = _digests_uri(config, info.fingerprint), storage.join(info.uri, DIGESTS)
     if storage.exists(kept):
         return
-    content = storage.read_bytes(source)
-    wanted = next(file["sha256"] for file in info.meta["files"] if file["path"] == DIGESTS)
-    if hashlib.sha256(content).hexdigest() != wanted:
-        raise InputError(f"'{source}' is not what was committed; ingest again")
-    storage.write_bytes(kept, content)
+    sha256 = next(file["sha256"] for file in info.meta["files"] if file["path"] == DIGESTS)
+    storage.write_bytes(kept, read_verified(source, sha256, "ingest again"))
 
 
 def _train(config: RetrainConfig, news: RetrainReason, name: str, sink: ProgressSink) -> str:

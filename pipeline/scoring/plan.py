@@ -20,7 +20,7 @@ from pipeline.datasets.shard_reader import read_ids
 from pipeline.errors import InputError
 from pipeline.images import decode
 from pipeline.models.bundle import Bundle
-from pipeline.schema import SCHEMA_VERSION, SPLITS
+from pipeline.schema import LABEL_COLUMNS, SCHEMA_VERSION, SPLITS
 
 UNIT_ROWS = 64
 """Images in a unit: what a crash may cost, and the step of the progress bar."""
@@ -30,7 +30,6 @@ FEW_GROUPS = 64
 """A dataset of more row groups than this is not cut further: a slice reads its whole row group."""
 PIECE_PAGES = 256
 """Pages of a listing that are adopted together."""
-LABEL_COLUMNS = {"segmentation": ["mask"], "detection": ["boxes"]}
 
 _COLUMNS = ["image_id", "uri", "sha256", "image", "height", "width"]
 

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from pipeline.errors import one_line
 from pipeline.models.bundle import Bundle
 from pipeline.schema import PREDICTIONS
 
@@ -45,7 +46,7 @@ class PredictionRows:
     def fail(self, row: int, status: str, detail: str) -> None:
         """Nothing is predicted for this row."""
         self.columns["status"][row] = status
-        self.columns["error"][row] = " ".join(detail.split())[:300]
+        self.columns["error"][row] = one_line(detail)
 
     def fill(self, rows: Sequence[int], columns: dict[str, list[Any]], sizes: list[list[int]]) -> None:
         """The predictions of ``rows``."""

@@ -1,4 +1,8 @@
-"""A digest inside a JSON object over all the rest of it: what commits a result also says when it was damaged."""
+"""Whether what is read is what was written.
+
+A JSON document carries a digest over all the rest of it, so what commits a result also says when it was damaged;
+other files are read against the sha256 that a document names.
+"""
 
 import hashlib
 import json
@@ -6,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.errors import InputError
+from pipeline.storage import filesystem
 
 DIGEST = "digest"
 
@@ -32,3 +37,23 @@ def verify_checksum(content: Any, where: str, remedy: str) -> None:
     """
     if not isinstance(content, dict) or content.get(DIGEST) != with_checksum(content)[DIGEST]:
         raise InputError(f"'{where}' is not as it was committed (its digest differs): damaged or edited; {remedy}")
+
+
+def read_verified(uri: str, sha256: str, remedy: str) -> bytes:
+    """The bytes of a file, if they are those that were written.
+
+    Args:
+        uri: The file.
+        sha256: Of what was written, in hexadecimal, as the document that names the file says.
+        remedy: What to do, for the error: "ingest again".
+
+    Raises:
+        InputError: The file cannot be read, or its bytes are others.
+    """
+    try:
+        data = filesystem.read_bytes(uri)
+    except OSError as error:
+        raise InputError(f"'{uri}' could not be read ({filesystem.error_status(error)}); {remedy}") from None
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise InputError(f"'{uri}' is not what was written (sha256 differs, {len(data)} bytes were read); {remedy}")
+    return data

@@ -21,7 +21,7 @@ import fsspec
 import pyarrow as pa
 from pyarrow import fs as pafs
 
-from pipeline.errors import InputError, nearest
+from pipeline.errors import InputError, nearest, one_line
 from pipeline.storage import retry
 from pipeline.storage.retry import error_status as error_status
 
@@ -167,7 +167,7 @@ def names_in(uri: str, *, folders: bool = False) -> list[str]:
 
 
 def _reason(error: OSError) -> str:
-    return " ".join(str(error).split())[:300]
+    return one_line(error)
 
 
 def with_retries(uri: str, call: Callable[[], T]) -> T:

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from pipeline.errors import one_line
+
 T = TypeVar("T")
 VARIABLE = "DUBITO_STORAGE_PATIENCE_S"
 DEFAULT_S = 120.0
@@ -75,7 +77,7 @@ def retry_call(call: Callable[[], T], what: str) -> T:
             left = _limit() - (time.monotonic() - began)
             if left <= 0 or not is_transient(error):
                 raise
-            text = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            text = one_line(f"{type(error).__name__}: {error}")
             log.warning("%s: %s; trying again for up to %.0f s", what, text, left)
             time.sleep(min(left, pause * random.uniform(0.5, 1)))
             pause = min(2 * pause, LONGEST_PAUSE_S)

@@ -20,13 +20,13 @@ from pipeline.config import Settings
 from pipeline.datasets import image_fetch
 from pipeline.datasets.dataset import DatasetInfo
 from pipeline.datasets.shard_reader import read_row_group
+from pipeline.schema import LABEL_COLUMNS
 from pipeline.stream.epoch_order import EpochOrder, RemainingRows
 from pipeline.stream.ledger import Ledger
 
 if TYPE_CHECKING:  # tasks that ship bytes do without it, and without torch: 2 s less to start each
     from pipeline.stream.frame_cache import FrameCache, FrameRows
 
-LABEL_COLUMNS = {"segmentation": ["mask"], "detection": ["boxes"]}
 ROW_COLUMNS = ["image_id", "image", "height", "width"]
 
 

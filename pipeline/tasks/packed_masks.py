@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pipeline import schema
-from pipeline.errors import InputError
+from pipeline.errors import InputError, one_line
 from pipeline.images.batch import Batch
 from pipeline.images.unframe import unframe_maps
 from pipeline.tasks.base import image_area
@@ -18,7 +18,7 @@ def unpack(packed: bytes, size: tuple[int, int], image_id: str) -> np.ndarray:
         values = schema.unpack_map(packed, *size)
         return np.frombuffer(values, np.uint8).reshape(size).copy()  # writable, as torch wants it
     except (pa.ArrowInvalid, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise InputError(
             f"mask of image '{image_id}' is not {size[0]}x{size[1]} packed pixels ({reason}); ingest it again"
         ) from None

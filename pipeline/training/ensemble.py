@@ -15,7 +15,7 @@ import ray
 from pipeline import __version__, models, storage
 from pipeline.config import first_difference
 from pipeline.datasets.dataset import DatasetInfo, open_dataset, row_groups
-from pipeline.errors import DoneError, InputError, root_input_error
+from pipeline.errors import DoneError, InputError, one_line, root_input_error
 from pipeline.models import bundle, transfer
 from pipeline.runtime import progress, prometheus
 from pipeline.schema import BUNDLE_JSON, SCHEMA_VERSION
@@ -178,7 +178,7 @@ class _Members:
                 self.waiting.append(k)
                 return
             least = self.config.ensemble.min_members or self.members
-            self.failed.append(_Failed(k, self.config.seed + k, " ".join(str(error).split())[:500]))
+            self.failed.append(_Failed(k, self.config.seed + k, one_line(error)))
             if self.members - len(self.failed) < least:
                 raise
 

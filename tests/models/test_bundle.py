@@ -76,7 +76,7 @@ def test_a_damaged_member_is_found(tmp_path: Path, members: list[Path], damage: 
         path.write_bytes(data[:-1])
     else:
         path.unlink()
-    words = {"flip": "sha256", "cut": "bytes, the manifest says", "remove": r"could not be read \(missing\)"}
+    words = {"flip": "sha256", "cut": "sha256 differs", "remove": r"could not be read \(missing\)"}
     made.load_member(0)
     with pytest.raises(InputError, match=words[damage]):
         made.load_member(1)
