@@ -1,13 +1,11 @@
 """The command line: ``dubito <verb>``. Each verb is one module of this package, imported when it is called."""
 
-import functools
 import importlib
-import inspect
 import sys
-from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
+from typer.core import TyperCommand
 
 app = typer.Typer(
     add_completion=False,
@@ -27,54 +25,76 @@ Address = Annotated[
 ]
 
 
-def _on_cluster(
+_PANEL = "On a cluster"
+
+
+def cluster_options(
     submit: Annotated[
         str,
-        typer.Option(metavar="URL", help="Run on the Ray cluster whose dashboard answers there, and follow it."),
+        typer.Option(
+            metavar="URL",
+            help="Run on the Ray cluster whose dashboard answers there, and follow it.",
+            rich_help_panel=_PANEL,
+        ),
     ] = "",
-    job: Annotated[str, typer.Option(metavar="ID", help="The job's name: the same one twice is one run.")] = "",
+    job: Annotated[
+        str,
+        typer.Option(metavar="ID", help="The job's name: the same one twice is one run.", rich_help_panel=_PANEL),
+    ] = "",
     environment: Annotated[
         Literal["check", "install", "any"],
-        typer.Option(help="Versions other than constraints.txt's: refuse them, let Ray install, or take them."),
+        typer.Option(
+            help="Versions other than constraints.txt's: refuse them, let Ray install, or take them.",
+            rich_help_panel=_PANEL,
+        ),
     ] = "check",
-    driver_cpus: Annotated[float, typer.Option(min=0, help="CPUs for the job's own process; 0: on the head.")] = 0.0,
-    detach: Annotated[bool, typer.Option("--detach", help="Do not follow.")] = False,
+    driver_cpus: Annotated[
+        float,
+        typer.Option(min=0, help="CPUs for the job's own process; 0: on the head.", rich_help_panel=_PANEL),
+    ] = 0.0,
+    detach: Annotated[bool, typer.Option("--detach", help="Do not follow.", rich_help_panel=_PANEL)] = False,
 ) -> None:
-    """Only the signature counts: the options of every verb that a cluster can run."""
+    """Declares the options that every verb has which a cluster can run; it is never called.
 
-
-_CLUSTER = [
-    parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
-    for parameter in inspect.signature(_on_cluster).parameters.values()
-]
-for _parameter in _CLUSTER:
-    _parameter.annotation.__metadata__[0].rich_help_panel = "On a cluster"
-
-
-def verb(function: Callable[..., None]) -> Callable[..., None]:
-    """Make a command of a function whose signature and docstring say it all; its module's ``run`` does the work.
-
-    With ``--submit`` the same command runs on a cluster.
+    Their meaning is that of the fields of ``jobs.submission.client.Cluster``.
     """
-    own = inspect.signature(function)
-
-    @functools.wraps(function)
-    def command(ctx: typer.Context, **options: Any) -> None:
-        where = {parameter.name: options.pop(parameter.name) for parameter in _CLUSTER}
-        if not where["submit"]:
-            given = next((name for name in ("job", "detach") if where[name]), None)
-            if given:
-                raise typer.BadParameter(f"--{given} is of no use without --submit URL")
-            raise typer.Exit(importlib.import_module(f"jobs.{function.__name__}").run(**options))
-        raise typer.Exit(importlib.import_module("jobs.submission.client").of_command(ctx.command, options, **where))
-
-    context = inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
-    given = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in own.parameters.values()]
-    command.__signature__ = own.replace(parameters=[context, *given, *_CLUSTER])  # type: ignore[attr-defined]
-    return app.command()(command)
 
 
-@verb
+_cluster_group = typer.Typer(add_completion=False)
+_cluster_group.command()(cluster_options)
+
+
+class ClusterVerb(TyperCommand):
+    """A verb that runs in this process, or with ``--submit`` as a job of a Ray cluster.
+
+    It adds ``cluster_options`` to those that the verb declares, and takes them away again before the verb is called:
+    a verb knows nothing of clusters.
+    """
+
+    def __init__(self, name: str | None, **settings: Any) -> None:
+        super().__init__(name, **settings)
+        # Typer reads the group's signature as it reads a verb's: types, defaults and help come out alike.
+        self._cluster_parameters: list[Any] = [*typer.main.get_command(_cluster_group).params]
+        self.params = [*self.params, *self._cluster_parameters]
+
+    def invoke(self, ctx: Any) -> Any:
+        """Call the verb, or send the same command to the cluster; either ends in ``typer.Exit`` with the exit code."""
+        cluster = {parameter.name: ctx.params.pop(parameter.name) for parameter in self._cluster_parameters}
+        if cluster["submit"]:
+            client = importlib.import_module("jobs.submission.client")
+            raise typer.Exit(client.of_command(self, ctx.params, **cluster))
+        useless = next((name for name in ("job", "detach") if cluster[name]), None)
+        if useless:
+            raise typer.BadParameter(f"--{useless} is of no use without --submit URL", ctx=ctx)
+        return super().invoke(ctx)
+
+
+def _run(verb: str, **options: Any) -> NoReturn:
+    """Hand over to the module of a verb, imported only now, and exit with what its ``run`` returns."""
+    raise typer.Exit(importlib.import_module(f"jobs.{verb}").run(**options))
+
+
+@app.command(cls=ClusterVerb)
 def ingest(
     format: Annotated[str, typer.Option(help="voc, coco, masks, instances or demo.")],
     out: Uri,
@@ -87,18 +107,20 @@ def ingest(
     sets: Sets = [],  # noqa: B006 (typer wants a list)
 ) -> None:
     """Turn images and labels into a dataset: Parquet shards, rejects, dataset.json."""
+    _run("ingest", format=format, out=out, images=images, labels=labels, classes=classes, splits=splits, sets=sets)
 
 
-@verb
+@app.command(cls=ClusterVerb)
 def train(
     config: Annotated[str, typer.Argument(metavar="CONFIG.yaml", help="Settings; see jobs/configs/.")],
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run.")] = False,
     sets: Sets = [],  # noqa: B006
 ) -> None:
     """Train one model; writes OUT/bundle."""
+    _run("train", config=config, resume=resume, sets=sets)
 
 
-@verb
+@app.command(cls=ClusterVerb)
 def ensemble(
     config: Annotated[str, typer.Argument(metavar="CONFIG.yaml", help="Settings; see jobs/configs/.")],
     members: Annotated[int, typer.Option(min=1, help="Models that differ by seed.")] = 5,
@@ -106,9 +128,10 @@ def ensemble(
     sets: Sets = [],  # noqa: B006
 ) -> None:
     """Train M members side by side into one bundle; writes OUT/bundle."""
+    _run("ensemble", config=config, members=members, resume=resume, sets=sets)
 
 
-@verb
+@app.command(cls=ClusterVerb)
 def evaluate(
     bundle: Uri,
     data: Uri,
@@ -120,9 +143,10 @@ def evaluate(
     shift_split: Annotated[str, typer.Option(help="Only this split of the shift data.")] = "",
 ) -> None:
     """Score a labelled split; write the metrics of the pool and of every member, and plots."""
+    _run("evaluate", bundle=bundle, data=data, out=out, split=split, shift_data=shift_data, shift_split=shift_split)
 
 
-@verb
+@app.command(cls=ClusterVerb)
 def calibrate(
     bundle: Uri,
     data: Annotated[str, typer.Option(metavar="URI", help="A dataset with a calibration split.")],
@@ -138,9 +162,10 @@ def calibrate(
     ] = [],  # noqa: B006
 ) -> None:
     """Fit calibration and review threshold on the calibration split; write a new bundle of the same weights."""
+    _run("calibrate", bundle=bundle, data=data, out=out, kind=kind, risk=risk, delta=delta, sets=sets)
 
 
-@verb
+@app.command(cls=ClusterVerb)
 def join(
     bundles: Annotated[list[str], typer.Option("--bundle", metavar="URI", help="A bundle; give it twice or more.")],
     out: Annotated[str, typer.Option(metavar="URI", help="Where the joined bundle goes.")],
@@ -155,9 +180,10 @@ def join(
     ] = [],  # noqa: B006
 ) -> None:
     """Make one ensemble of the members of several bundles, of unlike models too."""
+    _run("join", bundles=bundles, out=out, data=data, risk=risk, delta=delta, sets=sets)
 
 
-@verb
+@app.command(cls=ClusterVerb)
 def predict(
     bundle: Uri,
     data: Annotated[str, typer.Option(metavar="URI", help="A dataset, or a folder of images.")],
@@ -165,16 +191,18 @@ def predict(
     split: Annotated[str, typer.Option(help="Only this split of a dataset.")] = "",
 ) -> None:
     """Write predictions and uncertainty as Parquet, one row an image."""
+    _run("predict", bundle=bundle, data=data, out=out, split=split)
 
 
-@verb
+@app.command(cls=ClusterVerb)
 def verify(
     uri: Annotated[str, typer.Argument(metavar="URI", help="A dataset, a bundle, or a folder of predictions.")],
 ) -> None:
     """Read every committed file and compare it with its digest; damage is listed, exit code 2."""
+    _run("verify", uri=uri)
 
 
-@verb
+@app.command(cls=ClusterVerb)
 def retrain(
     config: Annotated[str, typer.Argument(metavar="CONFIG.yaml", help="See jobs/configs/retrain.yaml.")],
     force: Annotated[
@@ -186,6 +214,7 @@ def retrain(
     sets: Sets = [],  # noqa: B006
 ) -> None:
     """New labelled data? Train a challenger, judge it beside the champion, promote it or not."""
+    _run("retrain", config=config, force=force, dry_run=dry_run, every=every, cron=cron, sets=sets)
 
 
 @app.command()
@@ -193,7 +222,7 @@ def demo(
     out: Annotated[str, typer.Option(metavar="URI", help="Folder to write.")] = "runs/demo",
 ) -> None:
     """The whole path on generated images: data, two ensembles, predictions, doubt, in minutes."""
-    raise typer.Exit(importlib.import_module("jobs.demo").run(out=out))
+    _run("demo", out=out)
 
 
 Registry = Annotated[str, typer.Option(metavar="URI", envvar="DUBITO_REGISTRY", help="Of the registry.")]
