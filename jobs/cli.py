@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 from typer.core import TyperCommand
 
+from pipeline import environment
+
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -21,7 +23,7 @@ app.add_typer(registry, name="registry")
 Sets = Annotated[list[str], typer.Option("--set", metavar="a.b=c", help="Override one setting; repeatable.")]
 Uri = Annotated[str, typer.Option(metavar="URI", help="A path, file:// or s3:// URI.")]
 Address = Annotated[
-    str, typer.Option(metavar="URL", envvar="RAY_API_SERVER_ADDRESS", help="Of the cluster's dashboard.")
+    str, typer.Option(metavar="URL", envvar=environment.DASHBOARD_ADDRESS, help="Of the cluster's dashboard.")
 ]
 
 
@@ -225,7 +227,7 @@ def demo(
     _run("demo", out=out)
 
 
-Registry = Annotated[str, typer.Option(metavar="URI", envvar="DUBITO_REGISTRY", help="Of the registry.")]
+Registry = Annotated[str, typer.Option(metavar="URI", envvar=environment.REGISTRY, help="Of the registry.")]
 
 
 @registry.command("list")

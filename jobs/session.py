@@ -12,17 +12,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from jobs.submission import pinned_versions
+from pipeline import environment
 from pipeline.errors import DoneError, one_line, root_input_error
 from pipeline.runtime import prometheus
 from pipeline.runtime.json_log import job_output, run_of
 from pipeline.runtime.progress import JobOutput, redirect_output
-from pipeline.storage import retry
+from pipeline.storage.retry import PROCESS_PATIENCE
 
 THREADS_END_S = 3.0
 _OF_RAY_DATA = ("StreamingExecutor", "Prefetcher", "iter_threaded")
 """Names of threads."""
 OBJECT_STORE_BYTES = 2 * 2**30
-DEFAULTS = {
+RAY_DEFAULTS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
@@ -42,14 +43,14 @@ def ray_session(workers: int = 1) -> Iterator[None]:
     The local one counts two logical CPUs a core: its stages wait for one another more than they compute,
     and consumers that hold every CPU would starve Ray Data.
     """
-    for key, value in DEFAULTS.items():
-        os.environ.setdefault(key, value)
+    # Before Ray is imported: it reads most of these variables then.
+    environment.set_defaults(RAY_DEFAULTS)
     import ray
 
     if ray.is_initialized():  # somebody's session, and theirs to end
         yield
         return
-    if os.environ.get("RAY_ADDRESS"):
+    if environment.has_ray_address():
         ray.init(log_to_driver=False)
     else:
         cpus = max(2 * (os.cpu_count() or 1), 4, workers + 2)
@@ -104,9 +105,9 @@ def run_job(verb: str, story: Callable[[JobOutput], int | None], here: bool = Tr
     sentence. ``here``: the work is done by this machine, not by a cluster that goes on without it.
     """
     log = Path("runs") / "logs" / f"{verb}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
-    retry.shorten_first_wait()
-    prometheus.set_run(verb, run_of(log))
+    PROCESS_PATIENCE.shorten_first_wait()
     with (
+        prometheus.CURRENT_RUN.named(verb, run_of(log)),
         _last_word(verb, log) if here else contextlib.nullcontext(),
         redirect_output(log, job_output(verb)) as terminal,
     ):

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS = (
-    ("errors", "schema"),
+    ("environment", "errors", "schema"),
     ("config", "storage"),
     ("runtime",),
     ("images",),
@@ -32,7 +32,7 @@ LAYERS = (
 """Packages and loose files of ``pipeline``, lowest first: DESIGN, section 1."""
 
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-SIDEWAYS = {("schema", "errors")}
+SIDEWAYS = {("environment", "errors"), ("schema", "errors")}
 """``errors`` is what everything, its own layer too, raises."""
 
 RAY = {"runtime", "datasets", "stream", "scoring", "training", "verify"}

@@ -12,12 +12,11 @@ import pyarrow.parquet as pq
 from benchmarks.faults.jobs import Ended, Job, run
 from benchmarks.faults.testbed import NOISE, World, compare_rows, far_from, rows_of, tally, units
 from infra.local.fault_proxy import Kind, Rule
-from pipeline import predictions, storage
+from pipeline import environment, predictions, storage
 from pipeline.datasets.dataset import open_dataset, row_groups
 from pipeline.datasets.shard_reader import read_row_group
 from pipeline.errors import InputError
 from pipeline.models.bundle import open_bundle
-from pipeline.storage import retry
 
 KINDS: tuple[Kind, ...] = ("status", "reset", "lost", "truncate", "stall", "slow")
 
@@ -57,7 +56,11 @@ def _told_apart(world: World, data: str) -> Counter[str]:
     storage.write_bytes(flipped, whole[:99] + bytes([whole[99] ^ 4]) + whole[100:])
     filesystem, path = storage.arrow(gone)
     filesystem.delete_file(path)
-    env, out, again = {**world.through, retry.VARIABLE: "5"}, world.fresh("predictions"), world.fresh("data")
+    env, out, again = (
+        {**world.through, environment.STORAGE_PATIENCE_S: "5"},
+        world.fresh("predictions"),
+        world.fresh("data"),
+    )
     ended = [
         run(world.folder, env, *world.predict(out, data)),
         run(world.folder, env, *world.ingest(again, "referenced=true", "max_reject_fraction=0.2")),

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jobs.session import DEFAULTS, run_job
+from jobs.session import RAY_DEFAULTS, run_job
 from jobs.submission import pinned_versions, visible_paths, working_tree
+from pipeline import environment
 from pipeline.errors import InputError, one_line
-from pipeline.runtime.json_log import RUN, WANTED, JsonLogReplay
+from pipeline.runtime.json_log import JsonLogReplay
 from pipeline.runtime.progress import JobOutput
 
 AGAIN_S = 1.0
@@ -208,12 +209,16 @@ def info_of(client: Any, name: str) -> Any:
 
 def _runtime(root: Path, name: str, package: Path, cluster: Cluster) -> dict[str, Any]:
     """Ray's runtime environment: the tree, our own variables (never a credential), and versions."""
-    own = {key: value for key, value in os.environ.items() if key.startswith("DUBITO_")}
-    variables = {**DEFAULTS, **own, WANTED: "json", RUN: name}
+    variables = {
+        **RAY_DEFAULTS,
+        **environment.travelling(),
+        environment.LOG_FORMAT: environment.JSON_LOG,
+        environment.RUN_ID: name,
+    }
     runtime: dict[str, Any] = {"working_dir": str(package)}
     versions = pinned_versions.wanted(root)
     if cluster.environment != "any":
-        variables[pinned_versions.VARIABLE] = json.dumps(versions)
+        variables[environment.PINNED_VERSIONS] = json.dumps(versions)
     if cluster.environment == "install":
         packages = [f"{each}=={version}" for each, version in versions.items() if each != "ray"]  # Ray is the cluster's
         options = ["--disable-pip-version-check"]

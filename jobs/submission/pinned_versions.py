@@ -1,14 +1,12 @@
 """The versions that a job was written against: taken where it is submitted, checked where it runs."""
 
-import json
-import os
 import re
 from importlib import metadata
 from pathlib import Path
 
+from pipeline import environment
 from pipeline.errors import InputError
 
-VARIABLE = "DUBITO_PINS"
 CONSTRAINTS = "constraints.txt"
 SHOWN = 5
 _NAME = re.compile(r"^[A-Za-z0-9._-]+")
@@ -43,10 +41,7 @@ def check() -> None:
     Raises:
         InputError: They differ; all that differ are named, up to ``SHOWN``.
     """
-    text = os.environ.get(VARIABLE)
-    if not text:
-        return
-    found = {name: (version, _installed(name)) for name, version in json.loads(text).items()}
+    found = {name: (version, _installed(name)) for name, version in environment.pinned_versions().items()}
     # A local label such as +cu130 says how the same version was built.
     other = {name: pair for name, pair in found.items() if pair[0].split("+")[0] != pair[1].split("+")[0]}
     if other:

@@ -6,7 +6,6 @@ unit, note``. Who submitted the job to a cluster sees the same bars as on this m
 """
 
 import json
-import os
 import threading
 import time
 from collections import deque
@@ -15,25 +14,24 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
 
+from pipeline import environment
 from pipeline.runtime.progress import JobOutput, Terminal
 
 EVERY_S = 1.0
 """Progress of a stage at most this often."""
-WANTED = "DUBITO_LOG"
-RUN = "DUBITO_RUN"
 _MARK = '{"time":'
 
 
 def job_output(verb: str) -> Callable[[TextIO, TextIO, Path], JobOutput]:
     """Makes what a job speaks through, of its output, its errors and its log: a terminal, or JSON lines."""
-    if os.environ.get(WANTED) != "json":
+    if not environment.wants_json_log():
         return Terminal
     return lambda out, err, log: JsonLog(verb, run_of(log), out)
 
 
 def run_of(log: Path) -> str:
     """Id of the run whose log that is: the same in its lines and in its metrics."""
-    return os.environ.get(RUN) or log.stem
+    return environment.run_id() or log.stem
 
 
 class JsonLog:

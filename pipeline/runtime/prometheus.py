@@ -75,18 +75,37 @@ class MetricTags:
         return {name: getattr(self, name) for name in OF_ALL}
 
 
-_named = MetricTags()
+class CurrentRun:
+    """The run that a process works for: a job names its own, a process that only uses the library works for none.
+
+    A worker does not ask: whoever starts it hands it its ``MetricTags``.
+    """
+
+    def __init__(self) -> None:
+        self._tags = MetricTags()
+
+    @contextlib.contextmanager
+    def named(self, verb: str, run: str) -> Iterator[None]:
+        """Name the run while the block goes on, in all threads: the command's verb, and the id that its log has."""
+        before = self._tags
+        self._tags = MetricTags(verb, run)
+        try:
+            yield
+        finally:
+            self._tags = before
+
+    def stage_tags(self, stage: str) -> MetricTags:
+        """Tags of one stage of the run."""
+        return MetricTags(self._tags.verb, self._tags.run, stage)
 
 
-def set_run(verb: str, run: str) -> None:
-    """Say what this process does, for every ``source`` after it: the command's verb, and an id as its log has it."""
-    global _named
-    _named = MetricTags(verb, run)
+CURRENT_RUN = CurrentRun()
+"""That of this process."""
 
 
 def stage_tags(stage: str) -> MetricTags:
-    """One stage of what this process does."""
-    return MetricTags(_named.verb, _named.run, stage)
+    """Tags of one stage of the run that this process works for."""
+    return CURRENT_RUN.stage_tags(stage)
 
 
 def exported(metric: str) -> list[str]:

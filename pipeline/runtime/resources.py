@@ -5,13 +5,13 @@ A cluster that grows with its jobs has next to nothing when one begins: it is as
 """
 
 import math
-import os
 import shutil
 from pathlib import Path
 
 import ray
 
 from pipeline import storage
+from pipeline.environment import cluster_limits
 from pipeline.errors import InputError
 
 DATA_CPUS = 1
@@ -20,12 +20,11 @@ STORE_SHARE = 0.5
 """Of the object stores that rows on their way to the workers may fill; Ray Data itself keeps to about half."""
 DISK_SPARE = 2**28
 """Bytes that stay free on a disk."""
-GROWS = "DUBITO_GROWS"
 GROWTH_S = 900.0
 """How long a growing cluster is waited for: a machine, its image and Ray take some minutes."""
 
 
-def _limit(kind: str) -> float:
+def _limit(resource: str) -> float:
     """What a cluster that grows may have of a resource at most, as ``DUBITO_GROWS`` says; 0 where it does not grow.
 
     Ray's autoscaler knows it, and does not tell (2.60).
@@ -33,16 +32,7 @@ def _limit(kind: str) -> float:
     Raises:
         InputError: The variable cannot be read.
     """
-    text = os.environ.get(GROWS, "")
-    try:
-        return {name.strip(): float(most) for name, most in (part.split("=") for part in text.split(",") if part)}.get(
-            kind, 0.0
-        )
-    except ValueError:
-        raise InputError(
-            f"{GROWS} = '{text}': wanted what the cluster may have at most, such as CPU=64,GPU=4; mend it where the "
-            "cluster is set up, or take it away"
-        ) from None
+    return cluster_limits().get(resource, 0.0)
 
 
 def _available(kind: str, wanted: float, patience_s: float = GROWTH_S) -> float:

@@ -1,9 +1,8 @@
 """URI -> filesystem: list, read, write aside then publish, create_once.
 
-``s3://`` takes endpoint, region and keys from the usual environment variables (AWS_ENDPOINT_URL_S3 or
-AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN); nothing of
-them is ever printed or stored. Bulk data goes through pyarrow, single small objects through fsspec
-(pyarrow has no conditional PUT). Calls to a remote store that fail for a while are made again (see ``patience``).
+``s3://`` takes endpoint, region and credentials from the usual AWS variables (see ``pipeline.environment``); they are
+never printed or stored. Bulk data goes through pyarrow, single small objects through fsspec (pyarrow has no
+conditional PUT). Calls to a remote store that fail for a while are made again (see ``retry``).
 """
 
 import contextlib
@@ -21,12 +20,15 @@ import fsspec
 import pyarrow as pa
 from pyarrow import fs as pafs
 
+from pipeline.environment import S3Access, s3_access
 from pipeline.errors import InputError, nearest, one_line
 from pipeline.storage import retry
 from pipeline.storage.retry import error_status as error_status
 
 T = TypeVar("T")
 SCHEMES = ("file", "s3", "gs", "memory")
+DEFAULT_REGION = "us-east-1"
+"""Region of an S3 store whose variables name none."""
 
 
 @dataclass(frozen=True)
@@ -66,25 +68,18 @@ def join(uri: str, *parts: str) -> str:
     return "/".join([uri.rstrip("/"), *(part.strip("/") for part in parts)])
 
 
-def _s3_environment() -> tuple[str | None, ...]:
-    names = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION")
-    keys = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
-    return tuple(os.environ.get(name) for name in (*names, *keys))
-
-
 @lru_cache(maxsize=16)
-def _arrow_s3(environment: tuple[str | None, ...]) -> pafs.FileSystem:
-    s3_url, url, region, default_region, key, secret, token = environment
-    endpoint = s3_url or url
+def _arrow_s3(access: S3Access) -> pafs.FileSystem:
+    """Arrow's client of S3; one for each endpoint and credentials, since its connections are worth keeping."""
     options: dict[str, Any] = {"connect_timeout": 10, "request_timeout": 20}  # of silence, not of a whole transfer
-    if endpoint:
-        parts = urlsplit(endpoint if "://" in endpoint else f"https://{endpoint}")
-        options |= {"endpoint_override": parts.netloc, "scheme": parts.scheme}
-        options["region"] = region or default_region or "us-east-1"
-    elif region or default_region:
-        options["region"] = region or default_region
-    if key and secret:
-        options |= {"access_key": key, "secret_key": secret, "session_token": token}
+    if access.endpoint:
+        endpoint = urlsplit(access.endpoint if "://" in access.endpoint else f"https://{access.endpoint}")
+        options |= {"endpoint_override": endpoint.netloc, "scheme": endpoint.scheme}
+        options["region"] = access.region or DEFAULT_REGION
+    elif access.region:
+        options["region"] = access.region
+    if access.key and access.secret:
+        options |= {"access_key": access.key, "secret_key": access.secret, "session_token": access.token}
     return pafs.S3FileSystem(allow_delayed_open=True, **options)
 
 
@@ -95,7 +90,7 @@ def arrow(uri: str) -> tuple[pafs.FileSystem, str]:
     if scheme == "file":
         return pafs.LocalFileSystem(), uri
     if scheme == "s3":
-        return _arrow_s3(_s3_environment()), uri.removeprefix("s3://")
+        return _arrow_s3(s3_access()), uri.removeprefix("s3://")
     filesystem, path = generic(uri)
     return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), path
 
@@ -107,11 +102,15 @@ def generic(uri: str) -> tuple[Any, str]:
     if scheme == "file":
         return fsspec.filesystem("file"), uri
     if scheme == "s3":
-        s3_url, url, region, default_region, key, secret, token = _s3_environment()
-        client = {"region_name": region or default_region or "us-east-1"}
-        options = {"key": key, "secret": secret, "token": token} if key else {}
+        access = s3_access()
+        client_options = {"region_name": access.region or DEFAULT_REGION}
+        credentials = {"key": access.key, "secret": access.secret, "token": access.token} if access.key else {}
         filesystem = fsspec.filesystem(
-            "s3", endpoint_url=s3_url or url, client_kwargs=client, use_listings_cache=False, **options
+            "s3",
+            endpoint_url=access.endpoint,
+            client_kwargs=client_options,
+            use_listings_cache=False,
+            **credentials,
         )
         return filesystem, uri.removeprefix("s3://")
     try:

@@ -1,29 +1,53 @@
-"""Storage that hiccups, or is gone for a minute: a call is made again until it answers or patience ends."""
+"""Calls to a store that fails for a while are made again, until it answers or patience ends."""
 
 import logging
-import os
+import math
 import random
 import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from pipeline.environment import storage_patience_s
 from pipeline.errors import one_line
 
 T = TypeVar("T")
-VARIABLE = "DUBITO_STORAGE_PATIENCE_S"
-DEFAULT_S = 120.0
-"""Seconds for which a call is made again; the variable above overrides it."""
-FIRST_S = 10.0
-"""The same for the very first call of a job: an endpoint that never answered is more likely a wrong one."""
+DEFAULT_PATIENCE_S = 120.0
+"""Seconds for which a failing call is made again; ``DUBITO_STORAGE_PATIENCE_S`` overrides it."""
+FIRST_WAIT_S = 10.0
+"""Seconds for which a job's calls are made again until its store has answered once."""
+FIRST_PAUSE_S = 0.2
 LONGEST_PAUSE_S = 10.0
 
 log = logging.getLogger("dubito.storage")
-_state = {"limit": None, "answered": False}
 
 
-def shorten_first_wait() -> None:
-    """In a job's own process: wait only ``FIRST_S`` until storage has answered once."""
-    _state["limit"] = FIRST_S
+class Patience:
+    """How long failing calls are made again, which depends on whether the store has ever answered.
+
+    An endpoint that never answered is more likely a wrong one than one that is down: the process of a job, in front
+    of which a person may sit, then gives up early. Workers, which start long after the job found its store, never do.
+    """
+
+    def __init__(self) -> None:
+        self._first_wait_s = math.inf
+        self._answered = False
+
+    def shorten_first_wait(self, wait_s: float = FIRST_WAIT_S) -> None:
+        """Give up after ``wait_s`` for as long as no call has succeeded."""
+        self._first_wait_s = wait_s
+
+    def note_answer(self) -> None:
+        """A call succeeded: from now on the store is known to be there."""
+        self._answered = True
+
+    def limit_s(self) -> float:
+        """Seconds from the first try of a call in which it may be made again."""
+        patience_s = storage_patience_s(DEFAULT_PATIENCE_S)
+        return patience_s if self._answered else min(patience_s, self._first_wait_s)
+
+
+PROCESS_PATIENCE = Patience()
+"""That of this process: whether a store has answered is known of a process, not of a call."""
 
 
 def error_status(error: BaseException) -> str:
@@ -56,37 +80,33 @@ def is_transient(error: BaseException) -> bool:
     return (network or isinstance(error, OSError)) and error_status(error) in ("timeout", "error")
 
 
-def retry_call(call: Callable[[], T], what: str) -> T:
-    """``call()``, again and again while what it raises is ``transient`` and there is patience left.
+def retry_call(call: Callable[[], T], what: str, patience: Patience = PROCESS_PATIENCE) -> T:
+    """``call()``, made again while the error that it raises is transient and there is patience left.
 
-    Pauses double from 0.2 s to ``LONGEST_PAUSE_S``, half of each drawn at random: many processes that wait for the
-    same store must not come back at the same moment.
+    Pauses double from ``FIRST_PAUSE_S`` to ``LONGEST_PAUSE_S``; up to half of each is taken off at random, because
+    many processes that wait for the same store must not come back at the same moment.
 
     Args:
         call: May be called more than once.
-        what: For the log.
+        what: What is called, for the log.
+        patience: For how long; it is told of the success.
 
     Raises:
         Exception: The last one that the call raised.
     """
-    began, pause = time.monotonic(), 0.2
+    began = time.monotonic()
+    pause_s = FIRST_PAUSE_S
     while True:
         try:
             result = call()
         except Exception as error:
-            left = _limit() - (time.monotonic() - began)
-            if left <= 0 or not is_transient(error):
+            left_s = patience.limit_s() - (time.monotonic() - began)
+            if left_s <= 0 or not is_transient(error):
                 raise
             text = one_line(f"{type(error).__name__}: {error}")
-            log.warning("%s: %s; trying again for up to %.0f s", what, text, left)
-            time.sleep(min(left, pause * random.uniform(0.5, 1)))
-            pause = min(2 * pause, LONGEST_PAUSE_S)
+            log.warning("%s: %s; trying again for up to %.0f s", what, text, left_s)
+            time.sleep(min(left_s, pause_s * random.uniform(0.5, 1)))
+            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
         else:
-            _state["answered"] = True
+            patience.note_answer()
             return result
-
-
-def _limit() -> float:
-    whole = float(os.environ.get(VARIABLE) or DEFAULT_S)
-    first = _state["limit"]
-    return whole if first is None or _state["answered"] else min(whole, first)

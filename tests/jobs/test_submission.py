@@ -11,6 +11,7 @@ import pytest
 
 from jobs.cli import app
 from jobs.submission import client, pinned_versions, visible_paths, working_tree
+from pipeline import environment
 from pipeline.errors import InputError
 from pipeline.runtime.json_log import JsonLog, JsonLogReplay, job_output
 from pipeline.runtime.progress import Terminal
@@ -153,11 +154,11 @@ def test_pins_are_those_of_the_tree_and_are_checked_where_the_job_runs(tmp_path:
     assert wanted["torch"] == "9.9.9"
     assert wanted["ray"].startswith("2."), "what is not pinned is as installed here"
     assert "pytest" not in wanted
-    monkeypatch.delenv(pinned_versions.VARIABLE, raising=False)
+    monkeypatch.delenv(environment.PINNED_VERSIONS, raising=False)
     pinned_versions.check()
-    monkeypatch.setenv(pinned_versions.VARIABLE, json.dumps(pinned_versions.wanted(tmp_path / "nowhere")))
+    monkeypatch.setenv(environment.PINNED_VERSIONS, json.dumps(pinned_versions.wanted(tmp_path / "nowhere")))
     pinned_versions.check()
-    monkeypatch.setenv(pinned_versions.VARIABLE, json.dumps(wanted | {"nonsense-package": "1"}))
+    monkeypatch.setenv(environment.PINNED_VERSIONS, json.dumps(wanted | {"nonsense-package": "1"}))
     with pytest.raises(
         InputError, match=r"the cluster has torch 2\.[^ ]+ instead of 9\.9\.9, nonsense-package missing"
     ):

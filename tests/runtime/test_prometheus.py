@@ -90,10 +90,10 @@ class Prometheus:
 @pytest.fixture
 def server(ray_local: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Prometheus]:
     monkeypatch.setattr(plan, "UNIT_ROWS", 5)
-    monkeypatch.setattr(prometheus, "_named", prometheus.MetricTags("test", RUN))
-    made = Prometheus()
-    yield made
-    made.close()
+    scraper = Prometheus()
+    with prometheus.CURRENT_RUN.named("test", RUN):
+        yield scraper
+    scraper.close()
 
 
 def config(data: str, out: str) -> TrainConfig:
@@ -205,8 +205,9 @@ def test_calls_that_overlap_are_no_waiting(monkeypatch: pytest.MonkeyPatch):
     assert idle.take_s() == 0.0
 
 
-def test_what_a_process_does_names_its_stages(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(prometheus, "_named", prometheus.MetricTags())
-    assert prometheus.stage_tags("x").tags() == {"verb": "library", "run": "none", "stage": "x"}
-    prometheus.set_run("predict", "predict-1")
-    assert prometheus.stage_tags("evaluate").tags() == {"verb": "predict", "run": "predict-1", "stage": "evaluate"}
+def test_what_a_process_does_names_its_stages():
+    current = prometheus.CurrentRun()
+    assert current.stage_tags("x").tags() == {"verb": "library", "run": "none", "stage": "x"}
+    with current.named("predict", "predict-1"):
+        assert current.stage_tags("evaluate").tags() == {"verb": "predict", "run": "predict-1", "stage": "evaluate"}
+    assert current.stage_tags("x").tags() == {"verb": "library", "run": "none", "stage": "x"}

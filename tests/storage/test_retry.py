@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from infra.local.fault_proxy import FaultProxy, Kind, Rule
-from pipeline import storage
+from pipeline import environment, storage
 from pipeline.datasets import shard_reader
 from pipeline.datasets.dataset import open_dataset, row_groups
 from pipeline.errors import InputError
@@ -64,7 +64,7 @@ def test_of_racing_commits_through_faults_one_wins_and_knows_it(proxy: FaultProx
 def test_storage_that_is_gone_for_a_while_is_waited_for(proxy: FaultProxy, s3: str, monkeypatch: pytest.MonkeyPatch):
     uri = storage.join(s3, "back-again")
     storage.write_bytes(uri, b"x")
-    monkeypatch.setenv(retry.VARIABLE, "20")
+    monkeypatch.setenv(environment.STORAGE_PATIENCE_S, "20")
     proxy.add(Rule("gone"))
     threading.Timer(2, proxy.rules.clear).start()
     began = time.monotonic()
@@ -74,17 +74,16 @@ def test_storage_that_is_gone_for_a_while_is_waited_for(proxy: FaultProxy, s3: s
 
 
 def test_patience_ends(proxy: FaultProxy, s3: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv(retry.VARIABLE, "1")
+    monkeypatch.setenv(environment.STORAGE_PATIENCE_S, "1")
     proxy.add(Rule("gone"))
     with pytest.raises(InputError, match="could not be listed: .*endpoint"):
         storage.list_files(storage.join(s3, "nowhere"))
 
 
 def test_a_first_call_that_is_never_answered_is_given_up_early(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(retry, "_state", {"limit": None, "answered": False})
-    monkeypatch.setattr(retry, "FIRST_S", 0.5)
-    monkeypatch.setenv(retry.VARIABLE, "30")
-    retry.shorten_first_wait()
+    monkeypatch.setenv(environment.STORAGE_PATIENCE_S, "30")
+    patience = retry.Patience()
+    patience.shorten_first_wait(0.5)
     calls: list[int] = []
 
     def fail() -> None:
@@ -93,9 +92,11 @@ def test_a_first_call_that_is_never_answered_is_given_up_early(monkeypatch: pyte
 
     began = time.monotonic()
     with pytest.raises(OSError, match="NETWORK"):
-        retry.retry_call(fail, "here")
+        retry.retry_call(fail, "here", patience)
     assert time.monotonic() - began < 5
     assert len(calls) > 1
+    patience.note_answer()
+    assert patience.limit_s() == 30, "a store that has answered once is worth waiting for"
 
 
 @pytest.mark.parametrize("error", [FileNotFoundError("x"), PermissionError("x"), InputError("x"), ValueError("x")])
