@@ -1,4 +1,4 @@
-"""``dubito calibrate``: what a bundle's doubt is worth, from the calibration split; a new bundle, the same weights."""
+"""``dubito calibrate``: a new bundle of the same weights, calibrated on the calibration split."""
 
 from jobs.session import ray_session, run_job
 from pipeline.runtime.progress import JobOutput
@@ -19,9 +19,9 @@ def run(bundle: str, data: str, out: str, kind: str, risk: float | None, delta: 
         with ray_session():
             from pipeline.scoring import calibrate
 
-            made = calibrate.calibrate(changed, absolute(data), settings, sink=terminal)
-        written = bundles.write_bundle(out, made.manifest, bundles.member_uris(source))
+            calibrated = calibrate.calibrate(changed, absolute(data), settings, sink=terminal)
+        stored = bundles.write_bundle(out, calibrated.manifest, bundles.member_uris(source))
         terminal.close()
-        terminal.say(f"bundle {written.uri} (id {written.id}): {calibrate.describe_calibration(written)}")
+        terminal.say(f"bundle {stored.uri} (id {stored.id}): {calibrate.describe_calibration(stored)}")
 
     return run_job("calibrate", story)

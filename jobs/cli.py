@@ -84,7 +84,7 @@ class ClusterVerb(TyperCommand):
         cluster = {parameter.name: ctx.params.pop(parameter.name) for parameter in self._cluster_parameters}
         if cluster["submit"]:
             client = importlib.import_module("jobs.submission.client")
-            raise typer.Exit(client.of_command(self, ctx.params, **cluster))
+            raise typer.Exit(client.submit_command(self, ctx.params, **cluster))
         useless = next((name for name in ("job", "detach") if cluster[name]), None)
         if useless:
             raise typer.BadParameter(f"--{useless} is of no use without --submit URL", ctx=ctx)

@@ -1,4 +1,4 @@
-"""``dubito demo``: the whole path on generated images, and one table that says what came out."""
+"""``dubito demo``: the whole path on generated images, and one table of its figures."""
 
 import json
 import time
@@ -10,7 +10,7 @@ from pipeline.runtime.progress import JobOutput
 
 MEMBERS = 2
 SEED = 1
-"""Of the images. Settings were tried on those of seed 0, so that nothing was chosen on these."""
+"""Seed of the images. Settings were tried on those of seed 0, so nothing was chosen on these."""
 CONFIGS = Path(__file__).parent / "configs"
 TASKS = {"segmentation": "demo.yaml", "detection": "demo_detection.yaml"}
 
@@ -21,7 +21,8 @@ def run(out: str) -> int:
     def story(terminal: JobOutput) -> None:
         from pipeline import storage
 
-        root, began = storage.absolute(out), time.monotonic()
+        root = storage.absolute(out)
+        began = time.monotonic()
         with ray_session():
             _data(root, terminal)
             figures = {task: _task(root, task, terminal) for task in TASKS}
@@ -50,7 +51,7 @@ def _data(root: str, terminal: JobOutput) -> None:
 
 
 def _task(root: str, task: str, terminal: JobOutput) -> dict[str, Any]:
-    """Two members, their bundle, predictions and metrics on the test split and on the shifted images."""
+    """Train two members, score the test split and the shifted images, draw; returns the figures of the table."""
     import contextlib
 
     from pipeline import predictions, storage
@@ -62,30 +63,31 @@ def _task(root: str, task: str, terminal: JobOutput) -> dict[str, Any]:
     from pipeline.training import ensemble
     from pipeline.training.train_config import TrainConfig
 
-    tree = load(str(CONFIGS / TASKS[task]), [f"data={root}/data", f"out={root}/{task}"])
+    settings = load(str(CONFIGS / TASKS[task]), [f"data={root}/data", f"out={root}/{task}"])
     terminal.say(f"demo: training {MEMBERS} {task} members")
     with contextlib.suppress(DoneError):
-        ensemble.train_ensemble(TrainConfig.parse(tree, TASKS[task]), MEMBERS, resume=True, sink=terminal)
+        ensemble.train_ensemble(TrainConfig.parse(settings, TASKS[task]), MEMBERS, resume=True, sink=terminal)
     terminal.close()
     bundle = storage.join(root, task, "bundle")
-    tables, metrics = {}, {}
+    tables = {}
+    metrics = {}
     for name in ("data", "shifted"):
         uri = storage.join(root, "predictions", f"{task}-{name}")
         data = storage.join(root, name)
-        made = job.score(bundle, data, out=uri, split="test", measure="metrics", sink=terminal)
-        metrics[name] = made["metrics"]
+        result = job.score(bundle, data, out=uri, split="test", measure="metrics", sink=terminal)
+        metrics[name] = result["metrics"]
         tables[name] = predictions.read(uri)
     infos = {name: open_dataset(storage.join(root, name)) for name in tables}
-    parts = [
+    panels = [
         (title, infos[name], storage.join(root, "predictions", f"{task}-{name}"))
         for title, name in (("test", "data"), ("shifted", "shifted"))
     ]
-    storage.write_bytes(storage.join(root, f"{task}.png"), summary.picture(task, parts))
-    found = {**metrics["data"], **summary.doubt(tables["data"], tables["shifted"])}
+    storage.write_bytes(storage.join(root, f"{task}.png"), summary.picture(task, panels))
+    figures = {**metrics["data"], **summary.doubt(tables["data"], tables["shifted"])}
     if task == "segmentation":
-        found |= {"nll_members": [member["nll"] for member in found["members"]], "nll_pool": found["nll"]}
+        figures |= {"nll_members": [member["nll"] for member in figures["members"]], "nll_pool": figures["nll"]}
     keys = ["miou", "nll_members", "nll_pool"] if task == "segmentation" else ["map50", "map"]
-    return {key: found[key] for key in [*keys, "uncertainty_test", "uncertainty_shifted", "shift_auroc"]}
+    return {key: figures[key] for key in [*keys, "uncertainty_test", "uncertainty_shifted", "shift_auroc"]}
 
 
 def _table(summary: dict[str, Any], terminal: JobOutput) -> None:

@@ -18,15 +18,17 @@ def run(config: str, members: int, resume: bool, sets: list[str], verb: str = "e
             from pipeline.scoring import calibrate
             from pipeline.training import ensemble
 
-            made = ensemble.train_ensemble(settings, members, resume=resume, sink=terminal)
+            bundle = ensemble.train_ensemble(settings, members, resume=resume, sink=terminal)
             from pipeline.report import curves
 
             plot = curves.write(settings.out, members)
         terminal.close()
-        losses = ", ".join(f"{metrics['val_loss']:.4f}" for metrics in made.manifest["metrics"])
-        terminal.say(f"bundle {made.uri} (id {made.id}, {members} member(s), validation loss {losses}); curves {plot}")
-        if made.manifest["transfer"] is not None:
-            terminal.say(transfer.LoadedWeights(**made.manifest["transfer"]).describe())
-        terminal.say(calibrate.describe_calibration(made))
+        losses = ", ".join(f"{metrics['val_loss']:.4f}" for metrics in bundle.manifest["metrics"])
+        terminal.say(
+            f"bundle {bundle.uri} (id {bundle.id}, {members} member(s), validation loss {losses}); curves {plot}"
+        )
+        if bundle.manifest["transfer"] is not None:
+            terminal.say(transfer.LoadedWeights(**bundle.manifest["transfer"]).describe())
+        terminal.say(calibrate.describe_calibration(bundle))
 
     return run_job(verb, story)

@@ -18,7 +18,7 @@ def run(format: str, images: str, labels: str, out: str, classes: str, splits: s
         with ray_session():
             from pipeline.datasets import ingest
 
-            made = ingest.ingest(
+            summary = ingest.ingest(
                 format,
                 images or None,
                 labels or None,
@@ -29,21 +29,23 @@ def run(format: str, images: str, labels: str, out: str, classes: str, splits: s
                 sink=terminal,
             )
         terminal.close()
-        terminal.say(describe_ingest(made))
+        terminal.say(describe_ingest(summary))
 
     return run_job("ingest", story)
 
 
-def describe_ingest(made: dict[str, Any]) -> str:
-    """One paragraph of what was made: counts, and everything that was left out, mended or refused."""
-    splits = ", ".join(f"{name} {count}" for name, count in made["splits"].items())
-    parts = [f"dataset {made['uri']}: {made['images']} images ({splits}), classes {', '.join(made['classes'])}"]
-    for what in ("rejects", "repairs"):
-        if made[what]:
-            parts.append(f"{what}: " + ", ".join(f"{name} {count}" for name, count in made[what].items()))
-    for what in ("unlabelled", "left_out"):
-        if made[what]:
-            parts.append(f"{what.replace('_', ' ')}: {made[what]}")
-    parts += made["notes"]
-    parts.append("done already" if made["already"] else f"{made['seconds']:.1f} s")
-    return "; ".join(parts)
+def describe_ingest(summary: dict[str, Any]) -> str:
+    """One sentence on a dataset: its counts, and everything that was left out, repaired or rejected."""
+    splits = ", ".join(f"{name} {count}" for name, count in summary["splits"].items())
+    clauses = [
+        f"dataset {summary['uri']}: {summary['images']} images ({splits}), classes {', '.join(summary['classes'])}"
+    ]
+    for kind in ("rejects", "repairs"):
+        if summary[kind]:
+            clauses.append(f"{kind}: " + ", ".join(f"{name} {count}" for name, count in summary[kind].items()))
+    for kind in ("unlabelled", "left_out"):
+        if summary[kind]:
+            clauses.append(f"{kind.replace('_', ' ')}: {summary[kind]}")
+    clauses += summary["notes"]
+    clauses.append("done already" if summary["already"] else f"{summary['seconds']:.1f} s")
+    return "; ".join(clauses)

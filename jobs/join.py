@@ -18,18 +18,18 @@ def run(bundles: list[str], out: str, data: str, risk: float | None, delta: floa
             raise InputError("--risk wants a dataset with a calibration split: add --data URI")
         manifest, weights = bundle_join.join_bundles([bundle.open_bundle(uri) for uri in bundles])
         manifest["predict"] = merge(manifest["predict"], parse_sets(sets))
-        made = bundle.stage(out, manifest, weights)
+        joined = bundle.stage(out, manifest, weights)
         if data:
             with ray_session():
                 from pipeline.scoring import calibrate
 
                 settings = CalibrateSettings.parse({"risk": risk, "delta": delta}, "options")
-                made = calibrate.calibrate(made, absolute(data), settings, sink=terminal)
-                said = f": {calibrate.describe_calibration(made)}"
+                joined = calibrate.calibrate(joined, absolute(data), settings, sink=terminal)
+                calibration = f": {calibrate.describe_calibration(joined)}"
         else:
-            said = ""
-        written = bundle.commit(made)
+            calibration = ""
+        stored = bundle.commit(joined)
         terminal.close()
-        terminal.say(f"bundle {written.uri} (id {written.id}, {written.members} members){said}")
+        terminal.say(f"bundle {stored.uri} (id {stored.id}, {stored.members} members){calibration}")
 
     return run_job("join", story)

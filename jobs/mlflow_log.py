@@ -1,4 +1,4 @@
-"""MLflow, for those who keep their runs there: parameters, figures, the decision and the bundle of a scheduled run."""
+"""MLflow, for those who keep their runs there: settings, metrics, the decision and the bundle of a retraining."""
 
 import re
 import tempfile
@@ -10,21 +10,22 @@ from pipeline import storage
 from pipeline.config import Settings
 from pipeline.errors import InputError
 
-MOST_VALUE = 500
-"""Characters of a parameter's value that MLflow takes."""
+MAX_VALUE_CHARS = 500
+"""Longest value of a parameter that MLflow takes."""
 _NAME = re.compile(r"[^A-Za-z0-9_./ -]")
 
 
 class TrackingSettings(Settings):
-    """Where MLflow keeps runs."""
+    """The ``mlflow`` section of a retraining's config."""
 
     uri: str
     """MLflow's tracking URI."""
     experiment: str = "dubito"
+    """Name of MLflow's experiment."""
 
 
-def require() -> Any:
-    """The library.
+def require_mlflow() -> Any:
+    """MLflow's module.
 
     Raises:
         InputError: It is not installed.
@@ -36,42 +37,42 @@ def require() -> Any:
     return mlflow
 
 
-def log(settings: TrackingSettings, run: str, config: dict[str, Any], record: dict[str, Any], bundle: str) -> str:
-    """Write one run; the same run again is not written twice.
+def log_run(settings: TrackingSettings, run: str, config: dict[str, Any], record: dict[str, Any], bundle: str) -> str:
+    """Write one run to MLflow, unless it is there already.
 
     Args:
-        settings: Where to.
-        run: Id of the run.
-        config: What was given: parameters.
-        record: What came out: each number is a metric, and the whole of it ``decision.json``.
-        bundle: URI of the challenger's bundle, whose files become artifacts; '' without one.
+        settings: MLflow's place and experiment.
+        run: Id of the retraining.
+        config: Its settings, which become parameters.
+        record: Its decision: each number becomes a metric, and the whole is stored as ``decision.json``.
+        bundle: URI of the challenger's bundle, whose files become artifacts; '' if there is none.
 
     Returns:
         MLflow's id of the run.
     """
-    mlflow = require()
+    mlflow = require_mlflow()
     mlflow.set_tracking_uri(settings.uri)
     experiment = mlflow.set_experiment(settings.experiment)
     client = mlflow.MlflowClient()
-    known = client.search_runs([experiment.experiment_id], f"tags.dubito_run = '{run}'")
-    if known:
-        return known[0].info.run_id
+    earlier_runs = client.search_runs([experiment.experiment_id], f"tags.dubito_run = '{run}'")
+    if earlier_runs:
+        return earlier_runs[0].info.run_id
     with mlflow.start_run(run_name=run) as active:
         for name, value in leaves(config):
-            mlflow.log_param(name, str(value)[:MOST_VALUE])
+            mlflow.log_param(name, str(value)[:MAX_VALUE_CHARS])
         for name, value in leaves(record):
             if isinstance(value, (int, float)):
                 mlflow.log_metric(name, float(value))
         mlflow.log_dict(record, "decision.json")
         if bundle:
-            _artifacts(mlflow, bundle)
+            _log_artifacts(mlflow, bundle)
         # Last: a run that was cut short is written anew, and only whole ones are found.
         mlflow.set_tags({"dubito_run": run, "promoted": str(record.get("promote"))})
         return active.info.run_id
 
 
 def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, value) of all that is no mapping and no list, nulls left out."""
+    """(dotted name, value) of every plain value in nested mappings and lists, nulls left out."""
     if isinstance(tree, dict):
         for key, value in tree.items():
             yield from leaves(value, f"{prefix}.{key}" if prefix else str(key))
@@ -82,7 +83,8 @@ def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield _NAME.sub("_", prefix), tree
 
 
-def _artifacts(mlflow: Any, bundle: str) -> None:
+def _log_artifacts(mlflow: Any, bundle: str) -> None:
+    """Copy the bundle's files to MLflow, through a local folder, which is all that MLflow takes."""
     with tempfile.TemporaryDirectory() as folder:
         for file in storage.list_files(bundle):
             path = Path(folder) / file.path

@@ -13,11 +13,11 @@ def run(bundle: str, data: str, out: str, split: str) -> int:
         with ray_session():
             from pipeline.scoring.job import predict
 
-            made = predict(absolute(bundle), absolute(data), absolute(out), split=split or None, sink=terminal)
+            summary = predict(absolute(bundle), absolute(data), absolute(out), split=split or None, sink=terminal)
         terminal.close()
-        statuses = ", ".join(f"{word} {count}" for word, count in sorted(made["statuses"].items()))
-        doubt = "" if made["uncertainty_mean"] is None else f", mean uncertainty {made['uncertainty_mean']:.4g}"
-        done = "done already" if made["already"] else f"{made['seconds']:.1f} s"
-        terminal.say(f"predictions {made['out']}: {made['rows']} rows ({statuses}){doubt}; {done}")
+        statuses = ", ".join(f"{word} {count}" for word, count in sorted(summary["statuses"].items()))
+        doubt = "" if summary["uncertainty_mean"] is None else f", mean uncertainty {summary['uncertainty_mean']:.4g}"
+        done = "done already" if summary["already"] else f"{summary['seconds']:.1f} s"
+        terminal.say(f"predictions {summary['out']}: {summary['rows']} rows ({statuses}){doubt}; {done}")
 
     return run_job("predict", story)

@@ -1,4 +1,4 @@
-"""``dubito registry``: champions, and what was decided."""
+"""``dubito registry``: lists champions and decisions, and changes the champion by hand."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +20,7 @@ def show_all(registry: str) -> int:
         if not names:
             terminal.say(f"no champion in '{registry}'")
 
-    return run_job("registry", story, here=False)
+    return run_job("registry", story, on_this_machine=False)
 
 
 def show(registry: str, name: str) -> int:
@@ -29,20 +29,20 @@ def show(registry: str, name: str) -> int:
     def story(terminal: JobOutput) -> None:
         from pipeline.retraining import registry as champions
 
-        every, decided = champions.entries(registry, name), champions.decisions(registry, name)
-        if not every and not decided:
+        entries, decisions = champions.entries(registry, name), champions.decisions(registry, name)
+        if not entries and not decisions:
             raise InputError(
                 f"no model '{name}' in '{registry}'; known: {', '.join(champions.names(registry)) or 'none'}"
             )
-        for entry in every:
+        for entry in entries:
             terminal.say(_line(entry))
-        for each in decided:
-            word = "promoted" if each["promote"] else "refused"
-            terminal.say(f"{each['time']}  run {each['run']}  {word}  bundle {each['challenger']['id']}")
-            for reason in each["reasons"]:
+        for decision in decisions:
+            word = "promoted" if decision["promote"] else "refused"
+            terminal.say(f"{decision['time']}  run {decision['run']}  {word}  bundle {decision['challenger']['id']}")
+            for reason in decision["reasons"]:
                 terminal.say(f"    {reason}")
 
-    return run_job("registry", story, here=False)
+    return run_job("registry", story, on_this_machine=False)
 
 
 def _line(entry: Any) -> str:
@@ -55,7 +55,7 @@ def promote(registry: str, name: str, bundle: str) -> int:
 
 
 def rollback(registry: str, name: str, to: int | None) -> int:
-    """Make an earlier one champion; returns the exit code."""
+    """Make an earlier champion's bundle champion again; returns the exit code."""
     return _change(name, lambda champions: champions.rollback(registry, name, to))
 
 
@@ -64,9 +64,11 @@ def _change(name: str, change: Callable[[Any], Any]) -> int:
         from pipeline.retraining import registry as champions
 
         try:
-            made = change(champions)
+            champion = change(champions)
         except champions.OvertakenError as error:
             raise InputError(f"{error}; look at it, and give the command again") from None
-        terminal.say(f"champion {made.number} of '{name}' is bundle {made.bundle_id} ({'; '.join(made.reasons)})")
+        terminal.say(
+            f"champion {champion.number} of '{name}' is bundle {champion.bundle_id} ({'; '.join(champion.reasons)})"
+        )
 
-    return run_job("registry", story, here=False)
+    return run_job("registry", story, on_this_machine=False)

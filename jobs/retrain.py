@@ -1,4 +1,4 @@
-"""``dubito retrain``: new labelled data? A challenger, judged beside the champion; once, or on a schedule."""
+"""``dubito retrain``: a challenger on new labelled data, compared with the champion; once, or on a schedule."""
 
 from typing import Any
 
@@ -11,8 +11,9 @@ def run(config: str, force: bool, dry_run: bool, every: str, cron: str, sets: li
     if every or cron:
         from jobs import schedule
 
-        given = ["retrain", config, *(["--force"] if force else []), *(f"--set={each}" for each in sets)]
-        return schedule.serve("retrain", lambda now: given, every, cron)
+        flags = ["--force"] if force else []
+        arguments = ["retrain", config, *flags, *(f"--set={pair}" for pair in sets)]
+        return schedule.serve("retrain", lambda now: arguments, every, cron)
 
     def story(terminal: JobOutput) -> None:
         from jobs import mlflow_log
@@ -20,22 +21,22 @@ def run(config: str, force: bool, dry_run: bool, every: str, cron: str, sets: li
 
         settings, log = _settings(config, sets)
         if log is not None:
-            mlflow_log.require()
+            mlflow_log.require_mlflow()
         with ray_session(settings.recipe.get("train", {}).get("workers", 1)):
-            made = run_module.retrain(settings, force=force, dry_run=dry_run, sink=terminal)
+            outcome = run_module.retrain(settings, force=force, dry_run=dry_run, sink=terminal)
         terminal.close()
-        for sentence in made.said:
+        for sentence in outcome.said:
             terminal.say(sentence)
-        if log is not None and made.decision is not None:
-            bundle = made.decision["challenger"]["bundle"]
-            name = mlflow_log.log(log, made.run, settings.to_dict(), made.decision, bundle)
+        if log is not None and outcome.decision is not None:
+            bundle = outcome.decision["challenger"]["bundle"]
+            name = mlflow_log.log_run(log, outcome.run, settings.to_dict(), outcome.decision, bundle)
             terminal.say(f"mlflow run {name} in experiment '{log.experiment}'")
 
     return run_job("retrain", story)
 
 
 def _settings(path: str, sets: list[str]) -> tuple[Any, Any]:
-    """The retraining's settings with absolute URIs, and MLflow's if there are any."""
+    """(settings of the retraining, with absolute URIs; those of MLflow, or None where the config has none)."""
     from jobs.mlflow_log import TrackingSettings
     from pipeline.config import load
     from pipeline.retraining.run import RetrainConfig
@@ -46,6 +47,7 @@ def _settings(path: str, sets: list[str]) -> tuple[Any, Any]:
     recipe = tree.get("recipe")
     if isinstance(recipe, str):
         tree["recipe"] = load(recipe, [])
+    # Data and output of each training are the retraining's to choose; a recipe made for ``train`` may name others.
     for key in ("data", "out"):
         tree["recipe"] = {name: value for name, value in (tree.get("recipe") or {}).items() if name != key}
     settings = RetrainConfig.parse(tree, path)

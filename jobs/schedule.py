@@ -1,4 +1,4 @@
-"""A verb again and again, on a schedule, for those without Kubernetes or cron: each run in a process of its own."""
+"""Runs a verb on a schedule, for those without Kubernetes or cron. Each run has a process of its own."""
 
 import re
 import subprocess
@@ -15,22 +15,22 @@ _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 
 
 def interval(text: str) -> timedelta:
-    """``90s``, ``30m``, ``6h``, ``1d``.
+    """The time that ``90s``, ``30m``, ``6h`` or ``1d`` means.
 
     Raises:
-        InputError: Anything else, or nothing.
+        InputError: The text is anything else, or the time is zero.
     """
-    found = re.fullmatch(r"(\d+)([smhd])", text.strip())
-    if not found or not int(found[1]):
+    match = re.fullmatch(r"(\d+)([smhd])", text.strip())
+    if not match or not int(match[1]):
         raise InputError(f"--every '{text}': wanted a number and a unit, such as 90s, 30m, 6h or 1d")
-    return timedelta(**{_UNITS[found[2]]: int(found[1])})
+    return timedelta(**{_UNITS[match[2]]: int(match[1])})
 
 
 def trigger(every: str, cron: str) -> Any:
-    """What says when: every so often, the first time at once; or as cron does, in UTC.
+    """APScheduler's trigger: every so often; or as cron does, in UTC.
 
     Raises:
-        InputError: Both or neither are given, or are not understood.
+        InputError: Both or neither are set, or they cannot be read.
     """
     from apscheduler.triggers.cron import CronTrigger
     from apscheduler.triggers.interval import IntervalTrigger
@@ -45,37 +45,51 @@ def trigger(every: str, cron: str) -> Any:
         raise InputError(f"--cron '{cron}': {one_line(error)}; wanted five fields such as '0 3 * * *'") from None
 
 
-def serve(verb: str, command: Callable[[datetime], list[str]], every: str, cron: str) -> int:
-    """Run ``dubito`` with what ``command`` gives for the time, whenever it is due, until Ctrl-C.
+def serve(verb: str, arguments_at: Callable[[datetime], list[str]], every: str, cron: str) -> int:
+    """Run ``dubito`` whenever it is due, until Ctrl-C.
 
-    A run that lasts beyond the next time puts that one off; times missed meanwhile are made up for by one.
+    A run that lasts beyond the next time delays that one; all times missed meanwhile are made up for by one run.
+
+    Args:
+        verb: For messages.
+        arguments_at: Time of a run -> the arguments of ``dubito``.
+        every: Interval, the first run at once; '' for none.
+        cron: Five fields of cron; '' for none.
+
+    Returns:
+        The exit code.
     """
     from apscheduler.schedulers.blocking import BlockingScheduler
 
     def story(terminal: JobOutput) -> None:
-        when = trigger(every, cron)
+        due = trigger(every, cron)
 
-        def work() -> None:
+        def run_once() -> None:
             now = datetime.now(UTC)
-            given = command(now)
-            terminal.say(f"{now:%Y-%m-%d %H:%M:%S} UTC: dubito {' '.join(given)}")
+            arguments = arguments_at(now)
+            terminal.say(f"{now:%Y-%m-%d %H:%M:%S} UTC: dubito {' '.join(arguments)}")
             with subprocess.Popen(
-                [sys.executable, "-m", "jobs.cli", *given], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+                [sys.executable, "-m", "jobs.cli", *arguments],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
             ) as process:
                 for line in process.stdout or ():
                     terminal.say(f"  {line.rstrip()}")
-            terminal.say(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC: exit {process.returncode}; next: {soon(job)}")
+            terminal.say(
+                f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC: exit {process.returncode}; next: {next_time(job)}"
+            )
 
         scheduler = BlockingScheduler(timezone=UTC)
         at_once: dict[str, Any] = {"next_run_time": datetime.now(UTC)} if every else {}
-        job = scheduler.add_job(work, when, coalesce=True, max_instances=1, misfire_grace_time=None, **at_once)
+        job = scheduler.add_job(run_once, due, coalesce=True, max_instances=1, misfire_grace_time=None, **at_once)
         if cron:
-            terminal.say(f"the first time: {when.get_next_fire_time(None, datetime.now(UTC)):%Y-%m-%d %H:%M} UTC")
+            terminal.say(f"the first time: {due.get_next_fire_time(None, datetime.now(UTC)):%Y-%m-%d %H:%M} UTC")
         scheduler.start()
 
-    return run_job(verb, story, here=False)
+    return run_job(verb, story, on_this_machine=False)
 
 
-def soon(job: Any) -> str:
-    """When it runs next."""
+def next_time(job: Any) -> str:
+    """When APScheduler's job runs next, for people."""
     return f"{job.next_run_time:%Y-%m-%d %H:%M:%S} UTC" if job.next_run_time else "never"

@@ -1,9 +1,10 @@
-"""``dubito verify``: is what lies on storage what was committed?"""
+"""``dubito verify``: compares what lies on storage with what was committed."""
 
 from jobs.session import ray_session, run_job
 from pipeline.runtime.progress import JobOutput
 
-SHOWN = 20
+MAX_SHOWN = 20
+"""Damaged files that are listed; the rest are counted."""
 
 
 def run(uri: str) -> int:
@@ -16,18 +17,18 @@ def run(uri: str) -> int:
         with ray_session():
             from pipeline.verify import verify
 
-            found = verify(absolute(uri), sink=terminal)
+            result = verify(absolute(uri), sink=terminal)
         terminal.close()
-        damage = found["damage"]
-        for item in damage[:SHOWN]:
-            terminal.say(f"{item['file']}: {item['problem']}")
+        damage = result["damage"]
+        for file in damage[:MAX_SHOWN]:
+            terminal.say(f"{file['file']}: {file['problem']}")
         if damage:
-            more = f" ({len(damage) - SHOWN} more are not shown)" if len(damage) > SHOWN else ""
+            more = f" ({len(damage) - MAX_SHOWN} more are not shown)" if len(damage) > MAX_SHOWN else ""
             raise InputError(
-                f"{len(damage)} of {found['files']} files of {found['kind']} '{found['uri']}' are damaged{more}; "
-                f"restore them from a copy, or make the {found['kind']} again"
+                f"{len(damage)} of {result['files']} files of {result['kind']} '{result['uri']}' are damaged{more}; "
+                f"restore them from a copy, or make the {result['kind']} again"
             )
-        size = f"{found['bytes'] / 1e6:.1f} MB"
-        terminal.say(f"{found['kind']} {found['uri']}: {found['files']} files, {size}, all as committed")
+        size = f"{result['bytes'] / 1e6:.1f} MB"
+        terminal.say(f"{result['kind']} {result['uri']}: {result['files']} files, {size}, all as committed")
 
     return run_job("verify", story)

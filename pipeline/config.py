@@ -45,24 +45,24 @@ def _real_path(loc: tuple[Any, ...], values: Any, *, named_last: bool) -> list[s
     path: list[str] = []
     for position, part in enumerate(loc):
         is_last = named_last and position == len(loc) - 1
-        inside = (isinstance(values, dict) and part in values) or (
+        exists = (isinstance(values, dict) and part in values) or (
             isinstance(values, (list, tuple)) and isinstance(part, int) and part < len(values)
         )
-        if inside:
+        if exists:
             values = values[part]
-        if inside or is_last:
+        if exists or is_last:
             path.append(str(part))
     return path
 
 
 def _keys_at(cls: type[BaseModel], path: list[str]) -> list[str]:
     """Field names of the settings classes that may sit at ``path`` below ``cls``."""
-    found: list[type[BaseModel]] = [cls]
+    classes: list[type[BaseModel]] = [cls]
     for part in path:
-        fields = [known.model_fields[part] for known in found if part in known.model_fields]
+        fields = [known.model_fields[part] for known in classes if part in known.model_fields]
         # A part that is no field is a position in a list or a key of a dictionary of settings.
-        found = [inner for field in fields for inner in _settings_in(field.annotation)] if fields else found
-    return [name for known in found for name in known.model_fields]
+        classes = [inner for field in fields for inner in _settings_in(field.annotation)] if fields else classes
+    return [name for known in classes for name in known.model_fields]
 
 
 def _settings_in(annotation: Any) -> list[type[BaseModel]]:
@@ -118,14 +118,14 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     A dictionary whose ``name`` (of a model, a loss) changes is replaced as a whole: the settings of the old
     one mean nothing to the new one.
     """
-    out = dict(base)
+    merged = dict(base)
     for key, value in over.items():
-        old = out.get(key)
+        old = merged.get(key)
         if isinstance(old, dict) and isinstance(value, dict) and not _renamed(old, value):
-            out[key] = merge(old, value)
+            merged[key] = merge(old, value)
         else:
-            out[key] = value
-    return out
+            merged[key] = value
+    return merged
 
 
 def _renamed(old: dict[str, Any], new: dict[str, Any]) -> bool:
@@ -153,7 +153,7 @@ def load(path: str, sets: list[str]) -> dict[str, Any]:
 
 
 def first_difference(old: Any, new: Any, path: str = "") -> str | None:
-    """Where two trees of plain values part first: ``optim.lr was 0.1, now 0.2``; None if they are equal."""
+    """The first place where two trees of plain values differ: ``optim.lr was 0.1, now 0.2``; None if they are equal."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in [*new, *(key for key in old if key not in new)]:
             inner = first_difference(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))

@@ -30,14 +30,14 @@ def one_line(error: object, limit: int = ONE_LINE_CHARS) -> str:
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, accepted: Iterable[str]) -> str:
     """A hint for a misspelt name: " Did you mean 'x'? Known: x, y." (with a leading blank).
 
     Args:
         name: What was found.
-        known: What would have been accepted.
+        accepted: What would have been accepted.
     """
-    names = sorted(str(item) for item in known)
+    names = sorted(str(word) for word in accepted)
     close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
     hint = f" Did you mean '{close[0]}'?" if close else ""
     return f"{hint} Known: {', '.join(names) or 'none'}."
@@ -45,15 +45,18 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def root_input_error(error: BaseException | None) -> InputError | None:
     """The InputError inside a chain of causes (Ray wraps what a task raises), or None."""
-    waiting, seen = [error], set[int]()
+    waiting = [error]
+    seen: set[int] = set()  # a chain of contexts may lead back to where it began
     while waiting:
-        each = waiting.pop()
-        if each is None or id(each) in seen:
+        current = waiting.pop()
+        if current is None or id(current) in seen:
             continue
-        if type(each) is InputError:
-            return each
-        seen.add(id(each))
-        failures = getattr(each, "worker_failures", None)  # of Ray Train, by rank
-        inner = [getattr(each, "cause", None), *(failures.values() if isinstance(failures, dict) else [])]
-        waiting += [item for item in (*inner, each.__cause__, each.__context__) if isinstance(item, BaseException)]
+        if type(current) is InputError:
+            return current
+        seen.add(id(current))
+        # Ray's task errors carry the worker's error as ``cause``; Ray Train's hold one for each rank that failed.
+        failures = getattr(current, "worker_failures", None)
+        inner = [getattr(current, "cause", None), *(failures.values() if isinstance(failures, dict) else [])]
+        inner += [current.__cause__, current.__context__]
+        waiting += [error for error in inner if isinstance(error, BaseException)]
     return None

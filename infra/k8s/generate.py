@@ -11,19 +11,19 @@ HERE = Path(__file__).resolve().parent
 
 def stale(folder: Path = HERE) -> list[str]:
     """Paths below ``folder`` that are missing, differ from what would be written, or are written no more; sorted."""
-    wanted = manifests.files()
-    there = {str(path.relative_to(folder)): path.read_text("utf-8") for path in folder.rglob("*.yaml")}
-    return sorted(name for name in wanted.keys() | there.keys() if wanted.get(name) != there.get(name))
+    generated = manifests.files()
+    committed = {str(path.relative_to(folder)): path.read_text("utf-8") for path in folder.rglob("*.yaml")}
+    return sorted(name for name in generated.keys() | committed.keys() if generated.get(name) != committed.get(name))
 
 
 def write(folder: Path = HERE) -> list[str]:
     """Write what is stale, and remove what is written no more; returns the paths."""
-    wanted, changed = manifests.files(), stale(folder)
+    generated, changed = manifests.files(), stale(folder)
     for name in changed:
         path = folder / name
-        if name in wanted:
+        if name in generated:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(wanted[name], "utf-8")
+            path.write_text(generated[name], "utf-8")
         else:
             path.unlink()
     return changed

@@ -57,7 +57,8 @@ def write(note: str, *manifests: Manifest) -> str:
     """A file: who wrote it and why, then the manifests."""
     head = f"{notes.WRITTEN}\n\n{note}".strip()
     lines = "\n".join(f"# {line}".rstrip() for line in _wrapped(textwrap.dedent(head)))
-    bodies = [yaml.dump(each, Dumper=_Dumper, sort_keys=False, width=110, allow_unicode=True) for each in manifests]
+    options: dict[str, Any] = {"Dumper": _Dumper, "sort_keys": False, "width": 110, "allow_unicode": True}
+    bodies = [yaml.dump(manifest, **options) for manifest in manifests]
     return f"{lines}\n" + "---\n".join(bodies)
 
 
@@ -235,5 +236,5 @@ def _secret() -> str:
 def files() -> dict[str, str]:
     """Every generated file: path below ``infra/k8s`` -> text."""
     folders = {"cluster": _cluster(), "jobs": _jobs(), "schedule": _schedule(), "volume": _volume()}
-    out = {f"{folder}/{name}": text for folder, found in folders.items() for name, text in found.items()}
+    out = {f"{folder}/{name}": text for folder, texts in folders.items() for name, text in texts.items()}
     return {**out, "secret.example.yaml": _secret()}

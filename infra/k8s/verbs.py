@@ -89,15 +89,15 @@ def jobs() -> dict[str, Job]:
     Raises:
         LookupError: The command line has a verb that this table does not know, or the other way round.
     """
-    known, there = set(JOBS), of_the_command_line() - set(LEFT_OUT)
-    if there - known:
+    table, verbs = set(JOBS), of_the_command_line() - set(LEFT_OUT)
+    if verbs - table:
         raise LookupError(
-            f"dubito has verbs that infra/k8s/verbs.py does not know: {', '.join(sorted(there - known))}; give each "
+            f"dubito has verbs that infra/k8s/verbs.py does not know: {', '.join(sorted(verbs - table))}; give each "
             "its arguments in JOBS, or a reason in LEFT_OUT"
         )
-    if known - there:
+    if table - verbs:
         raise LookupError(
-            f"infra/k8s/verbs.py has verbs that dubito does not have: {', '.join(sorted(known - there))}; "
+            f"infra/k8s/verbs.py has verbs that dubito does not have: {', '.join(sorted(table - verbs))}; "
             "take them out of JOBS"
         )
     return dict(JOBS)

@@ -72,8 +72,8 @@ class LocalCluster:
         space, address = self.net.add() if self.net is not None else (None, self.host)
         number = len(self.workers) + 1
         # Nodes that start at once would take the same names for their sockets in one folder.
-        own = f"--temp-dir={self.root}/ray-{number}"
-        options = [f"--address={self.host}:{self.port}", f"--num-cpus={self.cpus}", own]
+        temp_option = f"--temp-dir={self.root}/ray-{number}"
+        options = [f"--address={self.host}:{self.port}", f"--num-cpus={self.cpus}", temp_option]
         node = _start(options, address, self.variables, self.root / f"worker-{number}.log", space)
         self.workers.append(node)
         return node
@@ -84,13 +84,13 @@ class LocalCluster:
         Raises:
             RuntimeError: It does not, in that time.
         """
-        end, found = time.monotonic() + seconds, None
-        while found != nodes:
+        end, alive = time.monotonic() + seconds, None
+        while alive != nodes:
             if time.monotonic() > end:
-                raise RuntimeError(f"wanted {nodes} Ray nodes, found {found}; see the logs in {self.root}")
+                raise RuntimeError(f"wanted {nodes} Ray nodes, found {alive}; see the logs in {self.root}")
             time.sleep(0.3)
             with contextlib.suppress(OSError):  # a head under load answers late
-                found = self.alive()
+                alive = self.alive()
 
     def alive(self) -> int:
         """Living nodes, as the head says."""
@@ -172,18 +172,18 @@ def _start(options: list[str], address: str, variables: dict[str, str], log: Pat
 
 
 def _is_free(host: str, port: int) -> bool:
-    with socket.socket() as each:
-        return each.connect_ex((host, port)) != 0
+    with socket.socket() as probe:
+        return probe.connect_ex((host, port)) != 0
 
 
 def _descendants(pid: int) -> list[int]:
     """``pid`` and all below it, the deepest last; processes that ended meanwhile are left out."""
-    found = [pid]
-    for each in found:
+    processes = [pid]
+    for process in processes:
         with contextlib.suppress(OSError):
-            for task in Path(f"/proc/{each}/task").iterdir():
-                found += [int(child) for child in (task / "children").read_text().split()]
-    return found
+            for task in Path(f"/proc/{process}/task").iterdir():
+                processes += [int(child) for child in (task / "children").read_text().split()]
+    return processes
 
 
 def _get(url: str, variables: dict[str, str]) -> bytes:

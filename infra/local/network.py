@@ -85,14 +85,14 @@ def network() -> Iterator[Network]:
         OSError: It may not be made here (see ``allowed``).
     """
     name, third = f"db{secrets.token_hex(2)}", secrets.randbelow(250) + 2
-    made = Network(name, f"10.213.{third}")
+    bridge = Network(name, f"10.213.{third}")
     _ip("link", "add", name, "type", "bridge")
     try:
-        _ip("addr", "add", f"{made.host}/24", "dev", name)
+        _ip("addr", "add", f"{bridge.host}/24", "dev", name)
         _ip("link", "set", name, "up")
-        yield made
+        yield bridge
     finally:
-        for space in made.spaces:
+        for space in bridge.spaces:
             with contextlib.suppress(OSError):
                 _ip("netns", "del", space)
             shutil.rmtree(SPACES / space, ignore_errors=True)

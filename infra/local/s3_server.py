@@ -144,9 +144,9 @@ def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
     """Ports that were free a moment ago; all are held at once so that they differ."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind((host, 0))
-        return [each.getsockname()[1] for each in sockets]
+        for probe in sockets:
+            probe.bind((host, 0))
+        return [probe.getsockname()[1] for probe in sockets]
 
 
 def _command(weed: str, home: Path, config: Path, ports: dict[str, int], host: str) -> list[str]:

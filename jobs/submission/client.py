@@ -1,12 +1,8 @@
-"""``--submit ADDRESS``: the same command as a Ray job on a cluster, its output followed here."""
+"""``--submit ADDRESS``: the same command as a Ray job on a cluster: connected to, sent once, followed."""
 
-import asyncio
-import contextlib
 import json
-import os
 import re
 import secrets
-import shlex
 import tempfile
 import time
 from collections.abc import Callable
@@ -15,36 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from jobs.session import RAY_DEFAULTS, run_job
-from jobs.submission import pinned_versions, visible_paths, working_tree
+from jobs.submission import pinned_versions, working_tree
+from jobs.submission.follow import follow, jobs_command_line
+from jobs.submission.request import Request, request_of
 from pipeline import environment
 from pipeline.errors import InputError, one_line
-from pipeline.runtime.json_log import JsonLogReplay
 from pipeline.runtime.progress import JobOutput
 
-AGAIN_S = 1.0
-"""Between two attempts to follow a log whose connection was lost."""
-PATIENCE_S = 120.0
-"""A cluster that does not answer any more is asked for so long."""
-INTERRUPTED = 130
-_ID = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
-_COMMAND, _TREE = "dubito_command", "dubito_tree"
-
-
-@dataclass(frozen=True)
-class Request:
-    """One command as it is sent."""
-
-    verb: str
-    arguments: list[str]
-    """After the verb, as the cluster will read them."""
-    root: Path
-    """The working tree that travels."""
-    files: list[str]
-
-    @property
-    def entrypoint(self) -> str:
-        """What the cluster runs, in the travelled tree."""
-        return shlex.join(["python", "-m", "jobs.cli", self.verb, *self.arguments])
+_JOB_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
+_COMMAND_KEY = "dubito_command"
+"""Of the job's metadata: its command, by which a job of the same name is known to be the same."""
+_TREE_KEY = "dubito_tree"
+"""Of the job's metadata: sha256 of the working tree's zip."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +30,7 @@ class Cluster:
     """What ``--submit`` and the options beside it say."""
 
     address: str
+    """Of the cluster's dashboard."""
     job: str = ""
     """Submission id: the same one twice is one run; '' for a new one."""
     environment: str = "check"
@@ -59,71 +38,43 @@ class Cluster:
     driver_cpus: float = 0.0
     """CPUs that the job's own process reserves; 0: it runs on the head."""
     detach: bool = False
+    """Do not follow the job."""
 
 
-def of_command(command: Any, options: dict[str, Any], submit: str, **cluster: Any) -> int:
+def submit_command(command: Any, options: dict[str, Any], submit: str, **cluster: Any) -> int:
     """Run a command of the command line on the cluster at ``submit``; returns the exit code.
 
     Args:
-        command: As Typer built it; its parameters say which options are places.
-        options: What was given, by parameter.
+        command: The command as Typer built it; its parameters say which options are places.
+        options: Values of its parameters, by name.
         submit: Address of the cluster's dashboard.
         **cluster: The other fields of ``Cluster``.
     """
-    where = Cluster(submit, **cluster)
-    return run(command.name, lambda: _request(command, options), where)
+    return run(command.name, lambda: request_of(command, options), Cluster(submit, **cluster))
 
 
-def _request(command: Any, options: dict[str, Any]) -> Request:
-    """The command as the cluster will read it; places that it cannot see are refused."""
-    root = working_tree.root_of(Path.cwd())
-    files = working_tree.files(root)
-    arguments: list[str] = []
-    for parameter in command.params:
-        value = options.get(parameter.name)
-        if value is None or value == parameter.default or value in ("", [], ()):
-            continue
-        if parameter.metavar == "CONFIG.yaml":
-            value = visible_paths.config(value, options.get("sets") or [], root, files)
-        if parameter.param_type_name == "argument":
-            arguments.append(str(value))
-            continue
-        flag = parameter.opts[0]
-        if parameter.is_flag:
-            arguments += [flag] if value else []
-            continue
-        for each in value if isinstance(value, (list, tuple)) else [value]:
-            if parameter.metavar in ("URI", "FILE.json"):
-                each = _seen_from_root(each, root)
-                visible_paths.place(flag, each, files, written=parameter.name == "out")
-            arguments += [flag, str(each)]
-    return Request(command.name, arguments, root, files)
+def run(verb: str, make_request: Callable[[], Request], cluster: Cluster) -> int:
+    """Submit a request and follow its job; returns the job's exit code (0 when detached).
 
-
-def _seen_from_root(place: str, root: Path) -> str:
-    """A relative path below the tree's root as the job sees it, which begins there."""
-    if not visible_paths.is_local(place):
-        return place
-    inside = os.path.relpath(Path(place).resolve(), root)
-    return place if inside.startswith("..") else inside
-
-
-def run(verb: str, make: Callable[[], Request], cluster: Cluster) -> int:
-    """Submit what ``make`` gives, and follow; returns the job's exit code (0 when detached)."""
+    Args:
+        verb: For messages and the log.
+        make_request: Called inside the job's story, so that what it refuses is shown as every job shows it.
+        cluster: Where to, and how.
+    """
 
     def story(terminal: JobOutput) -> int:
-        request = make()
+        request = make_request()
         client = connect(cluster.address)
         name = cluster.job or f"{request.verb}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
-        if not _ID.match(name):
+        if not _JOB_NAME.match(name):
             raise InputError(f"--job '{name}': wanted letters, digits, '.', '_' and '-', at most 100")
-        terminal.say(submit(client, name, request, cluster))
+        terminal.say(submit_request(client, name, request, cluster))
         if cluster.detach:
-            terminal.say(f"follow it with: {_again('follow', name, cluster.address)}")
+            terminal.say(f"follow it with: {jobs_command_line('follow', name, cluster.address)}")
             return 0
         return follow(client, name, cluster.address, terminal)
 
-    return run_job(verb, story, here=False)
+    return run_job(verb, story, on_this_machine=False)
 
 
 def connect(address: str) -> Any:
@@ -152,15 +103,15 @@ def connect(address: str) -> Any:
         ) from None
 
 
-def submit(client: Any, name: str, request: Request, cluster: Cluster) -> str:
-    """Send the command, unless the cluster has a job of that name; a sentence on what was done.
+def submit_request(client: Any, name: str, request: Request, cluster: Cluster) -> str:
+    """Send the request, unless the cluster has a job of that name; returns a sentence on what was done.
 
     Raises:
         InputError: The job of that name is of another command, or failed; or the tree is too large.
     """
-    known = _known(client, name, request)
-    if known is not None:
-        return known
+    existing = _describe_existing(client, name, request)
+    if existing is not None:
+        return existing
     with tempfile.TemporaryDirectory(prefix="dubito-submit-") as folder:
         package = Path(folder) / "tree.zip"
         digest = working_tree.pack(request.root, request.files, package)
@@ -169,27 +120,33 @@ def submit(client: Any, name: str, request: Request, cluster: Cluster) -> str:
             client.submit_job(
                 entrypoint=request.entrypoint,
                 submission_id=name,
-                runtime_env=_runtime(request.root, name, package, cluster),
-                metadata={_COMMAND: request.entrypoint, _TREE: digest},
+                runtime_env=runtime_environment(request.root, name, package, cluster),
+                metadata={_COMMAND_KEY: request.entrypoint, _TREE_KEY: digest},
                 entrypoint_num_cpus=cluster.driver_cpus or None,
             )
         except RuntimeError as error:
-            known = _known(client, name, request)
-            if known is None:
+            # Somebody may have sent the same job meanwhile: then it is there, and that is what was wanted.
+            existing = _describe_existing(client, name, request)
+            if existing is None:
                 raise InputError(f"the cluster refused job {name}: {one_line(error)}") from None
-            return known
+            return existing
     return f"job {name} sent to {cluster.address} with {len(request.files)} files ({size / 1e6:.1f} MB)"
 
 
-def _known(client: Any, name: str, request: Request) -> str | None:
-    """What there is to say of a job of that name; None where there is none."""
+def _describe_existing(client: Any, name: str, request: Request) -> str | None:
+    """A sentence on the cluster's job of that name; None if it has none.
+
+    Raises:
+        InputError: It is a job of another command, or has ended without success.
+    """
     info = info_of(client, name)
     if info is None:
         return None
-    other = (info.metadata or {}).get(_COMMAND)
-    if other != request.entrypoint:
+    existing_command = (info.metadata or {}).get(_COMMAND_KEY)
+    if existing_command != request.entrypoint:
         raise InputError(
-            f"job {name} is there already, of another command ({other or 'not of dubito'}); choose another --job"
+            f"job {name} is there already, of another command ({existing_command or 'not of dubito'}); "
+            "choose another --job"
         )
     state = info.status.value
     if state in ("FAILED", "STOPPED"):
@@ -198,7 +155,7 @@ def _known(client: Any, name: str, request: Request) -> str | None:
 
 
 def info_of(client: Any, name: str) -> Any:
-    """What the cluster knows of a job; None where there is none of that name."""
+    """What the cluster knows of a job; None if it has none of that name."""
     try:
         return client.get_job_info(name)
     except RuntimeError as error:
@@ -207,8 +164,15 @@ def info_of(client: Any, name: str) -> Any:
         raise
 
 
-def _runtime(root: Path, name: str, package: Path, cluster: Cluster) -> dict[str, Any]:
-    """Ray's runtime environment: the tree, our own variables (never a credential), and versions."""
+def runtime_environment(root: Path, name: str, package: Path, cluster: Cluster) -> dict[str, Any]:
+    """Ray's runtime environment of the job: the tree, environment variables (never a credential), and versions.
+
+    Args:
+        root: The working tree, whose ``constraints.txt`` pins versions.
+        name: Submission id, which is the id of the run.
+        package: The tree's zip.
+        cluster: Says what to do about versions.
+    """
     variables = {
         **RAY_DEFAULTS,
         **environment.travelling(),
@@ -216,77 +180,14 @@ def _runtime(root: Path, name: str, package: Path, cluster: Cluster) -> dict[str
         environment.RUN_ID: name,
     }
     runtime: dict[str, Any] = {"working_dir": str(package)}
-    versions = pinned_versions.wanted(root)
+    versions = pinned_versions.versions_of(root)
+    # The job itself checks its versions when it starts: Ray says nothing of other ones.
     if cluster.environment != "any":
         variables[environment.PINNED_VERSIONS] = json.dumps(versions)
     if cluster.environment == "install":
-        packages = [f"{each}=={version}" for each, version in versions.items() if each != "ray"]  # Ray is the cluster's
+        packages = [f"{package_name}=={version}" for package_name, version in versions.items() if package_name != "ray"]
         options = ["--disable-pip-version-check"]
         if (root / pinned_versions.CONSTRAINTS).is_file():
             options += ["-c", f"${{RAY_RUNTIME_ENV_CREATE_WORKING_DIR}}/{pinned_versions.CONSTRAINTS}"]
         runtime["pip"] = {"packages": packages, "pip_check": False, "pip_install_options": options}
     return {**runtime, "env_vars": variables}
-
-
-def follow(client: Any, name: str, address: str, terminal: JobOutput) -> int:
-    """Show what the job says until it ends; returns its exit code. Ctrl-C detaches, the job goes on."""
-    replay, seen, silent_since = JsonLogReplay(terminal), 0, 0.0
-
-    def show(text: str) -> None:
-        nonlocal seen
-        seen += len(text)
-        replay.feed(text)
-
-    try:
-        while True:
-            with contextlib.suppress(Exception):  # the connection was lost; what is true is asked below
-                asyncio.run(_tail(client, name, show, seen))
-            try:
-                info, silent_since = client.get_job_info(name), 0.0
-            except Exception as error:  # of the network, in any of its libraries
-                silent_since = silent_since or time.monotonic()
-                if time.monotonic() - silent_since > PATIENCE_S:
-                    raise OSError(f"the cluster at {address} does not answer any more: {error}") from error
-                time.sleep(AGAIN_S)
-                continue
-            if info.status.is_terminal():
-                break
-            time.sleep(AGAIN_S)
-        show(client.get_job_logs(name)[seen:])
-        replay.close()
-        return _code(info, name, terminal, list(replay.chatter))
-    except KeyboardInterrupt:
-        replay.close()
-        terminal.say(
-            f"detached; job {name} goes on. Follow it with: {_again('follow', name, address)}; "
-            f"stop it with: {_again('stop', name, address)}"
-        )
-        return INTERRUPTED
-
-
-async def _tail(client: Any, name: str, show: Any, skip: int) -> None:
-    """Pass on the log as it grows; a new connection begins at its start, of which ``skip`` characters are known."""
-    async for text in client.tail_job_logs(name):
-        if skip >= len(text):
-            skip -= len(text)
-        else:
-            show(text[skip:])
-            skip = 0
-
-
-def _code(info: Any, name: str, terminal: JobOutput, chatter: list[str]) -> int:
-    """The exit code of a job that ended; says why where the job itself did not."""
-    if info.status.value == "SUCCEEDED":
-        return 0
-    if info.status.value == "STOPPED":
-        terminal.fail(f"job {name} was stopped")
-        return INTERRUPTED
-    code = getattr(info, "driver_exit_code", None)
-    if code not in (1, 2, INTERRUPTED):
-        said = "\n  ".join([one_line(info.message or "without a message"), *chatter])
-        terminal.fail(f"job {name} failed: {said}")
-    return code or 1
-
-
-def _again(what: str, name: str, address: str) -> str:
-    return f"dubito jobs {what} {name} --address {address}"

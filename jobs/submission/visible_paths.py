@@ -1,4 +1,4 @@
-"""What can be refused before anything is sent to a cluster: paths that it cannot see."""
+"""Paths that a cluster cannot see are refused before anything is sent to it."""
 
 import os
 from collections.abc import Iterable
@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.errors import InputError
 
-OF_CONFIG = (
+PLACE_KEYS = (
     "data",
     "out",
     "registry",
@@ -21,9 +21,9 @@ OF_CONFIG = (
     "recent",
     "weights",
 )
-"""Keys of configs whose values are places."""
-_WRITTEN = ("out", "registry", "work")
-"""Places that a job writes to."""
+"""Keys of configs whose values are paths or URIs."""
+_WRITTEN_KEYS = ("out", "registry", "work")
+"""Those of the keys that name what a job writes."""
 
 
 def is_local(value: str) -> bool:
@@ -31,14 +31,14 @@ def is_local(value: str) -> bool:
     return "://" not in value and not value.startswith(("/", "~", "wheel:", "timm:"))
 
 
-def place(name: str, value: str, tree: Iterable[str], *, written: bool) -> None:
+def require_visible(name: str, value: str, tree: Iterable[str], *, written: bool) -> None:
     """Refuse a place that a job on another machine cannot see.
 
     Args:
         name: As the person wrote it: ``--data``, or a config's key.
         value: A URI or a path.
-        tree: Files that travel with the job; what lies among them can be read there.
-        written: Whether the job writes there: what it wrote into the travelled tree would be lost.
+        tree: Files that are sent with the job, which can read them.
+        written: Whether the job writes there: what it wrote into its copy of the tree would be lost.
 
     Raises:
         InputError: A relative path.
@@ -56,18 +56,18 @@ def place(name: str, value: str, tree: Iterable[str], *, written: bool) -> None:
 
 
 def places_of(settings: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """The places that a config names: ``{dotted key: value}``."""
-    out: dict[str, str] = {}
+    """Dotted key -> value, of all paths and URIs in a config."""
+    places: dict[str, str] = {}
     for key, value in settings.items():
         if isinstance(value, dict):
-            out |= places_of(value, f"{prefix}{key}.")
-        elif key in OF_CONFIG and isinstance(value, str):
-            out[f"{prefix}{key}"] = value
-    return out
+            places |= places_of(value, f"{prefix}{key}.")
+        elif key in PLACE_KEYS and isinstance(value, str):
+            places[f"{prefix}{key}"] = value
+    return places
 
 
-def config(path: str, sets: list[str], root: Path, tree: list[str]) -> str:
-    """The config's path inside the tree, once all places that it names were looked at.
+def require_visible_config(path: str, sets: list[str], root: Path, tree: list[str]) -> str:
+    """The config's path inside the tree, after a check of every path that it names.
 
     Raises:
         InputError: It is not part of the tree, or names a place that the cluster cannot see.
@@ -82,5 +82,5 @@ def config(path: str, sets: list[str], root: Path, tree: list[str]) -> str:
             "put it there"
         )
     for name, value in places_of(settings).items():
-        place(name, value, tree, written=name.rsplit(".", 1)[-1] in _WRITTEN)
+        require_visible(name, value, tree, written=name.rsplit(".", 1)[-1] in _WRITTEN_KEYS)
     return inside

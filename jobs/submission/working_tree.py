@@ -1,4 +1,4 @@
-"""The working tree as it travels to a cluster: what git would track, in one zip."""
+"""The working tree as it is sent to a cluster: what git would track, in one zip."""
 
 import hashlib
 import os
@@ -9,19 +9,19 @@ from pathlib import Path
 
 from pipeline.errors import InputError
 
-MOST_BYTES = 100 * 2**20
-"""Of the zip: a Ray head takes no larger upload."""
-LARGEST = 3
-"""Files named when that is too small."""
-_LEFT_OUT = {".git", ".venv", "venv", "__pycache__", "node_modules"}
+MAX_BYTES = 100 * 2**20
+"""Largest zip: a Ray head takes no larger upload."""
+NUM_LARGEST = 3
+"""So many of the largest files are named when the zip is too large."""
+_EXCLUDED_FOLDERS = {".git", ".venv", "venv", "__pycache__", "node_modules"}
 _EPOCH = (1980, 1, 1, 0, 0, 0)
-"""The zip is a function of names and contents: a tree that did not change is not sent again."""
+"""Date of every file in the zip, which thus depends on names and contents alone: Ray sends the same zip only once."""
 
 
 def root_of(folder: Path) -> Path:
     """The git work tree around ``folder``; ``folder`` itself where there is none."""
-    found = _git(folder, "rev-parse", "--show-toplevel")
-    return Path(found.strip()).resolve() if found else folder.resolve()
+    output = _git(folder, "rev-parse", "--show-toplevel")
+    return Path(output.strip()).resolve() if output else folder.resolve()
 
 
 def files(root: Path) -> list[str]:
@@ -33,15 +33,15 @@ def files(root: Path) -> list[str]:
     if listed is None:
         listed = _git_without_repository(root)
     if listed is None:
-        found = [path for path in root.rglob("*") if not _LEFT_OUT & set(path.relative_to(root).parts)]
-        names = [str(path.relative_to(root)) for path in found]
+        paths = [path for path in root.rglob("*") if not _EXCLUDED_FOLDERS & set(path.relative_to(root).parts)]
+        names = [str(path.relative_to(root)) for path in paths]
     else:
         names = [name for name in listed.split("\0") if name]
     return sorted(name for name in set(names) if (root / name).is_file())
 
 
 def _git(folder: Path, *arguments: str, git_dir: str | None = None) -> str | None:
-    """Output of git, None where it fails or is not there."""
+    """Output of git; None where it fails or is not installed."""
     place = ["--git-dir", git_dir, "--work-tree", "."] if git_dir else []
     try:
         done = subprocess.run(["git", *place, *arguments], cwd=folder, capture_output=True, text=True, check=True)
@@ -51,7 +51,7 @@ def _git(folder: Path, *arguments: str, git_dir: str | None = None) -> str | Non
 
 
 def _git_without_repository(root: Path) -> str | None:
-    """The same list for a folder that is no repository: its .gitignore files count all the same."""
+    """Files of a folder that is no repository, as git would list them: its .gitignore files count all the same."""
     with tempfile.TemporaryDirectory() as empty:
         if _git(root, "init", "--quiet", "--bare", empty) is None:
             return None
@@ -59,7 +59,7 @@ def _git_without_repository(root: Path) -> str | None:
 
 
 def pack(root: Path, names: list[str], target: Path) -> str:
-    """Zip those files of the tree; returns the sha256 of the zip.
+    """Zip the files ``names`` of the tree into ``target``; returns the sha256 of the zip.
 
     Raises:
         InputError: The zip is larger than ``MOST_BYTES``; the largest files are named.
@@ -71,14 +71,14 @@ def pack(root: Path, names: list[str], target: Path) -> str:
             entry.external_attr = (0o755 if os.access(root / name, os.X_OK) else 0o644) << 16
             entry.compress_type = zipfile.ZIP_DEFLATED
             archive.writestr(entry, (root / name).read_bytes())
-            if target.stat().st_size > MOST_BYTES:
+            if target.stat().st_size > MAX_BYTES:  # refused below; the rest would only take time
                 break
     size = target.stat().st_size
-    if size > MOST_BYTES:
-        largest = sorted(sizes, key=lambda name: -sizes[name])[:LARGEST]
+    if size > MAX_BYTES:
+        largest = sorted(sizes, key=lambda name: -sizes[name])[:NUM_LARGEST]
         named = ", ".join(f"{name} {sizes[name] / 1e6:.1f} MB" for name in largest)
         raise InputError(
-            f"the working tree '{root}' packs to more than {MOST_BYTES / 1e6:.0f} MB, which is what a Ray head takes; "
+            f"the working tree '{root}' packs to more than {MAX_BYTES / 1e6:.0f} MB, which is what a Ray head takes; "
             f"keep data out of it or name it in .gitignore (the largest: {named})"
         )
     return hashlib.sha256(target.read_bytes()).hexdigest()

@@ -2,10 +2,11 @@
 
 With ``DUBITO_LOG=json`` every line of a job's output is one object: ``time`` (UTC, ISO 8601), ``run`` (``DUBITO_RUN``,
 else the log's name), ``verb``, ``level`` (``info``, ``error``, ``progress``), and ``message`` or ``stage, done, total,
-unit, note``. Who submitted the job to a cluster sees the same bars as on this machine: ``Replay`` draws them.
+unit, note``. Who submitted a job to a cluster sees the same bars as on this machine: ``JsonLogReplay`` draws them.
 """
 
 import json
+import math
 import threading
 import time
 from collections import deque
@@ -17,20 +18,20 @@ from typing import Any, TextIO
 from pipeline import environment
 from pipeline.runtime.progress import JobOutput, Terminal
 
-EVERY_S = 1.0
-"""Progress of a stage at most this often."""
-_MARK = '{"time":'
+PROGRESS_EVERY_S = 1.0
+"""At least so many seconds lie between two progress lines of a stage."""
+_LINE_START = '{"time":'
 
 
 def job_output(verb: str) -> Callable[[TextIO, TextIO, Path], JobOutput]:
-    """Makes what a job speaks through, of its output, its errors and its log: a terminal, or JSON lines."""
+    """A function (output, errors, path of the log) -> what a job writes to: JSON lines, or a terminal."""
     if not environment.wants_json_log():
         return Terminal
     return lambda out, err, log: JsonLog(verb, run_of(log), out)
 
 
 def run_of(log: Path) -> str:
-    """Id of the run whose log that is: the same in its lines and in its metrics."""
+    """Id of the run with that log; its log lines and its metrics carry the same."""
     return environment.run_id() or log.stem
 
 
@@ -39,62 +40,68 @@ class JsonLog:
 
     def __init__(self, verb: str, run: str, out: TextIO) -> None:
         self._out = out
-        self._always = {"run": run, "verb": verb}
-        self._said: dict[str, tuple[float, int]] = {}
+        self._common_fields = {"run": run, "verb": verb}
+        self._last_written: dict[str, tuple[float, int]] = {}
         self._lock = threading.Lock()
 
     def _write(self, level: str, **fields: Any) -> None:
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         with self._lock:
-            print(json.dumps({"time": now, **self._always, "level": level, **fields}), file=self._out, flush=True)
+            event = {"time": now, **self._common_fields, "level": level, **fields}
+            print(json.dumps(event), file=self._out, flush=True)
 
     def say(self, text: str) -> None:
         """One message."""
         self._write("info", message=text)
 
-    def fail(self, text: str, story: str = "") -> None:
-        """One message of what went wrong; ``story`` is the traceback, where there is one."""
-        self._write("error", message=text, **({"traceback": story} if story else {}))
+    def fail(self, text: str, traceback_text: str = "") -> None:
+        """One message of what went wrong; ``traceback_text`` may be empty."""
+        self._write("error", message=text, **({"traceback": traceback_text} if traceback_text else {}))
 
     def update(self, stage: str, done: int, total: int, note: str = "", unit: str = "images") -> None:
         """``done`` of ``total`` units of ``stage`` are finished."""
         now = time.monotonic()
-        when, before = self._said.get(stage, (-EVERY_S, -1))
-        ended = done >= total and before < total
-        if ended or done < before or now - when >= EVERY_S and (done, total) != (before, total):
-            self._said[stage] = now, done
+        last_s, done_before = self._last_written.get(stage, (-math.inf, -1))
+        # The end of a stage, and its start anew, are always written; what lies between only now and then.
+        ended = done >= total and done_before < total
+        restarted = done < done_before
+        due = now - last_s >= PROGRESS_EVERY_S and done != done_before
+        if ended or restarted or due:
+            self._last_written[stage] = now, done
             self._write("progress", stage=stage, done=done, total=total, unit=unit, note=note)
 
     def close(self) -> None:
-        """Nothing is held back."""
+        """Nothing to do: each line was flushed when it was written."""
 
 
 class JsonLogReplay:
-    """Shows what ``Lines`` wrote elsewhere.
+    """Shows on a terminal what ``JsonLog`` wrote elsewhere.
 
-    Anything else, Ray's chatter, goes to this process's own output (a log), and its last lines are kept for the case
-    that nothing better was said.
+    All other lines are Ray's; they go to this process's own output (a log). The last of them are kept: they may be all
+    that there is to say of a job that failed without a message.
     """
 
     def __init__(self, terminal: JobOutput) -> None:
-        self._terminal, self._rest = terminal, ""
+        self._terminal = terminal
+        self._unfinished_line = ""
         self.chatter: deque[str] = deque(maxlen=5)
+        """The last lines that ``JsonLog`` did not write."""
 
     def feed(self, text: str) -> None:
-        """Take a piece of the output: it may end within a line."""
-        *whole, self._rest = (self._rest + text).split("\n")
-        for line in whole:
+        """Take a piece of the output; it may end within a line."""
+        *lines, self._unfinished_line = (self._unfinished_line + text).split("\n")
+        for line in lines:
             self._show(line)
 
     def close(self) -> None:
-        """Show what stands on a last line that was never ended."""
-        if self._rest:
-            self._show(self._rest)
-        self._rest = ""
+        """Show the last line even if it has no end, and close the terminal."""
+        if self._unfinished_line:
+            self._show(self._unfinished_line)
+        self._unfinished_line = ""
         self._terminal.close()
 
     def _show(self, line: str) -> None:
-        event = _event(line)
+        event = _parse_event(line)
         if event is None:
             print(line)
             if line.strip():
@@ -110,13 +117,16 @@ class JsonLogReplay:
                 self._terminal.say(event["message"])
 
 
-def _event(line: str) -> dict[str, Any] | None:
-    """The object on a line that ``Lines`` wrote, else None."""
-    if not line.startswith(_MARK):
+def _parse_event(line: str) -> dict[str, Any] | None:
+    """The event on a line that ``JsonLog`` wrote, else None."""
+    if not line.startswith(_LINE_START):
         return None
     try:
         event = json.loads(line)
     except ValueError:
         return None
-    wanted = ("stage", "done", "total", "note", "unit") if event.get("level") == "progress" else ("message", "level")
-    return event if all(name in event for name in wanted) else None
+    if event.get("level") == "progress":
+        fields = ("stage", "done", "total", "note", "unit")
+    else:
+        fields = ("message", "level")
+    return event if all(name in event for name in fields) else None

@@ -20,10 +20,10 @@ from typing import Any, Literal, Self
 
 FLUSH_S = 5.0
 """Ray exports every 10 s, and forgets a gauge after 20 s."""
-OF_ALL = ("verb", "stage", "run")
-"""Tags of every metric. ``verb`` is no ``job``, which is what Prometheus calls a target."""
+COMMON_TAGS = ("verb", "stage", "run")
+"""Tags of every metric. ``verb`` is not called ``job``: that is what Prometheus calls a target."""
 PREFIX = "ray_"
-SECONDS = [0.001 * 2**n for n in range(17)]
+BUCKET_BOUNDS_S = [0.001 * 2**n for n in range(17)]
 """Bounds of the histogram's buckets: 1 ms to 65 s."""
 
 Kind = Literal["counter", "gauge", "histogram"]
@@ -37,7 +37,7 @@ class Metric:
     unit: str
     help: str
     tags: tuple[str, ...] = ()
-    """Beside those of all."""
+    """Beside ``COMMON_TAGS``; one at most."""
 
 
 METRICS: Mapping[str, Metric] = {
@@ -64,21 +64,21 @@ METRICS: Mapping[str, Metric] = {
 
 @dataclass(frozen=True)
 class MetricTags:
-    """Whose numbers they are: values of the tags of all metrics."""
+    """Values of ``COMMON_TAGS``: the command, the run and the stage that a number belongs to."""
 
     verb: str = "library"
     run: str = "none"
     stage: str = "none"
 
     def tags(self) -> dict[str, str]:
-        """As Ray takes them."""
-        return {name: getattr(self, name) for name in OF_ALL}
+        """Tag -> value, as Ray takes them."""
+        return {name: getattr(self, name) for name in COMMON_TAGS}
 
 
 class CurrentRun:
-    """The run that a process works for: a job names its own, a process that only uses the library works for none.
+    """The run that a process works for: a job names its own; a process that only uses the library works for none.
 
-    A worker does not ask: whoever starts it hands it its ``MetricTags``.
+    Workers do not ask: they get their ``MetricTags`` from the process that starts them.
     """
 
     def __init__(self) -> None:
@@ -87,12 +87,12 @@ class CurrentRun:
     @contextlib.contextmanager
     def named(self, verb: str, run: str) -> Iterator[None]:
         """Name the run while the block goes on, in all threads: the command's verb, and the id that its log has."""
-        before = self._tags
+        outer_tags = self._tags
         self._tags = MetricTags(verb, run)
         try:
             yield
         finally:
-            self._tags = before
+            self._tags = outer_tags
 
     def stage_tags(self, stage: str) -> MetricTags:
         """Tags of one stage of the run."""
@@ -100,7 +100,7 @@ class CurrentRun:
 
 
 CURRENT_RUN = CurrentRun()
-"""That of this process."""
+"""The run of this process: one process works for one run, whichever of its threads asks."""
 
 
 def stage_tags(stage: str) -> MetricTags:
@@ -108,7 +108,7 @@ def stage_tags(stage: str) -> MetricTags:
     return CURRENT_RUN.stage_tags(stage)
 
 
-def exported(metric: str) -> list[str]:
+def exported_names(metric: str) -> list[str]:
     """The names under which Prometheus finds a metric of the table."""
     ends = ("_bucket", "_count", "_sum") if METRICS[metric].kind == "histogram" else ("",)
     return [f"{PREFIX}{metric}{end}" for end in ends]
@@ -116,7 +116,7 @@ def exported(metric: str) -> list[str]:
 
 def as_markdown() -> str:
     """The table, for people."""
-    lines = ["| metric | kind | unit | tags beside " + ", ".join(OF_ALL) + " | what |", "|---|---|---|---|---|"]
+    lines = ["| metric | kind | unit | tags beside " + ", ".join(COMMON_TAGS) + " | what |", "|---|---|---|---|---|"]
     for metric, row in METRICS.items():
         cells = (f"`{PREFIX}{metric}`", row.kind, row.unit, ", ".join(row.tags), row.help)
         lines.append("| " + " | ".join(cells) + " |")
@@ -124,124 +124,137 @@ def as_markdown() -> str:
 
 
 class MetricsRecorder:
-    """Adds up numbers of one source, and hands them to Ray.
+    """Adds up the numbers of one stage in memory, and hands them to Ray now and then.
 
-    In a ``with`` block a thread does so every ``FLUSH_S`` seconds, and the end of the block at last; else ``flush``
-    is the caller's. Any thread may add. Without a Ray session nothing happens.
+    In a ``with`` block a thread flushes every ``FLUSH_S`` seconds, and the end of the block once more; without a block
+    the caller flushes. Any thread may add. Without a Ray session nothing is kept, and nothing happens.
     """
 
-    def __init__(self, source: MetricTags) -> None:
-        self._tags, self._on = source.tags(), _ray_runs()
+    def __init__(self, tags: MetricTags) -> None:
+        self._tags = tags.tags()
+        self._enabled = _ray_runs()
         self._lock = threading.Lock()
         self._counts: dict[tuple[str, str], float] = {}
         self._gauges: dict[tuple[str, str], float] = {}
-        self._seen: list[tuple[str, float]] = []
-        self._end = threading.Event()
+        self._observations: list[tuple[str, float]] = []
+        self._ended = threading.Event()
         self._thread: threading.Thread | None = None
 
     def count(self, metric: str, number: float = 1.0, tag: str = "") -> None:
-        """A counter grows by ``number``; ``tag`` is the value of its own tag, if it has one."""
-        if not self._on:
+        """A counter grows by ``number``; ``tag`` is the value of the metric's own tag, if it has one."""
+        if not self._enabled:
             return
         with self._lock:
             self._counts[metric, tag] = self._counts.get((metric, tag), 0.0) + number
 
     def set(self, metric: str, value: float, tag: str = "") -> None:
-        """A gauge is ``value`` now, until this recorder ends."""
-        if self._on:
+        """A gauge is ``value`` from now on, until it is set again or this recorder ends."""
+        if self._enabled:
             with self._lock:
                 self._gauges[metric, tag] = value
 
     def observe(self, metric: str, value: float) -> None:
-        """One more value of a histogram."""
-        if self._on:
+        """Add one value to a histogram."""
+        if self._enabled:
             with self._lock:
-                self._seen.append((metric, value))
+                self._observations.append((metric, value))
 
     def flush(self) -> None:
-        """Hand over what was added since the last time, and the gauges anew."""
+        """Hand to Ray what was added since the last flush, and every gauge again, because Ray forgets them."""
+        # Taken under the lock, handed over without it: Ray's calls may take long, and adding must not wait for them.
         with self._lock:
             counts, self._counts = self._counts, {}
-            seen, self._seen = self._seen, []
+            observations, self._observations = self._observations, []
             gauges = dict(self._gauges)
-        if not _ray_runs():
+        if not _ray_runs():  # the session may have ended before the recorder did
             return
         for (metric, tag), number in counts.items():
             if number > 0:
-                _handle(metric).inc(number, self._of(metric, tag))
+                _ray_metric(metric).inc(number, self._tags_of(metric, tag))
         for (metric, tag), value in gauges.items():
-            _handle(metric).set(value, self._of(metric, tag))
-        for metric, value in seen:
-            _handle(metric).observe(value, self._tags)
+            _ray_metric(metric).set(value, self._tags_of(metric, tag))
+        for metric, value in observations:
+            _ray_metric(metric).observe(value, self._tags)
 
-    def _of(self, metric: str, tag: str) -> dict[str, str]:
+    def _tags_of(self, metric: str, tag: str) -> dict[str, str]:
+        """Common tags, and ``tag`` as the value of the metric's own one."""
         return {**self._tags, **dict.fromkeys(METRICS[metric].tags, tag)}
 
     def __enter__(self) -> Self:
-        if self._on:
-            self._thread = threading.Thread(target=self._beat, name="gauges", daemon=True)
+        if self._enabled:
+            self._thread = threading.Thread(target=self._flush_regularly, name="metrics", daemon=True)
             self._thread.start()
         return self
 
-    def _beat(self) -> None:
-        while not self._end.wait(FLUSH_S):
+    def _flush_regularly(self) -> None:
+        while not self._ended.wait(FLUSH_S):
             self.flush()
 
     def __exit__(self, *error: Any) -> None:
-        self._end.set()
+        self._ended.set()
         if self._thread is not None:
             self._thread.join()
         self.flush()
 
 
 @contextlib.contextmanager
-def running(source: MetricTags) -> Iterator[MetricsRecorder]:
-    """A recorder for a stage, which is seen to run as long as the block does."""
-    with MetricsRecorder(source) as told:
-        told.set("dubito_running", 1.0)
+def running(tags: MetricTags) -> Iterator[MetricsRecorder]:
+    """A recorder for a stage; ``dubito_running`` is 1 as long as the block runs."""
+    with MetricsRecorder(tags) as recorder:
+        recorder.set("dubito_running", 1.0)
         try:
-            yield told
+            yield recorder
         finally:
-            told.set("dubito_running", 0.0)
+            recorder.set("dubito_running", 0.0)
 
 
 class IdleTimer:
-    """How long a process had nothing in hand, from its start to its first work on; calls may overlap."""
+    """How long a process had nothing to work on. Each piece of work is a ``with`` block; blocks may overlap.
+
+    The clock starts with the timer: waiting for the first piece of work counts.
+    """
 
     def __init__(self) -> None:
-        self._lock, self._busy, self._since, self._waited = threading.Lock(), 0, time.monotonic(), 0.0
+        self._lock = threading.Lock()
+        self._calls = 0
+        self._idle_since_s = time.monotonic()
+        self._waited_s = 0.0
 
     def __enter__(self) -> Self:
         with self._lock:
-            if self._busy == 0:
-                self._waited += time.monotonic() - self._since
-            self._busy += 1
+            if self._calls == 0:
+                self._waited_s += time.monotonic() - self._idle_since_s
+            self._calls += 1
         return self
 
     def __exit__(self, *error: Any) -> None:
         with self._lock:
-            self._busy -= 1
-            self._since = time.monotonic()
+            self._calls -= 1
+            self._idle_since_s = time.monotonic()
 
     def take_s(self) -> float:
-        """Seconds that were waited since the last time this was asked; a wait that goes on is not among them."""
+        """Seconds of waiting since the last call of this, which begins anew; a wait that has not ended is not in it."""
         with self._lock:
-            waited, self._waited = self._waited, 0.0
-        return waited
+            waited_s, self._waited_s = self._waited_s, 0.0
+        return waited_s
 
 
 def _ray_runs() -> bool:
+    """Whether there is a Ray session. Ray is not imported to find out: where nobody did, there is none."""
     ray = sys.modules.get("ray")
     return ray is not None and ray.is_initialized()
 
 
 @functools.cache
-def _handle(metric: str) -> Any:
-    """Ray's object for a metric, one a process."""
+def _ray_metric(metric: str) -> Any:
+    """Ray's object for a metric; a process makes one of each."""
     from ray.util import metrics
 
     row = METRICS[metric]
-    options = {"description": f"{row.help} [{row.unit}]" if row.unit else row.help, "tag_keys": (*OF_ALL, *row.tags)}
+    options = {
+        "description": f"{row.help} [{row.unit}]" if row.unit else row.help,
+        "tag_keys": (*COMMON_TAGS, *row.tags),
+    }
     if row.kind == "histogram":
-        return metrics.Histogram(metric, boundaries=SECONDS, **options)
+        return metrics.Histogram(metric, boundaries=BUCKET_BOUNDS_S, **options)
     return (metrics.Counter if row.kind == "counter" else metrics.Gauge)(metric, **options)

@@ -1,7 +1,8 @@
-"""Whether the cluster has what a job is about to ask of it: refused with numbers, before anything waits for ever.
+"""Whether the cluster has the CPUs, GPUs, memory and disk that a job needs; if not, it is refused with numbers.
 
-Ray queues what does not fit, without a word; and consumers that hold every CPU wait for readers that wait for a CPU.
-A cluster that grows with its jobs has next to nothing when one begins: it is asked for what is missing, and waited for.
+Without this, jobs would wait for ever: Ray queues what does not fit, without a word, and consumers that hold every CPU
+wait for readers that wait for a CPU. A cluster that grows with its jobs has next to nothing when one begins: it is
+asked for what is missing, and waited for.
 """
 
 import math
@@ -14,14 +15,14 @@ from pipeline import storage
 from pipeline.environment import cluster_limits
 from pipeline.errors import InputError
 
-DATA_CPUS = 1
-"""Left to the tasks that read."""
-STORE_SHARE = 0.5
-"""Of the object stores that rows on their way to the workers may fill; Ray Data itself keeps to about half."""
-DISK_SPARE = 2**28
-"""Bytes that stay free on a disk."""
-GROWTH_S = 900.0
-"""How long a growing cluster is waited for: a machine, its image and Ray take some minutes."""
+READING_CPUS = 1
+"""CPUs that a job leaves to the tasks that read its data."""
+OBJECT_STORE_SHARE = 0.5
+"""Share of the object stores that rows on their way to the workers may fill; Ray Data itself takes about half."""
+SPARE_DISK_BYTES = 2**28
+"""Bytes that a job leaves free on a disk."""
+GROWTH_WAIT_S = 900.0
+"""Seconds for which a growing cluster is waited for: a machine, its image and Ray take some minutes."""
 
 
 def _limit(resource: str) -> float:
@@ -35,109 +36,112 @@ def _limit(resource: str) -> float:
     return cluster_limits().get(resource, 0.0)
 
 
-def _available(kind: str, wanted: float, patience_s: float = GROWTH_S) -> float:
-    """What the cluster has of a resource, once it has grown to ``wanted`` if it can.
+def _available(resource: str, amount: float, patience_s: float = GROWTH_WAIT_S) -> float:
+    """What the cluster has of a resource; if that is less than ``amount``, what it has once it has grown, if it can.
 
-    A placement group is how Ray is asked: it is what this job waits for, and goes with it. It holds what came until
-    all is there, then lets it go: the nodes stay for as long as they may be idle.
+    A cluster that may not grow so far is not asked; what it may have at most is returned.
 
     Raises:
-        InputError: It may have as much, and did not get it within ``patience_s``.
+        InputError: It may grow so far, and did not within ``patience_s``.
     """
-    there = ray.cluster_resources().get(kind, 0)
-    if there >= wanted:
-        return there
-    if _limit(kind) < wanted:
-        return max(there, _limit(kind))
-    group = ray.util.placement_group([{kind: 1}] * math.ceil(wanted))
+    available = ray.cluster_resources().get(resource, 0)
+    if available >= amount:
+        return available
+    if _limit(resource) < amount:
+        return max(available, _limit(resource))
+    # A placement group is how the autoscaler is asked. It holds the nodes that come until all are there, and is then
+    # removed: the nodes stay for as long as they may be idle. It ends with this job, even if that is interrupted.
+    group = ray.util.placement_group([{resource: 1}] * math.ceil(amount))
     try:
-        came = group.wait(patience_s)
+        granted = group.wait(patience_s)
     finally:
         ray.util.remove_placement_group(group)
-    there = ray.cluster_resources().get(kind, 0)
-    if not came and there < wanted:
+    available = ray.cluster_resources().get(resource, 0)
+    if not granted and available < amount:
         raise InputError(
-            f"the cluster may have {_limit(kind):g} {kind}s, was asked for {wanted:g}, and has {there:g} after "
-            f"{patience_s:.0f} s; ask its autoscaler why (ray status), or start the job again later"
+            f"the cluster may have {_limit(resource):g} {resource}s, was asked for {amount:g}, and has {available:g} "
+            f"after {patience_s:.0f} s; ask its autoscaler why (ray status), or start the job again later"
         )
-    return there
+    return available
 
 
-def wait_for_cluster(gpus: int = 1, patience_s: float = GROWTH_S) -> None:
-    """Let a cluster that sleeps have something to plan with: GPUs where it may have any, and two CPUs.
+def wait_for_cluster(gpus: int = 1, patience_s: float = GROWTH_WAIT_S) -> None:
+    """Make a cluster that grows start nodes, so that there is something to plan with: GPUs if it may have any, CPUs.
 
     Args:
-        gpus: So many, or as many as it may have.
-        patience_s: How long to wait for each.
+        gpus: How many GPUs to ask for; fewer if the cluster may not have so many.
+        patience_s: Seconds to wait for GPUs, and again for CPUs.
 
     Raises:
-        InputError: They did not come.
+        InputError: They did not come in time.
     """
     _available("GPU", min(gpus, _limit("GPU")), patience_s)
-    _available("CPU", min(1 + DATA_CPUS, _limit("CPU")), patience_s)
+    _available("CPU", min(1 + READING_CPUS, _limit("CPU")), patience_s)
 
 
-def require_cpus(wanted: float, what: str) -> None:
+def require_cpus(cpus: float, what: str) -> None:
     """Refuse what would take all CPUs of the cluster, or more.
 
     Args:
-        wanted: CPUs that are held throughout.
+        cpus: CPUs that are held throughout.
         what: Who holds them, and what to change, for the message: "4 workers with a CPU each (train.workers)".
 
     Raises:
-        InputError: Fewer than ``wanted + DATA_CPUS`` are there.
+        InputError: The cluster has fewer than ``cpus + READING_CPUS``.
     """
-    there = _available("CPU", wanted + DATA_CPUS)
-    if there < wanted + DATA_CPUS:
+    available = _available("CPU", cpus + READING_CPUS)
+    if available < cpus + READING_CPUS:
         raise InputError(
-            f"{what} and {DATA_CPUS} CPU for reading want {wanted + DATA_CPUS:g} CPUs, the cluster has {there:g}; "
-            "ask for fewer, or add nodes"
+            f"{what} and {READING_CPUS} CPU for reading want {cpus + READING_CPUS:g} CPUs, the cluster has "
+            f"{available:g}; ask for fewer, or add nodes"
         )
 
 
 def claim_gpus(workers: int) -> bool:
-    """Whether training uses GPUs: one a worker, or none where the cluster has none.
+    """Whether training uses GPUs: one for each worker, or none where the cluster has none.
 
     Raises:
-        InputError: There are some, and fewer than workers.
+        InputError: The cluster has GPUs, but fewer than workers.
     """
-    there = int(_available("GPU", workers))
-    if 0 < there < workers:
+    available = int(_available("GPU", workers))
+    if 0 < available < workers:
         raise InputError(
-            f"train.workers = {workers} want a GPU each, the cluster has {there}; set it to {there}, or add GPUs"
+            f"train.workers = {workers} want a GPU each, the cluster has {available}; set it to {available}, "
+            "or add GPUs"
         )
-    return there > 0
+    return available > 0
 
 
-def require_object_store(wanted: float, what: str) -> None:
+def require_object_store(num_bytes: float, what: str) -> None:
     """Refuse rows that would not fit into the object stores while they are on their way.
 
     Raises:
-        InputError: ``wanted`` bytes are more than ``STORE_SHARE`` of them.
+        InputError: ``num_bytes`` is more than ``OBJECT_STORE_SHARE`` of them.
     """
-    there = ray.cluster_resources().get("object_store_memory", 0)
-    if wanted > STORE_SHARE * there:
+    capacity = ray.cluster_resources().get("object_store_memory", 0)
+    if num_bytes > OBJECT_STORE_SHARE * capacity:
         raise InputError(
-            f"{what} hold {wanted / 1e9:.2f} GB on their way, the cluster's object stores have {there / 1e9:.2f} GB, "
-            f"of which {STORE_SHARE:.0%} may be used; lower train.batch_size or stream.prefetch, or give Ray more "
-            "object_store_memory"
+            f"{what} hold {num_bytes / 1e9:.2f} GB on their way, the cluster's object stores have "
+            f"{capacity / 1e9:.2f} GB, of which {OBJECT_STORE_SHARE:.0%} may be used; lower train.batch_size or "
+            "stream.prefetch, or give Ray more object_store_memory"
         )
 
 
-def require_disk(uri: str, wanted: float, what: str) -> None:
-    """Refuse to fill a local disk; other stores have no end that could be asked for.
+def require_disk(uri: str, num_bytes: float, what: str) -> None:
+    """Refuse to fill a local disk; object stores do not say how much room they have.
 
     Raises:
-        InputError: Less than ``wanted`` bytes and ``DISK_SPARE`` are free where ``uri`` is.
+        InputError: Less than ``num_bytes + SPARE_DISK_BYTES`` are free where ``uri`` is.
     """
     if storage.scheme_of(uri) != "file":
         return
     folder = Path(storage.arrow(uri)[1])
+    # The output is not there yet; the disk is that of the nearest folder above it that is.
     while not folder.exists():
         folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    if free < wanted + DISK_SPARE:
+    free_bytes = shutil.disk_usage(folder).free
+    if free_bytes < num_bytes + SPARE_DISK_BYTES:
         raise InputError(
-            f"{what} would take {wanted / 1e9:.2f} GB at '{uri}', where {free / 1e9:.2f} GB are free; "
+            f"{what} would take {num_bytes / 1e9:.2f} GB at '{uri}', where {free_bytes / 1e9:.2f} GB are free; "
             "choose another place, or make room"
         )

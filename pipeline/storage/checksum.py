@@ -1,4 +1,4 @@
-"""Whether what is read is what was written.
+"""A sha256 inside a JSON document, and files against the sha256 that a document names for them.
 
 A JSON document carries a digest over all the rest of it, so what commits a result also says when it was damaged;
 other files are read against the sha256 that a document names.
@@ -16,16 +16,16 @@ DIGEST = "digest"
 
 
 def with_checksum(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The same with its ``digest``: sha256 of the sorted compact JSON of everything else."""
-    plain = {key: value for key, value in content.items() if key != DIGEST}
-    text = json.dumps(plain, sort_keys=True, separators=(",", ":"))
+    """``content`` with a ``digest``: sha256 of the sorted compact JSON of everything else."""
+    without_digest = {key: value for key, value in content.items() if key != DIGEST}
+    text = json.dumps(without_digest, sort_keys=True, separators=(",", ":"))
     # Through JSON once: what is read back (lists for tuples, strings for keys) must give the same text.
     text = json.dumps(json.loads(text), sort_keys=True, separators=(",", ":"))
-    return {**plain, DIGEST: hashlib.sha256(text.encode()).hexdigest()}
+    return {**without_digest, DIGEST: hashlib.sha256(text.encode()).hexdigest()}
 
 
 def verify_checksum(content: Any, where: str, remedy: str) -> None:
-    """Compare an object that was read with its own digest.
+    """Check that a JSON document still has the digest that it was committed with.
 
     Args:
         content: The parsed JSON.
@@ -33,7 +33,7 @@ def verify_checksum(content: Any, where: str, remedy: str) -> None:
         remedy: What to do, for the error: "ingest again".
 
     Raises:
-        InputError: It differs, or has none.
+        InputError: The digest differs, or the document has none.
     """
     if not isinstance(content, dict) or content.get(DIGEST) != with_checksum(content)[DIGEST]:
         raise InputError(f"'{where}' is not as it was committed (its digest differs): damaged or edited; {remedy}")
@@ -44,11 +44,11 @@ def read_verified(uri: str, sha256: str, remedy: str) -> bytes:
 
     Args:
         uri: The file.
-        sha256: Of what was written, in hexadecimal, as the document that names the file says.
+        sha256: Hexadecimal digest of what was written, from the document that names the file.
         remedy: What to do, for the error: "ingest again".
 
     Raises:
-        InputError: The file cannot be read, or its bytes are others.
+        InputError: The file cannot be read, or its bytes differ from those that were written.
     """
     try:
         data = filesystem.read_bytes(uri)

@@ -33,10 +33,12 @@ DEFAULT_REGION = "us-east-1"
 
 @dataclass(frozen=True)
 class Listed:
-    """One file below a folder: its path relative to that folder, with '/', and its size in bytes."""
+    """One file below a folder."""
 
     path: str
+    """Relative to that folder, with '/' between its parts."""
     size: int
+    """Bytes."""
 
 
 def absolute(uri: str) -> str:
@@ -119,11 +121,12 @@ def generic(uri: str) -> tuple[Any, str]:
         raise InputError(f"'{uri}': {error}; install the package that it names") from None
 
 
-def _missing(uri: str, what: str) -> InputError:
-    return InputError(f"{what} '{uri}' not found; check the path" + _hint(uri))
+def _not_found(uri: str, what: str) -> InputError:
+    return InputError(f"{what} '{uri}' not found; check the path" + _where_to_look(uri))
 
 
-def _hint(uri: str) -> str:
+def _where_to_look(uri: str) -> str:
+    """The end of an error's sentence: what else may be wrong with a place that is not on this machine."""
     return ", the endpoint (AWS_ENDPOINT_URL) and the credentials" if scheme_of(uri) == "s3" else ""
 
 
@@ -132,7 +135,7 @@ def list_files(uri: str, suffixes: tuple[str, ...] = ()) -> list[Listed]:
 
     Args:
         uri: A folder.
-        suffixes: Lower-case endings to keep, such as ``(".jpg",)``; empty keeps all.
+        suffixes: Lower-case endings of the files to list, such as ``(".jpg",)``; empty lists all.
 
     Raises:
         InputError: There is no such folder, or it may not be read.
@@ -141,32 +144,30 @@ def list_files(uri: str, suffixes: tuple[str, ...] = ()) -> list[Listed]:
     try:
         kind = with_retries(uri, lambda: filesystem.get_file_info(root).type)
         if kind == pafs.FileType.NotFound:
-            raise _missing(uri, "folder")
+            raise _not_found(uri, "folder")
         if kind == pafs.FileType.File:
             raise InputError(f"'{uri}' is a file; wanted a folder")
-        found = with_retries(uri, lambda: filesystem.get_file_info(pafs.FileSelector(root, recursive=True)))
+        infos = with_retries(uri, lambda: filesystem.get_file_info(pafs.FileSelector(root, recursive=True)))
     except OSError as error:
-        raise InputError(f"folder '{uri}' could not be listed: {_reason(error)}{_hint(uri)}") from None
+        raise InputError(f"folder '{uri}' could not be listed: {one_line(error)}{_where_to_look(uri)}") from None
+    # Arrow gives paths from the filesystem's root; callers join them to the folder that they asked for.
     base = root.rstrip("/") + "/"
-    rows = [
+    files = [
         Listed(info.path.removeprefix(base), int(info.size))
-        for info in found
+        for info in infos
         if info.type == pafs.FileType.File and not info.base_name.startswith(".")
     ]
-    kept = [row for row in rows if not suffixes or row.path.lower().endswith(suffixes)]
+    kept = [row for row in files if not suffixes or row.path.lower().endswith(suffixes)]
     return sorted(kept, key=lambda row: row.path)
 
 
 def names_in(uri: str, *, folders: bool = False) -> list[str]:
     """Names of the files (or ``folders``) directly in a folder, sorted; none where there is no such folder."""
     filesystem, root = arrow(uri)
-    found = with_retries(uri, lambda: filesystem.get_file_info(pafs.FileSelector(root, allow_not_found=True)))
+    infos = with_retries(uri, lambda: filesystem.get_file_info(pafs.FileSelector(root, allow_not_found=True)))
     kind = pafs.FileType.Directory if folders else pafs.FileType.File
-    return sorted(info.base_name for info in found if info.type == kind and not info.base_name.endswith(".part"))
-
-
-def _reason(error: OSError) -> str:
-    return one_line(error)
+    # What ends in .part is another process's file that is not published yet.
+    return sorted(info.base_name for info in infos if info.type == kind and not info.base_name.endswith(".part"))
 
 
 def with_retries(uri: str, call: Callable[[], T]) -> T:
@@ -176,17 +177,17 @@ def with_retries(uri: str, call: Callable[[], T]) -> T:
     return retry.retry_call(call, f"'{uri}'")
 
 
-def read_bytes(uri: str, most: int | None = None) -> bytes:
+def read_bytes(uri: str, max_bytes: int | None = None) -> bytes:
     """The whole object; of a larger one the first ``most`` bytes.
 
     Raises:
-        FileNotFoundError, PermissionError, OSError: As the filesystem says; see ``classify``.
+        FileNotFoundError, PermissionError, OSError: As the filesystem says; ``error_status`` tells them apart.
     """
     filesystem, path = arrow(uri)
 
     def read() -> bytes:
         with filesystem.open_input_stream(path) as stream:
-            return stream.read() if most is None else stream.read(most)
+            return stream.read() if max_bytes is None else stream.read(max_bytes)
 
     return with_retries(uri, read)
 
@@ -196,15 +197,15 @@ def read_text(uri: str, what: str) -> str:
     try:
         return read_bytes(uri).decode("utf-8")
     except FileNotFoundError:
-        raise _missing(uri, what) from None
+        raise _not_found(uri, what) from None
     except UnicodeDecodeError:
         raise InputError(f"{what} '{uri}' is not UTF-8 text") from None
     except OSError as error:
-        raise InputError(f"{what} '{uri}' could not be read: {_reason(error)}{_hint(uri)}") from None
+        raise InputError(f"{what} '{uri}' could not be read: {one_line(error)}{_where_to_look(uri)}") from None
 
 
 def exists(uri: str) -> bool:
-    """Whether a file or folder is there."""
+    """Whether there is a file or folder at ``uri``."""
     filesystem, path = arrow(uri)
     return with_retries(uri, lambda: filesystem.get_file_info(path).type) != pafs.FileType.NotFound
 
@@ -228,14 +229,15 @@ def publish(uri: str) -> Iterator[Any]:
 
         with_retries(uri, upload)
         return
-    aside = Path(f"{path}.{secrets.token_hex(4)}.part")
-    aside.parent.mkdir(parents=True, exist_ok=True)
+    # A name of its own, in the same folder: a rename is atomic only within one filesystem.
+    temporary = Path(f"{path}.{secrets.token_hex(4)}.part")
+    temporary.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with filesystem.open_output_stream(str(aside)) as stream:
+        with filesystem.open_output_stream(str(temporary)) as stream:
             yield stream
-        aside.replace(path)
+        temporary.replace(path)
     finally:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def write_bytes(uri: str, data: bytes) -> None:
@@ -274,27 +276,30 @@ def create_once(uri: str, data: bytes) -> bool:
         try:
             filesystem.pipe_file(path, data, mode="create")
             return True
-        except Exception as error:  # of the network too; what it left behind decides
+        except Exception as error:
+            # Refused because an object is there, or the answer was lost after ours was written: the content decides.
             try:
                 return read_bytes(uri) == data
             except FileNotFoundError:
-                if not retry.is_transient(error):
-                    text = _reason(OSError(str(error)))
-                    raise PermissionError(f"'{uri}' could not be committed: {text}") from error
-                raise OSError(f"'{uri}' could not be committed: {_reason(OSError(str(error)))}") from error
+                # Nothing was written. A PermissionError is never tried again, an OSError is while there is patience.
+                kind = OSError if retry.is_transient(error) else PermissionError
+                raise kind(f"'{uri}' could not be committed: {one_line(OSError(str(error)))}") from error
 
     return with_retries(uri, create)
 
 
 def _create_local(path: Path, data: bytes) -> bool:
+    """``create_once`` on a local disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
     try:
-        with aside.open("wb") as file:
+        # On the disk before it has its name: after a power cut a commit is whole, or it is not there.
+        with temporary.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.link(aside, path)
+        # Unlike a rename, a link fails where the name is taken: of racing writers one wins.
+        os.link(temporary, path)
         return True
     except FileExistsError:
         return path.read_bytes() == data
@@ -303,7 +308,7 @@ def _create_local(path: Path, data: bytes) -> bool:
             raise
         raise InputError(f"'{path}': this filesystem has no hard links, which a commit needs") from None
     finally:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def open_input(uri: str) -> pa.NativeFile:

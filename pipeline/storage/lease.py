@@ -1,9 +1,9 @@
-"""One at a time, as a courtesy: an advisory lock with an expiry, of files that are made once.
+"""An advisory lock that expires, made of files that are created once: for runs that should not overlap.
 
-``<folder>/<n:06>.json`` names a holder; its lease is renewed in ``<n:06>-<holder>.json``, which only the holder writes.
-The next number may be made once the last lease is given back or has run out, by the clocks of those who ask, which are
-taken to agree within a minute or so. What a lock guards must be right without it: a holder that was suspended past its
-lease, and wakes, is not stopped.
+``<folder>/<n:06>.json`` names a holder. The holder renews its lease in ``<n:06>-<holder>.json``, which nobody else
+writes. File n + 1 may be created once lease n is given back or has run out by the clock of the process that asks;
+clocks are taken to agree within a minute. What the lock guards must be right without it: a holder that was suspended
+past the end of its lease, and wakes, is not stopped.
 """
 
 import contextlib
@@ -18,8 +18,8 @@ from datetime import UTC, datetime
 from pipeline import storage
 from pipeline.errors import InputError
 
-RENEWALS = 4
-"""In the time of a lease."""
+RENEWALS_PER_LEASE = 4
+"""How often a lease is renewed in the time for which it holds: some renewals may fail before it runs out."""
 
 
 @contextlib.contextmanager
@@ -28,21 +28,24 @@ def hold_lease(folder: str, what: str, lease_s: float) -> Iterator[str]:
 
     Args:
         folder: URI of the lock's files.
-        what: What is done, for others to read.
-        lease_s: How long others wait for a holder that died.
+        what: What the holder does, for the message to others.
+        lease_s: Seconds for which others wait for a holder that died.
+
+    Yields:
+        Id of the holder.
 
     Raises:
         InputError: Somebody else holds it: who, since when, until when.
     """
     holder = secrets.token_hex(8)
     number = _acquire(folder, holder, what, lease_s)
-    renewed = storage.join(folder, f"{number:06d}-{holder}.json")
+    renewal_uri = storage.join(folder, f"{number:06d}-{holder}.json")
     ended = threading.Event()
 
     def renew() -> None:
-        while not ended.wait(lease_s / RENEWALS):
-            with contextlib.suppress(OSError):  # asked again a moment later
-                storage.write_bytes(renewed, _lease(time.time() + lease_s))
+        while not ended.wait(lease_s / RENEWALS_PER_LEASE):
+            with contextlib.suppress(OSError):  # the next renewal comes in a moment
+                storage.write_bytes(renewal_uri, _renewal(time.time() + lease_s))
 
     thread = threading.Thread(target=renew, name="lock", daemon=True)
     thread.start()
@@ -51,24 +54,27 @@ def hold_lease(folder: str, what: str, lease_s: float) -> Iterator[str]:
     finally:
         ended.set()
         thread.join()
-        with contextlib.suppress(OSError):  # others wait for the lease to run out
-            storage.write_bytes(renewed, _lease(0.0))
+        with contextlib.suppress(OSError):  # then others wait until the lease runs out
+            storage.write_bytes(renewal_uri, _renewal(0.0))
 
 
-def _lease(until: float) -> bytes:
+def _renewal(until: float) -> bytes:
+    """Content of the renewal file: ``until``, in seconds since 1970; 0 gives the lease back."""
     return json.dumps({"until": until}).encode()
 
 
 def _acquire(folder: str, holder: str, what: str, lease_s: float) -> int:
+    """Create the next numbered file, which is the lock; returns its number."""
+    # Again and again only where another process is faster at creating the same number.
     while True:
-        last = _last(folder)
+        last = _last_number(folder)
         if last:
             claim = json.loads(storage.read_bytes(storage.join(folder, f"{last:06d}.json")))
-            until = _until(folder, last, claim)
-            if until > time.time():
+            runs_out_at = _runs_out_at(folder, last, claim)
+            if runs_out_at > time.time():
                 raise InputError(
-                    f"{claim['what']} holds the lock '{folder}' on {claim['host']} since {_at(claim['since'])}, until "
-                    f"{_at(until)} at least; wait for it, or for that time if it died"
+                    f"{claim['what']} holds the lock '{folder}' on {claim['host']} since {_utc_text(claim['since'])}, "
+                    f"until {_utc_text(runs_out_at)} at least; wait for it, or for that time if it died"
                 )
         now = time.time()
         claim = {"holder": holder, "what": what, "host": socket.gethostname(), "since": now, "until": now + lease_s}
@@ -76,13 +82,14 @@ def _acquire(folder: str, holder: str, what: str, lease_s: float) -> int:
             return last + 1
 
 
-def _last(folder: str) -> int:
+def _last_number(folder: str) -> int:
+    """Number of the newest lock file; 0 where there is none. Renewal files have longer names."""
     numbers = [name[:6] for name in storage.names_in(folder) if len(name) == len("000001.json")]
     return max((int(number) for number in numbers if number.isdigit()), default=0)
 
 
-def _until(folder: str, number: int, claim: dict[str, float]) -> float:
-    """When the lease runs out, as last renewed."""
+def _runs_out_at(folder: str, number: int, claim: dict[str, float]) -> float:
+    """When lease ``number`` runs out, in seconds since 1970: as last renewed, else as first claimed."""
     try:
         renewed = storage.read_bytes(storage.join(folder, f"{number:06d}-{claim['holder']}.json"))
     except FileNotFoundError:
@@ -90,5 +97,5 @@ def _until(folder: str, number: int, claim: dict[str, float]) -> float:
     return json.loads(renewed)["until"]
 
 
-def _at(seconds: float) -> str:
+def _utc_text(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")

@@ -23,7 +23,7 @@ OF_RAY = {
     "ray_node_gpus_utilization", "ray_node_gram_used", "ray_object_store_memory", "ray_resources",
     "ray_node_cpu_utilization", "ray_node_mem_used", "ray_node_disk_usage",
 }  # fmt: skip
-KNOWN = {name: metric for metric in prometheus.METRICS for name in prometheus.exported(metric)}
+KNOWN = {name: metric for metric in prometheus.METRICS for name in prometheus.exported_names(metric)}
 PLACE = {
     "type": "object", "required": ["h", "w", "x", "y"], "additionalProperties": False,
     "properties": {name: {"type": "integer", "minimum": 0, "maximum": 24 if name in "wx" else 999} for name in "hwxy"},
@@ -78,7 +78,7 @@ def unknown(query: str) -> list[str]:
         if selector.name not in KNOWN:
             found += [] if selector.name in OF_RAY else [selector.name]
             continue
-        labels = {*prometheus.OF_ALL, *prometheus.METRICS[KNOWN[selector.name]].tags}
+        labels = {*prometheus.COMMON_TAGS, *prometheus.METRICS[KNOWN[selector.name]].tags}
         labels |= {"le"} if selector.name.endswith("_bucket") else set()
         found += [f"{selector.name}: {each.name}" for each in selector.matchers.matchers if each.name not in labels]
         ours |= labels
@@ -112,7 +112,7 @@ def test_every_metric_has_a_panel():
     drawn = {
         each.name for where, query in queries().items() if not where.startswith("alert") for each in selectors(query)
     }
-    missing = [metric for metric in prometheus.METRICS if not drawn & set(prometheus.exported(metric))]
+    missing = [metric for metric in prometheus.METRICS if not drawn & set(prometheus.exported_names(metric))]
     assert not missing
     assert drawn - set(KNOWN) == OF_RAY
 
@@ -130,7 +130,7 @@ def test_the_alerts_cover_what_a_night_watch_needs():
         top = promql.parse(rule["expr"])
         while isinstance(top, promql.BinaryExpr):
             top = top.lhs
-        kept = set(top.modifier.labels) if isinstance(top, promql.AggregateExpr) else set(prometheus.OF_ALL)
+        kept = set(top.modifier.labels) if isinstance(top, promql.AggregateExpr) else set(prometheus.COMMON_TAGS)
         assert shown <= kept, rule["alert"]
 
 

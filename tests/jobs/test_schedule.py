@@ -65,8 +65,8 @@ def test_mlflow_has_each_run_once_with_its_figures_and_its_bundle(tmp_path: Path
     (bundle / "members" / "0" / "model.safetensors").write_bytes(b"weights")
     settings = mlflow_log.TrackingSettings.parse({"uri": f"file://{tmp_path}/mlflow", "experiment": "cells"}, "test")
     record = {"promote": True, "figures": {"challenger": {"main": 0.5, "nll": None}}, "reasons": ["better"]}
-    run = mlflow_log.log(settings, "abc", {"name": "cells", "judge": {"tolerance": 0.01}}, record, str(bundle))
-    assert mlflow_log.log(settings, "abc", {}, record, str(bundle)) == run
+    run = mlflow_log.log_run(settings, "abc", {"name": "cells", "judge": {"tolerance": 0.01}}, record, str(bundle))
+    assert mlflow_log.log_run(settings, "abc", {}, record, str(bundle)) == run
     client = mlflow.MlflowClient()
     found = client.get_run(run)
     assert found.data.params == {"name": "cells", "judge.tolerance": "0.01"}
@@ -80,4 +80,4 @@ def test_mlflow_has_each_run_once_with_its_figures_and_its_bundle(tmp_path: Path
 def test_without_mlflow_the_extra_is_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "mlflow", None)
     with pytest.raises(InputError, match=r"pip install 'dubito\[mlflow\]'"):
-        mlflow_log.require()
+        mlflow_log.require_mlflow()

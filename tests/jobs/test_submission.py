@@ -11,6 +11,7 @@ import pytest
 
 from jobs.cli import app
 from jobs.submission import client, pinned_versions, visible_paths, working_tree
+from jobs.submission.request import Request
 from pipeline import environment
 from pipeline.errors import InputError
 from pipeline.runtime.json_log import JsonLog, JsonLogReplay, job_output
@@ -66,7 +67,7 @@ def test_the_package_depends_on_names_and_contents_alone(project: Path, tmp_path
 
 
 def test_a_tree_that_is_too_large_names_what_is(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(working_tree, "MOST_BYTES", 300)
+    monkeypatch.setattr(working_tree, "MAX_BYTES", 300)
     with pytest.raises(InputError, match=r"more than 0 MB.*\.gitignore \(the largest: data/big.bin 0.0 MB, "):
         working_tree.pack(project, [*TRACKED, "data/big.bin"], tmp_path / "x.zip")
 
@@ -85,38 +86,38 @@ def test_a_tree_that_is_too_large_names_what_is(project: Path, tmp_path: Path, m
 )
 def test_places_are_ones_that_the_cluster_sees(value: str, written: bool, fine: bool):
     if fine:
-        visible_paths.place("--x", value, TRACKED, written=written)
+        visible_paths.require_visible("--x", value, TRACKED, written=written)
         return
     with pytest.raises(InputError, match=r"--x = '.*' is a path of this machine \(.*give an s3:// or gs:// URI"):
-        visible_paths.place("--x", value, TRACKED, written=written)
+        visible_paths.require_visible("--x", value, TRACKED, written=written)
 
 
 def test_a_config_travels_and_names_places_of_the_cluster(project: Path):
     config = str(project / "config.yaml")
-    assert visible_paths.config(config, [], project, TRACKED) == "config.yaml"
+    assert visible_paths.require_visible_config(config, [], project, TRACKED) == "config.yaml"
     with pytest.raises(InputError, match="out = 'runs/1' is a path of this machine"):
-        visible_paths.config(config, ["out=runs/1"], project, TRACKED)
+        visible_paths.require_visible_config(config, ["out=runs/1"], project, TRACKED)
     with pytest.raises(InputError, match="transfer.weights = 'w.safetensors' is a path of this machine"):
-        visible_paths.config(config, ["transfer.weights=w.safetensors"], project, TRACKED)
+        visible_paths.require_visible_config(config, ["transfer.weights=w.safetensors"], project, TRACKED)
     with pytest.raises(InputError, match=r"config '.*' does not travel with the working tree"):
-        visible_paths.config(config, [], project, [])
+        visible_paths.require_visible_config(config, [], project, [])
 
 
-def request_of(line: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> client.Request:
+def request_of(line: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Request:
     """What ``dubito LINE --submit http://x:1`` would send."""
-    made: list[client.Request] = []
+    requests: list[Request] = []
 
-    def sends(verb: str, make: Any, cluster: client.Cluster) -> int:
+    def keep(verb: str, make_request: Any, cluster: client.Cluster) -> int:
         assert cluster.address == "http://x:1"
-        made.append(make())
+        requests.append(make_request())
         return 0
 
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(client, "run", sends)
+    monkeypatch.setattr(client, "run", keep)
     with pytest.raises(SystemExit) as ended:
         app([*line.split(), "--submit", "http://x:1"])
     assert ended.value.code == 0
-    return made[0]
+    return requests[0]
 
 
 def test_the_command_arrives_as_it_was_given(project: Path, monkeypatch: pytest.MonkeyPatch):
@@ -150,26 +151,28 @@ def test_every_verb_but_the_demo_can_be_submitted():
 
 def test_pins_are_those_of_the_tree_and_are_checked_where_the_job_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "constraints.txt").write_text("# tested\ntorch==9.9.9  # not yet\nkornia_rs==1\n")
-    wanted = pinned_versions.wanted(tmp_path)
+    wanted = pinned_versions.versions_of(tmp_path)
     assert wanted["torch"] == "9.9.9"
     assert wanted["ray"].startswith("2."), "what is not pinned is as installed here"
     assert "pytest" not in wanted
     monkeypatch.delenv(environment.PINNED_VERSIONS, raising=False)
-    pinned_versions.check()
-    monkeypatch.setenv(environment.PINNED_VERSIONS, json.dumps(pinned_versions.wanted(tmp_path / "nowhere")))
-    pinned_versions.check()
+    pinned_versions.require_pinned_versions()
+    monkeypatch.setenv(environment.PINNED_VERSIONS, json.dumps(pinned_versions.versions_of(tmp_path / "nowhere")))
+    pinned_versions.require_pinned_versions()
     monkeypatch.setenv(environment.PINNED_VERSIONS, json.dumps(wanted | {"nonsense-package": "1"}))
     with pytest.raises(
         InputError, match=r"the cluster has torch 2\.[^ ]+ instead of 9\.9\.9, nonsense-package missing"
     ):
-        pinned_versions.check()
+        pinned_versions.require_pinned_versions()
 
 
 def test_no_credential_travels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "geheim")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "geheim")
     monkeypatch.setenv("DUBITO_STORAGE_PATIENCE_S", "7")
-    runtime = client._runtime(tmp_path, "job", tmp_path / "t.zip", client.Cluster("http://x:1", environment="install"))
+    runtime = client.runtime_environment(
+        tmp_path, "job", tmp_path / "t.zip", client.Cluster("http://x:1", environment="install")
+    )
     assert "geheim" not in json.dumps(runtime)
     assert runtime["env_vars"]["DUBITO_STORAGE_PATIENCE_S"] == "7"
     assert runtime["env_vars"]["DUBITO_LOG"] == "json"

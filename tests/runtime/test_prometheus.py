@@ -150,33 +150,33 @@ def test_what_prometheus_finds_is_what_was_done(server: Prometheus, tmp_path: Pa
     assert found["restarts_total", "predict", ""] == 0
     assert 1.0 in server.seen["running", "train", ""], "nobody could see that it ran"
     assert server.values()["running", "predict", ""] == 0, "a stage that has ended runs no more"
-    names = {name for metric in prometheus.METRICS for name in prometheus.exported(metric)}
+    names = {name for metric in prometheus.METRICS for name in prometheus.exported_names(metric)}
     assert server.names == names, "the table and what Ray exports differ"
 
 
 def every_metric() -> None:
     """One number of each, from this process."""
-    told = prometheus.MetricsRecorder(prometheus.MetricTags("test", TABLE, "none"))
+    recorder = prometheus.MetricsRecorder(prometheus.MetricTags("test", TABLE, "none"))
     for metric, row in prometheus.METRICS.items():
-        add = {"counter": told.count, "gauge": told.set}.get(row.kind)
+        add = {"counter": recorder.count, "gauge": recorder.set}.get(row.kind)
         if add is None:
-            told.observe(metric, 1.0)
+            recorder.observe(metric, 1.0)
         else:
             add(metric, 1.0, "some" if row.tags else "")
-    told.flush()
+    recorder.flush()
 
 
 def test_without_a_ray_session_nothing_is_kept_and_nothing_is_imported(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(prometheus, "_ray_runs", lambda: False)
-    monkeypatch.setattr(prometheus, "_handle", lambda metric: pytest.fail("Ray was asked"))
-    with prometheus.running(prometheus.stage_tags("train")) as told:
+    monkeypatch.setattr(prometheus, "_ray_metric", lambda metric: pytest.fail("Ray was asked"))
+    threads = threading.active_count()
+    with prometheus.running(prometheus.stage_tags("train")) as recorder:
         for _ in range(1000):
-            told.count("dubito_images_total", 8, "ok")
-            told.observe("dubito_step_seconds", 0.1)
-    assert told._counts == {}
-    assert told._gauges == {}
-    assert told._seen == []
-    assert told._thread is None
+            recorder.count("dubito_images_total", 8, "ok")
+            recorder.observe("dubito_step_seconds", 0.1)
+        assert threading.active_count() == threads
+    monkeypatch.setattr(prometheus, "_ray_runs", lambda: True)
+    recorder.flush()  # with anything kept, Ray's object of a metric would now be asked for
 
 
 def test_calls_that_overlap_are_no_waiting(monkeypatch: pytest.MonkeyPatch):

@@ -56,7 +56,7 @@ def test_a_run_that_goes_on_has_each_step_once(where: str, tmp_path: Path, reque
         tensorboard.publish(folder, history(step), step)
     # It died before the checkpoints of 12 and 18 were there; steps are larger now, so looks are elsewhere.
     tensorboard.rewind(folder, 6)
-    assert sorted(tensorboard.steps(folder)) == [6]
+    assert sorted(tensorboard.files_by_last_step(folder)) == [6]
     again = history(6) + history(15, start=7, worth=2.0)
     tensorboard.publish(folder, again, 15)
     tensorboard.publish(folder, again + history(20, start=16, worth=2.0), 20)
