@@ -76,16 +76,16 @@ def row_groups(info: DatasetInfo, split: str) -> list[RowGroup]:
     Raises:
         InputError: The split has no rows.
     """
-    found = [
+    groups = [
         RowGroup(storage.join(info.uri, file["path"]), index, rows, num_bytes)
         for file in sorted(info.meta["files"], key=lambda file: file["path"])
         if file.get("split") == split
         for index, (rows, num_bytes) in enumerate(file["row_groups"])
     ]
-    if not found:
-        there = ", ".join(f"{name} ({part['images']})" for name, part in info.counts.items())
-        raise InputError(f"dataset '{info.uri}' has no rows in split '{split}'; those that have: {there}")
-    return found
+    if not groups:
+        splits_with_counts = ", ".join(f"{name} ({part['images']})" for name, part in info.counts.items())
+        raise InputError(f"dataset '{info.uri}' has no rows in split '{split}'; those that have: {splits_with_counts}")
+    return groups
 
 
 def _committed(uri: str) -> dict[str, Any] | None:

@@ -61,32 +61,32 @@ def digests(uri: str) -> pa.Table:
 def diff_digests(before: pa.Table, after: pa.Table) -> DatasetDiff:
     """Compare two tables of digests by id; image and labels by their hashes, null equal to null alone."""
     joined = after.join(before, keys="image_id", join_type="full outer", right_suffix="_before", coalesce_keys=True)
-    here, there = pc.is_valid(joined["sha256"]), pc.is_valid(joined["sha256_before"])
-    same = pc.and_(_equal(joined, "sha256"), _equal(joined, "label_sha256"))
-    new = pc.and_(here, pc.invert(there))
+    is_after, was_before = pc.is_valid(joined["sha256"]), pc.is_valid(joined["sha256_before"])
+    same = pc.and_(same_as_before(joined, "sha256"), same_as_before(joined, "label_sha256"))
+    new = pc.and_(is_after, pc.invert(was_before))
     labelled = after.filter(pc.is_valid(after["label_sha256"]))
-    unseen = after["image_id"].filter(pc.invert(_among(after["sha256"], before["sha256"])))
+    unseen = after["image_id"].filter(pc.invert(is_among(after["sha256"], before["sha256"])))
     return DatasetDiff(
         _count(new),
-        _count(pc.and_(pc.and_(here, there), pc.invert(same))),
-        _count(pc.and_(there, pc.invert(here))),
-        labelled.num_rows - _count(_among(_pair(labelled), _pair(before))),
+        _count(pc.and_(pc.and_(is_after, was_before), pc.invert(same))),
+        _count(pc.and_(was_before, pc.invert(is_after))),
+        labelled.num_rows - _count(is_among(image_and_label(labelled), image_and_label(before))),
         frozenset(unseen.to_pylist()),
     )
 
 
-def _among(values: pa.ChunkedArray, known: pa.ChunkedArray) -> pa.ChunkedArray:
+def is_among(values: pa.ChunkedArray, value_set: pa.ChunkedArray) -> pa.ChunkedArray:
     wide = pa.large_string()  # no number of hashes is too many for its offsets
-    return pc.is_in(values.cast(wide), value_set=known.cast(wide).combine_chunks())
+    return pc.is_in(values.cast(wide), value_set=value_set.cast(wide).combine_chunks())
 
 
-def _pair(rows: pa.Table) -> pa.ChunkedArray:
+def image_and_label(rows: pa.Table) -> pa.ChunkedArray:
     return pc.binary_join_element_wise(rows["sha256"], rows["label_sha256"].fill_null(""), "/")
 
 
-def _equal(joined: pa.Table, name: str) -> pa.ChunkedArray:
-    mine, its = joined[name].fill_null(""), joined[f"{name}_before"].fill_null("")
-    return pc.equal(mine, its)
+def same_as_before(joined: pa.Table, name: str) -> pa.ChunkedArray:
+    after, before = joined[name].fill_null(""), joined[f"{name}_before"].fill_null("")
+    return pc.equal(after, before)
 
 
 def _count(mask: pa.ChunkedArray) -> int:
@@ -105,12 +105,12 @@ def require_disjoint(test: DatasetInfo, test_split: str, learned: DatasetInfo, s
     Raises:
         InputError: They share images; the first are named.
     """
-    own = _images(test, test_split)
+    test_images = _images(test, test_split)
     for split in splits:
         if not learned.counts.get(split, {}).get("images"):
             continue
         other = _images(learned, split)
-        shared = own.join(other, keys="sha256", join_type="inner", right_suffix="_learned")
+        shared = test_images.join(other, keys="sha256", join_type="inner", right_suffix="_learned")
         if shared.num_rows:
             first = ", ".join(shared["image_id_learned"].slice(0, SHOWN).to_pylist())
             raise InputError(

@@ -69,10 +69,10 @@ def fetch_images(uris: Sequence[str], sizes: Sequence[int]) -> list[Fetched]:
 
 def with_images(table: pa.Table) -> pa.Table:
     """Rows with ``image`` in the place of null, and ``status`` and ``error`` of each."""
-    ((rows, found),) = _each(iter([table]))
-    words = ["ok" if item is None else item.status for item in found]
-    errors = [None if item is None else item.error for item in found]
-    table = _with_images(rows, found).append_column("status", pa.array(words, pa.string()))
+    ((rows, fetched_images),) = _fetch_ahead(iter([table]))
+    statuses = ["ok" if item is None else item.status for item in fetched_images]
+    errors = [None if item is None else item.error for item in fetched_images]
+    table = _fill_images(rows, fetched_images).append_column("status", pa.array(statuses, pa.string()))
     return table.append_column("error", pa.array(errors, pa.string()))
 
 
@@ -82,50 +82,50 @@ def require_images(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
     Raises:
         InputError: An image cannot be had; it names the image.
     """
-    for table, found in _each(tables):
-        for row, item in enumerate(found):
-            if item is not None and item.data is None:
+    for table, fetched_images in _fetch_ahead(tables):
+        for row, fetched in enumerate(fetched_images):
+            if fetched is not None and fetched.data is None:
                 name, uri = table["image_id"][row].as_py(), table["uri"][row].as_py()
                 raise InputError(
-                    f"image '{name}' of the dataset is {item.status} at '{uri}': {item.error}; "
+                    f"image '{name}' of the dataset is {fetched.status} at '{uri}': {fetched.error}; "
                     "put it back, or ingest again without it"
                 )
-        yield _with_images(table, found).drop_columns(
+        yield _fill_images(table, fetched_images).drop_columns(
             [name for name in REFERENCE_COLUMNS if name in table.column_names]
         )
 
 
-def _each(tables: Iterable[pa.Table]) -> Iterator[tuple[pa.Table, list[Fetched | None]]]:
+def _fetch_ahead(tables: Iterable[pa.Table]) -> Iterator[tuple[pa.Table, list[Fetched | None]]]:
     """Each table with what was fetched for its rows; None where the image is in the row."""
     waiting: deque[tuple[pa.Table, list[Future[Fetched] | None]]] = deque()
     with ThreadPoolExecutor(THREADS, "fetch") as pool:
         try:
             for table in tables:
-                waiting.append((table, _ask(pool, table)))
-                while sum(each.num_rows for each, _ in waiting) > AHEAD:
-                    yield _answer(*waiting.popleft())
+                waiting.append((table, _start_fetches(pool, table)))
+                while sum(table.num_rows for table, _ in waiting) > AHEAD:
+                    yield _wait_for_fetches(*waiting.popleft())
             while waiting:
-                yield _answer(*waiting.popleft())
+                yield _wait_for_fetches(*waiting.popleft())
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _ask(pool: ThreadPoolExecutor, table: pa.Table) -> list[Future[Fetched] | None]:
+def _start_fetches(pool: ThreadPoolExecutor, table: pa.Table) -> list[Future[Fetched] | None]:
     absent = [not value.is_valid for value in table["image"]]
     if not any(absent):
         return [None] * table.num_rows
     digests = table["sha256"].to_pylist() if "sha256" in table.column_names else [None] * table.num_rows
-    found = zip(absent, table["uri"].to_pylist(), digests, strict=True)
-    return [pool.submit(fetch, uri, 0, sha256) if gone else None for gone, uri, sha256 in found]
+    fetches = zip(absent, table["uri"].to_pylist(), digests, strict=True)
+    return [pool.submit(fetch, uri, 0, sha256) if gone else None for gone, uri, sha256 in fetches]
 
 
-def _answer(table: pa.Table, asked: list[Future[Fetched] | None]) -> tuple[pa.Table, list[Fetched | None]]:
-    return table, [None if future is None else future.result() for future in asked]
+def _wait_for_fetches(table: pa.Table, fetches: list[Future[Fetched] | None]) -> tuple[pa.Table, list[Fetched | None]]:
+    return table, [None if future is None else future.result() for future in fetches]
 
 
-def _with_images(table: pa.Table, found: list[Fetched | None]) -> pa.Table:
-    if all(item is None for item in found):
+def _fill_images(table: pa.Table, fetched_images: list[Fetched | None]) -> pa.Table:
+    if all(item is None for item in fetched_images):
         return table
-    pairs = zip(table["image"], found, strict=True)
+    pairs = zip(table["image"], fetched_images, strict=True)
     images = [value.as_py() if item is None else item.data for value, item in pairs]
     return table.set_column(table.column_names.index("image"), "image", pa.array(images, pa.binary()))

@@ -87,8 +87,8 @@ def ingest(
 
 
 def _refuse_other(uri: str, committed: dict[str, Any], source: dict[str, Any]) -> None:
-    there = {key: value for key, value in committed.get("source", {}).items() if key in source}
-    different = first_difference(there, source)
+    committed_source = {key: value for key, value in committed.get("source", {}).items() if key in source}
+    different = first_difference(committed_source, source)
     if different:
         raise InputError(f"'{uri}' already holds a dataset made from other inputs: {different}; choose another --out")
 
@@ -172,16 +172,16 @@ def _build(
 
 
 def _counted(
-    made: Iterator[tuple[str, shard_writer.WrittenShard]], rejects: Sequence[Reject]
+    finished_shards: Iterator[tuple[str, shard_writer.WrittenShard]], rejects: Sequence[Reject]
 ) -> Iterator[tuple[str, shard_writer.WrittenShard]]:
     """The same shards, counted for those who watch, as are ``rejects`` of before."""
-    with prometheus.running(prometheus.stage_tags("ingest")) as told:
+    with prometheus.running(prometheus.stage_tags("ingest")) as recorder:
         for item in rejects:
-            told.count("dubito_rejects_total", 1, item.reason)
-        for uri, written in made:
-            told.count("dubito_images_total", len(written.digests), "ok")
+            recorder.count("dubito_rejects_total", 1, item.reason)
+        for uri, written in finished_shards:
+            recorder.count("dubito_images_total", len(written.digests), "ok")
             for item in written.rejects:
-                told.count("dubito_rejects_total", 1, item.reason)
+                recorder.count("dubito_rejects_total", 1, item.reason)
             yield uri, written
 
 

@@ -66,7 +66,7 @@ def groups_of(file: str) -> list[RowGroup]:
     def read() -> list[RowGroup]:
         with _opened(file) as parquet:
             footers = [parquet.metadata.row_group(index) for index in range(parquet.num_row_groups)]
-        return [RowGroup(file, index, each.num_rows, each.total_byte_size) for index, each in enumerate(footers)]
+        return [RowGroup(file, index, footer.num_rows, footer.total_byte_size) for index, footer in enumerate(footers)]
 
     return _read_twice(file, read)
 

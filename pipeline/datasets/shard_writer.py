@@ -48,9 +48,9 @@ def plan_shards(
     """
     plans = []
     for split in schema.SPLITS:
-        mine = [item for item in sources if split_of[item.image_id] == split]
-        mine.sort(key=lambda item: (hash_position(item.image_id), item.image_id))
-        for number, part in enumerate(_parts(mine, shard_bytes)):
+        sources_of_split = [item for item in sources if split_of[item.image_id] == split]
+        sources_of_split.sort(key=lambda item: (hash_position(item.image_id), item.image_id))
+        for number, part in enumerate(_parts(sources_of_split, shard_bytes)):
             file = storage.join(uri, f"data/{split}-{number:05d}.parquet")
             plans.append(ShardPlan(file, split, format_name, tuple(part)))
     return plans

@@ -32,17 +32,17 @@ def read_splits(uri: str, renames: dict[str, str]) -> dict[str, list[str]]:
     Other files of such a folder (VOC keeps one list a class beside them) are not read.
     """
     if uri.lower().endswith(".json"):
-        return _known(_from_json(uri), uri, renames)
-    known = {*schema.SPLITS, *renames}
-    lists = [item for item in storage.list_files(uri, (".txt",)) if item.path.removesuffix(".txt") in known]
+        return _to_our_splits(_from_json(uri), uri, renames)
+    list_names = {*schema.SPLITS, *renames}
+    lists = [item for item in storage.list_files(uri, (".txt",)) if item.path.removesuffix(".txt") in list_names]
     if not lists:
-        wanted = ", ".join(f"{name}.txt" for name in schema.SPLITS)
-        raise InputError(f"--splits '{uri}': wanted a JSON file or a folder with {wanted}; found none of them")
-    found = {}
+        expected_files = ", ".join(f"{name}.txt" for name in schema.SPLITS)
+        raise InputError(f"--splits '{uri}': wanted a JSON file or a folder with {expected_files}; found none of them")
+    names_by_list = {}
     for item in lists:
         lines = storage.read_text(storage.join(uri, item.path), "list of images").splitlines()
-        found[item.path.removesuffix(".txt")] = [line.strip() for line in lines if line.strip()]
-    return _known(found, uri, renames)
+        names_by_list[item.path.removesuffix(".txt")] = [line.strip() for line in lines if line.strip()]
+    return _to_our_splits(names_by_list, uri, renames)
 
 
 def _from_json(uri: str) -> dict[str, list[str]]:
@@ -55,14 +55,14 @@ def _from_json(uri: str) -> dict[str, list[str]]:
     return {str(split): [str(name) for name in names] for split, names in data.items()}
 
 
-def _known(found: dict[str, list[str]], uri: str, renames: dict[str, str]) -> dict[str, list[str]]:
-    out: dict[str, list[str]] = {}
-    for old, names in found.items():
+def _to_our_splits(names_by_list: dict[str, list[str]], uri: str, renames: dict[str, str]) -> dict[str, list[str]]:
+    names_by_split: dict[str, list[str]] = {}
+    for old, names in names_by_list.items():
         split = renames.get(old, old)
         if split not in schema.SPLITS:
             raise InputError(f"--splits '{uri}': unknown split '{split}'.{nearest(split, schema.SPLITS)}")
-        out.setdefault(split, []).extend(names)
-    return out
+        names_by_split.setdefault(split, []).extend(names)
+    return names_by_split
 
 
 def assign(
@@ -88,13 +88,13 @@ def assign(
             split = out.split_of.pop(source.image_id)
             uri = source.image_uri or f"{format_name}:{source.image_id}"
             out.rejects.append(Reject(uri, "no_label", f"named in split '{split}', but there is no label for it"))
-    given = splits is not None or any(source.split for source in sources)
-    asked = {name: getattr(settings.hold_out, name) for name in HELD_OUT}
-    default = 0.0 if given else DEFAULT_SHARE
-    shares = {name: default if share is None else share for name, share in asked.items()}
-    if given and any(shares.values()) and "train" not in out.split_of.values():
+    has_splits = splits is not None or any(source.split for source in sources)
+    requested = {name: getattr(settings.hold_out, name) for name in HELD_OUT}
+    default = 0.0 if has_splits else DEFAULT_SHARE
+    shares = {name: default if share is None else share for name, share in requested.items()}
+    if has_splits and any(shares.values()) and "train" not in out.split_of.values():
         raise InputError("hold_out takes from split 'train', but it has no labelled image; leave hold_out away")
-    optional = [name for name in ("calibration", "test", "val") if asked[name] is None]
+    optional = [name for name in ("calibration", "test", "val") if requested[name] is None]
     hold_out(out.split_of, shares, settings.group, optional)
     return out
 
@@ -109,13 +109,13 @@ def _by_name(sources: Sequence[Source], splits: dict[str, list[str]], out: Split
             table.setdefault(key, []).append(image_id)
     for split, names in splits.items():
         for name in names:
-            found = next((table[name] for table in keys if name in table), [])
-            if len(found) != 1:
-                what = "no such image" if not found else f"{len(found)} images have this name"
+            image_ids = next((table[name] for table in keys if name in table), [])
+            if len(image_ids) != 1:
+                what = "no such image" if not image_ids else f"{len(image_ids)} images have this name"
                 out.rejects.append(Reject(name, "missing", f"named in split '{split}': {what}"))
-            elif out.split_of.setdefault(found[0], split) != split:
-                both = f"'{out.split_of[found[0]]}' and '{split}'"
-                raise InputError(f"image '{found[0]}' is named in both {both}; a split must not leak into another")
+            elif out.split_of.setdefault(image_ids[0], split) != split:
+                both = f"'{out.split_of[image_ids[0]]}' and '{split}'"
+                raise InputError(f"image '{image_ids[0]}' is named in both {both}; a split must not leak into another")
 
 
 def _stem(path: str) -> str:
@@ -136,20 +136,20 @@ def hold_out(
     Raises:
         InputError: There are fewer groups than splits that were asked for, or ``group`` finds none.
     """
-    wanted = {split: share for split, share in shares.items() if share > 0}
+    requested = {split: share for split, share in shares.items() if share > 0}
     groups: dict[str, list[str]] = {}
     for image_id, split in split_of.items():
         if split == "train":
             groups.setdefault(_group(image_id, group), []).append(image_id)
     for split in optional:
-        if len(groups) < len(wanted) + 1:
-            wanted.pop(split, None)
-    if not wanted or not groups:
+        if len(groups) < len(requested) + 1:
+            requested.pop(split, None)
+    if not requested or not groups:
         return
     place = {name: hash_position(name) for name in groups}
     chosen, start = {name: "train" for name in groups}, 0.0
     middles = {}
-    for split, share in wanted.items():
+    for split, share in requested.items():
         chosen |= {name: split for name, at in place.items() if start <= at < start + share}
         middles[split] = start + share / 2
         start += share
@@ -188,5 +188,5 @@ def _fill_empty(chosen: dict[str, str], place: dict[str, float], middles: dict[s
 
 
 def _empty(splits: Iterable[str], used: Iterable[str]) -> list[str]:
-    there = set(used)
-    return [split for split in splits if split not in there]
+    used_splits = set(used)
+    return [split for split in splits if split not in used_splits]

@@ -103,17 +103,17 @@ def decode_batches(
             batch, failures = task.collate(table, train=train, seed=seed)
             yield DecodedBatch(table, batch, failures)
         return
-    own, numbers = threading.local(), itertools.count(1)
+    thread_state, stream_numbers = threading.local(), itertools.count(1)
 
     def work(group: list[pa.Table]) -> list[DecodedBatch]:
         if decoder.device.type != "cuda":
             return _decode_group(task, group, decoder, train, seed)
-        if not hasattr(own, "lane"):
-            own.lane = _lane(decoder.device, next(numbers))
-        with torch.cuda.stream(own.lane):
-            made = _decode_group(task, group, decoder, train, seed)
-        ready = own.lane.record_event()
-        return [dataclasses.replace(item, ready=ready) for item in made]
+        if not hasattr(thread_state, "lane"):
+            thread_state.lane = _decode_stream(decoder.device, next(stream_numbers))
+        with torch.cuda.stream(thread_state.lane):
+            batches = _decode_group(task, group, decoder, train, seed)
+        ready = thread_state.lane.record_event()
+        return [dataclasses.replace(item, ready=ready) for item in batches]
 
     with ThreadPoolExecutor(STREAMS, "device-decode") as pool:
         waiting: deque[Future[list[DecodedBatch]]] = deque()
@@ -130,12 +130,12 @@ def _decode_group(
 ) -> list[DecodedBatch]:
     """All images of a group by one call, then table by table."""
     decoded = iter(decoder([item for table in group for item in table["image"].to_pylist()]))
-    out = []
+    batches = []
     for table in group:
-        own = [next(decoded) for _ in range(table.num_rows)]
-        batch, failures = task.collate(table, train=train, seed=seed, decoded=own)
-        out.append(DecodedBatch(table, batch, failures))
-    return out
+        pixels = [next(decoded) for _ in range(table.num_rows)]
+        batch, failures = task.collate(table, train=train, seed=seed, decoded=pixels)
+        batches.append(DecodedBatch(table, batch, failures))
+    return batches
 
 
 def decode_groups(tables: Iterable[pa.Table]) -> Iterator[list[pa.Table]]:
@@ -177,7 +177,7 @@ def augmented_batches(
             _refuse(item)
             yield item.table, augment(item.batch.to(device))
         return
-    lane = _lane(device, 0) if device.type == "cuda" else None
+    lane = _decode_stream(device, 0) if device.type == "cuda" else None
 
     def work() -> Generator[tuple[pa.Table, Batch, Any], None, None]:
         for item in items:
@@ -194,7 +194,7 @@ def augmented_batches(
 
 
 @functools.cache
-def _lane(device: torch.device, number: int) -> torch.cuda.Stream:
+def _decode_stream(device: torch.device, number: int) -> torch.cuda.Stream:
     """The same few streams for training and validation: what one stream has freed, no other can use."""
     return torch.cuda.Stream(device)
 
@@ -218,7 +218,7 @@ def _refuse(item: DecodedBatch) -> None:
 
 
 def group_into_steps(
-    made: Iterable[tuple[pa.Table, Batch]], batch_size: int, accumulate: int
+    augmented: Iterable[tuple[pa.Table, Batch]], batch_size: int, accumulate: int
 ) -> Generator[Step, None, None]:
     """Group local batches into optimiser steps; a batch that is not full is a broken promise of the stream.
 
@@ -229,7 +229,7 @@ def group_into_steps(
     """
     batches: list[Batch] = []
     positions: list[Any] = []
-    for table, batch in made:
+    for table, batch in augmented:
         if table.num_rows != batch_size:
             raise RuntimeError(f"the stream ended within a batch: {table.num_rows} rows; rows were lost on the way")
         arrays = run_stream.batch_arrays(table)

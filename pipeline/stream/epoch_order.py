@@ -74,8 +74,8 @@ def plan_remaining_rows(ledger: Ledger, end: int, global_batch: int) -> Remainin
     """
     missing = end - ledger.count(0, end)
     steps = -(-missing // global_batch)
-    wanted, stop = steps * global_batch - missing, end
-    while wanted > 0:
-        stop += wanted
-        wanted = steps * global_batch - missing - (stop - end - ledger.count(end, stop))
+    padding, stop = steps * global_batch - missing, end
+    while padding > 0:
+        stop += padding
+        padding = steps * global_batch - missing - (stop - end - ledger.count(end, stop))
     return RemainingRows(ledger.first_free(), stop, steps)

@@ -48,10 +48,10 @@ class FrameRows:
         if self.input.fit == "crop":
             offsets = crop_offsets(self.seed, *(table[name].to_numpy() for name in ("epoch", "position")))
         paster = Paster(rows, self.input, train=True, offsets=offsets)
-        found = usable(decode_many(table["image"].to_pylist(), 1, paster.wanted, then=paster), stored_sizes(table))
+        decoded = usable(decode_many(table["image"].to_pylist(), 1, paster.wanted, then=paster), stored_sizes(table))
         frames = paster.frames.reshape(rows, -1).numpy()
         faults: list[str | None] = [None] * table.num_rows
-        for row, reason, detail in found.failures:
+        for row, reason, detail in decoded.failures:
             faults[row], frames[row] = f"{reason}: {detail}", 0
         column = pa.Array.from_buffers(pa.binary(self.row_bytes), table.num_rows, [None, pa.py_buffer(frames)])
         table = table.drop_columns(["image"]).append_column(FRAME, column)
@@ -112,11 +112,12 @@ def require_cache_room(framing: FrameRows, rows: int, store_bytes: float) -> Non
     Raises:
         InputError: The frames would take more than ``CACHE_SHARE`` of it.
     """
-    wanted, room = rows * framing.row_bytes, store_bytes * CACHE_SHARE
-    if wanted > room:
+    needed_bytes, available_bytes = rows * framing.row_bytes, store_bytes * CACHE_SHARE
+    if needed_bytes > available_bytes:
         height, width = framing.canvas
         raise InputError(
-            f"stream.cache: decoded would keep {rows} frames of {height}x{width}, {wanted / 1e9:.2f} GB; the cluster's "
-            f"object stores have {store_bytes / 1e9:.2f} GB, of which frames may take {CACHE_SHARE:.0%} "
-            f"({room / 1e9:.2f} GB); set stream.cache to none, lower input.size, or give Ray more object_store_memory"
+            f"stream.cache: decoded would keep {rows} frames of {height}x{width}, {needed_bytes / 1e9:.2f} GB; the "
+            f"cluster's object stores have {store_bytes / 1e9:.2f} GB, of which frames may take {CACHE_SHARE:.0%} "
+            f"({available_bytes / 1e9:.2f} GB); set stream.cache to none, lower input.size, or give Ray more "
+            "object_store_memory"
         )

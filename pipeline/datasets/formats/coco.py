@@ -96,11 +96,11 @@ class Coco(Format):
 def _json_file(uri: str) -> str:
     if uri.lower().endswith(".json"):
         return uri
-    found = files.labels_in(uri, (".json",))
-    if len(found) > 1:
-        names = ", ".join(item.path for item in found[:5])
-        raise InputError(f"'{uri}' holds {len(found)} JSON files ({names}); name one with --labels")
-    return storage.join(uri, found[0].path)
+    json_files = files.labels_in(uri, (".json",))
+    if len(json_files) > 1:
+        names = ", ".join(item.path for item in json_files[:5])
+        raise InputError(f"'{uri}' holds {len(json_files)} JSON files ({names}); name one with --labels")
+    return storage.join(uri, json_files[0].path)
 
 
 def _load(uri: str) -> dict[str, Any]:
@@ -128,8 +128,8 @@ def _only_objects(data: dict[str, Any], uri: str) -> list[Reject]:
             if isinstance(item, dict) and isinstance(item.get(name), (int, str)):
                 good.append(item)
                 continue
-            found = f"'{name}': {item.get(name)!r:.60}" if isinstance(item, dict) else repr(item)[:60]
-            detail = f"wanted an object with '{name}', a number or text; found {found}"
+            offender = f"'{name}': {item.get(name)!r:.60}" if isinstance(item, dict) else repr(item)[:60]
+            detail = f"wanted an object with '{name}', a number or text; found {offender}"
             rejects.append(Reject(f"{uri}#{key}[{number}]", "bad_label", detail))
         data[key] = good
     return rejects
@@ -138,15 +138,15 @@ def _only_objects(data: dict[str, Any], uri: str) -> list[Reject]:
 def _categories(data: dict[str, Any], uri: str) -> dict[int, str]:
     """Category id -> name, in the order of the ids."""
     try:
-        found = {int(item["id"]): str(item["name"]) for item in data["categories"]}
-        for name in found.values():
+        names = {int(item["id"]): str(item["name"]) for item in data["categories"]}
+        for name in names.values():
             name.encode()  # a lone surrogate is a ValueError
     except (KeyError, TypeError, ValueError, OverflowError):
         raise InputError(f"'{uri}': every category needs an 'id' (integer) and a 'name'") from None
-    double = [name for name, count in Counter(found.values()).items() if count > 1]
-    if double or len(found) != len(data["categories"]):
+    double = [name for name, count in Counter(names.values()).items() if count > 1]
+    if double or len(names) != len(data["categories"]):
         raise InputError(f"'{uri}': category ids and names must be unique; found twice: {double or 'an id'}")
-    return dict(sorted(found.items()))
+    return dict(sorted(names.items()))
 
 
 def _sources(data: dict[str, Any], images_uri: str, uri: str) -> tuple[list[Source], list[Reject]]:
@@ -162,7 +162,7 @@ def _sources(data: dict[str, Any], images_uri: str, uri: str) -> tuple[list[Sour
     labels: dict[str, bytes] = {}
     for entry in data["images"]:
         name = str(entry.get("file_name", ""))
-        mine = notes.pop(entry.get("id"), [])
+        annotations = notes.pop(entry.get("id"), [])
         paths = [name] if name in listed else by_name.get(name.rsplit("/", 1)[-1], [])
         if len(paths) != 1:
             detail = f"image '{name}' (id {entry.get('id')}) of the JSON: {len(paths)} such files in the folder"
@@ -170,7 +170,7 @@ def _sources(data: dict[str, Any], images_uri: str, uri: str) -> tuple[list[Sour
         elif paths[0] in labels:
             rejects.append(Reject(f"{uri}#{name}", "second_label", f"image '{paths[0]}' is listed twice"))
         else:
-            label = {"height": entry.get("height"), "width": entry.get("width"), "annotations": mine}
+            label = {"height": entry.get("height"), "width": entry.get("width"), "annotations": annotations}
             labels[paths[0]] = zlib.compress(json.dumps(label).encode(), 1)
     for key, lost in notes.items():
         rejects.append(Reject(f"{uri}#{key}", "no_image", f"{len(lost)} annotations of unknown image id {key}"))
@@ -209,19 +209,19 @@ def _shape(note: dict[str, Any], label: int, image: ImageInfo) -> tuple[dict[str
     Polygon: ``points`` x, y, x, y ... of all rings, ``rings`` the number of points of each. RLE: ``mask`` is
     zstd of row-major 0/1 bytes of the whole image (``schema.pack_map``).
     """
-    found = note.get("segmentation")
-    if not found:
+    segmentation = note.get("segmentation")
+    if not segmentation:
         return None, None
     from faster_coco_eval.core import mask as rle
 
     row: dict[str, Any] = {"label": label, "attributes": json.dumps({"crowd": bool(note["iscrowd"])})}
     try:
-        if isinstance(found, dict):
-            height, width = (int(side) for side in found["size"])
+        if isinstance(segmentation, dict):
+            height, width = (int(side) for side in segmentation["size"])
             check_size(height, width, image, f"the RLE of annotation {note['id']}")
-            pixels = _from_runs(found["counts"], height, width)
+            pixels = _from_runs(segmentation["counts"], height, width)
             return row | {"kind": "mask", "mask": schema.pack_map(pixels.astype(np.uint8).tobytes())}, pixels
-        rings = [[float(value) for value in ring] for ring in found]
+        rings = [[float(value) for value in ring] for ring in segmentation]
         flat = np.array([value for ring in rings for value in ring])
         if any(len(ring) < 6 or len(ring) % 2 for ring in rings) or not (np.abs(flat) < FAR).all():
             raise ValueError("wanted rings of at least three x, y pairs")

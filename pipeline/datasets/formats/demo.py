@@ -113,8 +113,8 @@ def compose(settings: DemoSettings, position: int, split: str) -> tuple[np.ndarr
     owner = np.full((settings.size, settings.size), -1, np.int16)
     labels: list[int] = []
     # One image in twenty has no digit: labelled, none there.
-    wanted = 0 if rng.random() < 0.05 else int(rng.integers(1, settings.max_digits + 1))
-    for _ in range(wanted):
+    num_digits = 0 if rng.random() < 0.05 else int(rng.integers(1, settings.max_digits + 1))
+    for _ in range(num_digits):
         label = int(rng.integers(len(DIGITS)))
         sample = handwriting(split)[label]
         ink = _ink(sample[rng.integers(len(sample))], rng)
@@ -222,10 +222,10 @@ def _data_folder(module: str, package: str) -> Path:
 def photograph(name: str) -> Image.Image:
     """A photograph of scikit-image's wheel as RGB."""
     folder = _data_folder("skimage", "scikit-image") / "data"
-    found = next((path for path in sorted(folder.glob(f"{name}.*")) if path.suffix in (".png", ".jpg")), None)
-    if found is None:
+    image_path = next((path for path in sorted(folder.glob(f"{name}.*")) if path.suffix in (".png", ".jpg")), None)
+    if image_path is None:
         raise InputError(f"photograph '{name}' is not in '{folder}'; install the version in constraints.txt")
-    with Image.open(found) as image:
+    with Image.open(image_path) as image:
         return image.convert("RGB")
 
 
@@ -240,7 +240,7 @@ def handwriting(split: str) -> list[np.ndarray]:
     part = list(HANDWRITING).index(split)
     out = []
     for label in range(len(DIGITS)):
-        mine = order[target[order] == label]
-        first, last = (round(len(mine) * end) for end in ends[part : part + 2])
-        out.append(pixels[mine[first:last]].reshape(-1, 8, 8).astype(np.float32) / 16)
+        samples_of_label = order[target[order] == label]
+        first, last = (round(len(samples_of_label) * end) for end in ends[part : part + 2])
+        out.append(pixels[samples_of_label[first:last]].reshape(-1, 8, 8).astype(np.float32) / 16)
     return out

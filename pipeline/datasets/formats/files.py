@@ -15,19 +15,19 @@ READ_THREADS = 32
 
 def images_in(folder: str) -> list[storage.Listed]:
     """The image files below a folder, which must hold at least one."""
-    found = storage.list_files(folder, IMAGE_SUFFIXES)
-    if not found:
+    images = storage.list_files(folder, IMAGE_SUFFIXES)
+    if not images:
         endings = ", ".join(IMAGE_SUFFIXES)
         raise InputError(f"no images in '{folder}': wanted {endings} files, found none; check --images")
-    return found
+    return images
 
 
 def labels_in(folder: str, suffixes: tuple[str, ...]) -> list[storage.Listed]:
     """The label files below a folder, which must hold at least one."""
-    found = storage.list_files(folder, suffixes)
-    if not found:
+    labels = storage.list_files(folder, suffixes)
+    if not labels:
         raise InputError(f"no labels in '{folder}': wanted {', '.join(suffixes)} files, found none; check --labels")
-    return found
+    return labels
 
 
 def subfolder(uri: str, name: str) -> str:
@@ -41,13 +41,13 @@ def stem(path: str) -> str:
     return str(PurePosixPath(path).with_suffix("")) if path else path
 
 
-def _longest_prefix(name: str, known: dict[str, list[int]]) -> list[int]:
+def _longest_prefix(name: str, rows_by_stem: dict[str, list[int]]) -> list[int]:
     """Entries of the longest known name that begins ``name``; a number is never cut: 1 does not begin 12."""
     for end in range(len(name), 0, -1):
         if end < len(name) and name[end].isdigit() and name[end - 1].isdigit():
             continue
-        if name[:end] in known:
-            return known[name[:end]]
+        if name[:end] in rows_by_stem:
+            return rows_by_stem[name[:end]]
     return []
 
 
@@ -67,7 +67,7 @@ def pair(
         path = stem(image.path)
         by_path.setdefault(path, []).append(index)
         by_name.setdefault(path.rsplit("/", 1)[-1], []).append(index)
-    found: dict[int, storage.Listed] = {}
+    label_of: dict[int, storage.Listed] = {}
     rejects: list[Reject] = []
     # Shorter stems first: an exact match takes the image before a longer name can.
     for label in sorted(labels, key=lambda item: (len(stem(item.path)), item.path)):
@@ -79,12 +79,12 @@ def pair(
         elif len(matches) > 1:
             first = ", ".join(images[index].path for index in matches[:2])
             rejects.append(Reject(uri, "no_image", f"{len(matches)} images have its name: {first}"))
-        elif matches[0] in found:
-            image, other = images[matches[0]].path, found[matches[0]].path
+        elif matches[0] in label_of:
+            image, other = images[matches[0]].path, label_of[matches[0]].path
             rejects.append(Reject(uri, "second_label", f"image '{image}' already has label '{other}'"))
         else:
-            found[matches[0]] = label
-    return found, rejects
+            label_of[matches[0]] = label
+    return label_of, rejects
 
 
 def _closest(path: str, names: Iterable[str]) -> str:
@@ -105,10 +105,10 @@ def paired_sources(images_uri: str, labels_uri: str, suffixes: tuple[str, ...]) 
     if labels_uri.startswith(images_uri + "/"):
         inner = labels_uri.removeprefix(images_uri + "/") + "/"
         images = [image for image in images if not image.path.startswith(inner)]
-    found, rejects = pair(images, labels, labels_uri)
+    label_of, rejects = pair(images, labels, labels_uri)
     sources = []
     for index, image in enumerate(images):
-        label = found.get(index)
+        label = label_of.get(index)
         sources.append(
             Source(
                 image_id=image.path,

@@ -78,9 +78,9 @@ def _boxes(ids: np.ndarray, void: int | None) -> list[dict[str, Any]]:
     from scipy.ndimage import find_objects
 
     boxes = []
-    for value, found in enumerate(find_objects(ids.astype(np.int32)), start=1):
-        if found is not None and value != void:
-            rows, columns = found
+    for value, slices in enumerate(find_objects(ids.astype(np.int32)), start=1):
+        if slices is not None and value != void:
+            rows, columns = slices
             edges = (columns.start, rows.start, columns.stop, rows.stop)
             x1, y1, x2, y2 = (float(edge) for edge in edges)
             boxes.append(box_row(x1, y1, x2, y2, 0, instance=value))

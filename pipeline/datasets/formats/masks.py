@@ -143,21 +143,21 @@ def _to_ids(values: np.ndarray, label: bytes, context: Context) -> np.ndarray:
                 "mask_value",
                 f"colour #{colour} in the mask; map colours with --set map.'#rrggbb'=name",
             )
-    found, inverse = _distinct(values)
-    unknown = [int(value) for value in found if int(value) not in table]
+    colours, inverse = _distinct(values)
+    unknown = [int(value) for value in colours if int(value) not in table]
     if unknown:
         raise LabelError("mask_value", _unknown_text(unknown, context))
-    ids = np.array([table[int(value)] for value in found], np.uint8)
+    ids = np.array([table[int(value)] for value in colours], np.uint8)
     return ids[inverse].reshape(values.shape)
 
 
 def _distinct(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """``np.unique`` with the inverse; grey values by counting, which is many times as fast as sorting."""
     if values.size and 0 <= values.min() and values.max() < 2**16:
-        found = np.flatnonzero(np.bincount(values.ravel()))
+        values_present = np.flatnonzero(np.bincount(values.ravel()))
         index = np.zeros(2**16, np.int64)
-        index[found] = np.arange(len(found))
-        return found, index[values]
+        index[values_present] = np.arange(len(values_present))
+        return values_present, index[values]
     return np.unique(values, return_inverse=True)
 
 

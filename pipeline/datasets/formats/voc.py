@@ -104,10 +104,10 @@ def _find_classes(sources: list[Source], labels_uri: str) -> list[str]:
     names: set[str] = set()
     for data in files.read_many([source.label_uri for source in sources if source.label_uri]):
         try:
-            found = _parse(data or b"").findall("object")
+            objects = _parse(data or b"").findall("object")
         except LabelError:
             continue  # its task rejects it with the reason
-        names |= {(thing.findtext("name") or "").strip() for thing in found}
+        names |= {(thing.findtext("name") or "").strip() for thing in objects}
     names.discard("")
     if not names:
         raise InputError(f"no objects in the labels in '{labels_uri}'; name the classes with --classes a,b")
