@@ -11,7 +11,7 @@ from pipeline import storage
 from pipeline.config import first_difference
 from pipeline.errors import InputError
 from pipeline.predictions.file_lists import FOLDER, write_lists
-from pipeline.predictions.resume import Mapper, UnitGroup, adopt_finished_units, list_attempts
+from pipeline.predictions.resume import AdoptableUnits, Mapper, adopt_finished_units, list_attempts
 from pipeline.predictions.unit_file import UnitFile, count_statuses
 from pipeline.schema import SCHEMA_VERSION
 from pipeline.storage import checksum
@@ -35,7 +35,7 @@ class Attempt:
 
 
 def start_attempt(
-    uri: str, *, inputs: Mapping[str, Any], digest: str, pieces: Sequence[UnitGroup], mapper: Mapper = map
+    uri: str, *, inputs: Mapping[str, Any], digest: str, groups: Sequence[AdoptableUnits], mapper: Mapper = map
 ) -> Attempt:
     """Begin the next attempt: decide, for good, which finished units of earlier attempts it adopts.
 
@@ -43,12 +43,12 @@ def start_attempt(
         uri: The folder of predictions.
         inputs: What the result depends on; kept for whoever looks.
         digest: The plan's digest; only units of the same plan are adopted.
-        pieces: Of the plan, all its units.
-        mapper: Who compares what earlier attempts left with the plan, a piece a call.
+        groups: All units of the plan.
+        mapper: Who compares what earlier attempts left with the plan, a group a call.
     """
     names = list_attempts(uri)
     number = 1 + max((attempt_number(name) for name in names), default=-1)
-    adopted = adopt_finished_units(uri, names, digest, pieces, mapper)
+    adopted = adopt_finished_units(uri, names, digest, groups, mapper)
     while True:
         content = {
             "schema_version": SCHEMA_VERSION,
