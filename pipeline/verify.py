@@ -37,21 +37,21 @@ def verify(uri: str, sink: ProgressSink | None = None) -> dict[str, Any]:
     Raises:
         InputError: Nothing is committed there, or what commits it is damaged itself.
     """
-    began, uri = time.monotonic(), storage.absolute(uri)
-    kind, files = _files(uri)
+    start_s, uri = time.monotonic(), storage.absolute(uri)
+    kind, files = _committed_files(uri)
     progress, damage = Progress(sink or SilentSink(), "verify", len(files), unit="files"), []
     ray.data.DataContext.get_current().enable_progress_bars = False
-    items = [{"file": path, "size": entry["size"], "sha256": entry["sha256"]} for path, entry in files.items()]
+    entries = [{"file": path, "size": entry["size"], "sha256": entry["sha256"]} for path, entry in files.items()]
     images, image_bytes = 0, 0
-    for row in _each(items, _Compare(uri)):
+    for row in _map_in_tasks(entries, _FileComparison(uri)):
         progress.advance(1)
         if row["problem"]:
             damage.append({"file": storage.join(uri, row["file"]), "problem": row["problem"]})
     if kind == "dataset" and open_dataset(uri).referenced:
-        bad = {item["file"] for item in damage}
-        shards = [{"file": file} for item in items if (file := storage.join(uri, item["file"])) not in bad]
+        damaged = {item["file"] for item in damage}
+        shards = [{"file": file} for item in entries if (file := storage.join(uri, item["file"])) not in damaged]
         shards = [item for item in shards if "/data/" in item["file"].removeprefix(uri)]
-        for row in _each(shards, _check_images):
+        for row in _map_in_tasks(shards, _check_images):
             images, image_bytes = images + row["images"], image_bytes + row["bytes"]
             damage += [{"file": file, "problem": text} for file, text in json.loads(row["problems"])]
     return {
@@ -60,12 +60,14 @@ def verify(uri: str, sink: ProgressSink | None = None) -> dict[str, Any]:
         "files": len(files) + images,
         "bytes": sum(entry["size"] for entry in files.values()) + image_bytes,
         "damage": sorted(damage, key=lambda item: item["file"]),
-        "seconds": time.monotonic() - began,
+        "seconds": time.monotonic() - start_s,
     }
 
 
-def _each(items: list[dict[str, Any]], work: Callable[[dict[str, Any]], dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """``map`` as Ray Data tasks, in any order."""
+def _map_in_tasks(
+    items: list[dict[str, Any]], work: Callable[[dict[str, Any]], dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """``map`` as Ray Data tasks; results in any order."""
     if items:
         yield from ray.data.from_items(items, override_num_blocks=min(len(items), TASKS)).map(work).iter_rows()
 
@@ -75,16 +77,21 @@ def _check_images(row: dict[str, Any]) -> dict[str, Any]:
     images, size, problems = 0, 0, []
     for group in shard_reader.groups_of(row["file"]):
         table = shard_reader.read_row_group(group, ["image", *image_fetch.REFERENCE_COLUMNS])
-        for at in range(0, table.num_rows, image_fetch.AHEAD):
-            part = image_fetch.with_images(table.slice(at, image_fetch.AHEAD))
-            size += sum(len(image) for image in part["image"].to_pylist() if image)
-            found = zip(part["uri"].to_pylist(), part["status"].to_pylist(), part["error"].to_pylist(), strict=True)
-            problems += [(uri, f"{status}: {error}") for uri, status, error in found if status != "ok"]
+        for start in range(0, table.num_rows, image_fetch.AHEAD):
+            fetched = image_fetch.with_images(table.slice(start, image_fetch.AHEAD))
+            size += sum(len(image) for image in fetched["image"].to_pylist() if image)
+            outcomes = zip(
+                fetched["uri"].to_pylist(),
+                fetched["status"].to_pylist(),
+                fetched["error"].to_pylist(),
+                strict=True,
+            )
+            problems += [(uri, f"{status}: {error}") for uri, status, error in outcomes if status != "ok"]
         images += table.num_rows
     return {"images": images, "bytes": size, "problems": json.dumps(problems)}
 
 
-def _files(uri: str) -> tuple[str, Mapping[str, Any]]:
+def _committed_files(uri: str) -> tuple[str, Mapping[str, Any]]:
     """(kind, {path: {size, sha256}}) of what is committed at ``uri``."""
     for kind, (name, files) in _KINDS.items():
         if storage.exists(storage.join(uri, name)):
@@ -93,17 +100,17 @@ def _files(uri: str) -> tuple[str, Mapping[str, Any]]:
     raise InputError(f"nothing is committed at '{uri}': wanted one of {names} in it; check the path")
 
 
-def _of_dataset(uri: str) -> dict[str, Any]:
+def _dataset_files(uri: str) -> dict[str, Any]:
     return {file["path"]: file for file in open_dataset(uri).meta["files"]}
 
 
-def _of_bundle(uri: str) -> dict[str, Any]:
+def _bundle_files(uri: str) -> dict[str, Any]:
     from pipeline.models.bundle import open_bundle  # here, since tasks import this module, and torch takes them seconds
 
     return open_bundle(uri).manifest["files"]
 
 
-def _of_predictions(uri: str) -> dict[str, Any]:
+def _prediction_files(uri: str) -> dict[str, Any]:
     committed = predictions.committed_manifest(uri) or {"lists": []}
     files = {entry["file"]: entry for entry in committed["lists"]}
     for entry in committed["lists"]:
@@ -113,13 +120,13 @@ def _of_predictions(uri: str) -> dict[str, Any]:
 
 
 _KINDS: dict[str, tuple[str, Callable[[str], dict[str, Any]]]] = {
-    "dataset": (DATASET_JSON, _of_dataset),
-    "bundle": (BUNDLE_JSON, _of_bundle),
-    "predictions": (MANIFEST, _of_predictions),
+    "dataset": (DATASET_JSON, _dataset_files),
+    "bundle": (BUNDLE_JSON, _bundle_files),
+    "predictions": (MANIFEST, _prediction_files),
 }
 
 
-class _Compare:
+class _FileComparison:
     """Runs in tasks: one file -> what is wrong with it, "" for nothing."""
 
     def __init__(self, uri: str) -> None:
@@ -132,9 +139,9 @@ class _Compare:
                 problem = compare_file(storage.join(self.uri, row["file"]), row["size"], row["sha256"])
                 break
             except OSError as error:
-                word = storage.error_status(error)
-                problem = word if word == "missing" else f"could not be read ({word})"
-                if word in ("missing", "forbidden") or not left:
+                reason = storage.error_status(error)
+                problem = reason if reason == "missing" else f"could not be read ({reason})"
+                if reason in ("missing", "forbidden") or not left:
                     break
                 time.sleep(1)
         return {"file": row["file"], "problem": problem}

@@ -109,12 +109,12 @@ def write_units(work: tuple[str, str, str, str, Sequence[tuple[int, int, int]]])
 def earlier_attempt(model: str, data: str, out: str) -> int:
     """An attempt that was killed shortly before its end; the number of its units."""
     plan = plan_scoring(bundle.open_bundle(model), data, None, measure=False)
-    attempt = predictions.start_attempt(out, inputs=plan.inputs, digest=plan.digest, pieces=plan.pieces)
+    attempt = predictions.start_attempt(out, inputs=plan.inputs, digest=plan.digest, groups=plan.unit_groups)
     work = []
-    for piece in plan.pieces:
-        done = [unit for unit in piece.members if unit.number < len(plan.units) - LEFT]
+    for piece in plan.unit_groups:
+        done = [unit for unit in piece.units if unit.number < len(plan.units) - LEFT]
         starts = [(unit.number, unit.source["group"] * GROUP + unit.source["start"], unit.rows) for unit in done]
-        work.append((out, attempt.name, attempt.digest, f"{data}/{piece.members[0].source['file']}", starts))
+        work.append((out, attempt.name, attempt.digest, f"{data}/{piece.units[0].source['file']}", starts))
     return sum(ray_tasks.map_in_tasks(write_units, work))
 
 

@@ -49,6 +49,7 @@ from pipeline.datasets import ingest
 from pipeline.runtime.progress import SilentSink
 from pipeline.scoring import job
 from pipeline.scoring.plan import UNIT_ROWS
+from pipeline.scoring.scorer import Scorer
 from pipeline.training.ray_train import MemberRun, training_dataset
 
 PARTS = 5
@@ -87,14 +88,13 @@ class SleepingModel(nn.Module):
         return batch[:, :2]
 
 
-class SleepingScorer(job.Scorer):
+class SleepingScorer(Scorer):
     """The actor with the sleeping model in the place of every member; its notes go into a file of its own."""
 
-    def __init__(self, image_s: float, folder: str, *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(self, image_s: float, folder: str, **arguments: Any) -> None:
+        super().__init__(**arguments)
         model = SleepingModel(image_s, Path(folder) / f"{os.getpid()}.jsonl")
-        stubs: list[nn.Module] = [model for _ in self.predictor.members]
-        self.predictor.members = stubs
+        self.predictor.members[:] = [model for _ in self.predictor.members]
 
 
 class Consumer:
@@ -118,13 +118,10 @@ def inference(uri: str, model: str, args: argparse.Namespace, workers: int, fold
     """``dubito predict`` over the split that has so many images."""
     notes = folder / "notes"
     notes.mkdir(parents=True)
-    kept, job.Scorer = job.Scorer, partial(SleepingScorer, args.image_ms / 1e3, str(notes))  # type: ignore[misc]
-    try:
-        found = job.predict(
-            model, uri, str(folder / "out"), split=splits(args)[workers], sink=SilentSink(), actors=workers, batch=BATCH
-        )
-    finally:
-        job.Scorer = kept
+    found = job.predict(
+        model, uri, str(folder / "out"), split=splits(args)[workers], sink=SilentSink(), actors=workers, batch=BATCH,
+        scorer_class=partial(SleepingScorer, args.image_ms / 1e3, str(notes)),
+    )  # fmt: skip
     assert found["statuses"] == {"ok": workers * args.images}, found["statuses"]
     return [[Batch(*json.loads(line)) for line in file.read_text().splitlines()] for file in notes.iterdir()]
 

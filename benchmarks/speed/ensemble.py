@@ -26,14 +26,16 @@ from jobs.session import ray_session
 from pipeline import predictions
 from pipeline.runtime.progress import SilentSink
 from pipeline.scoring import job as job_module
+from pipeline.scoring.scorer import Scorer
+from pipeline.scoring.unit_reader import Reader
 
 ONE, OURS, RIVAL = "one pass", "a predict a member", "Ray's documented pattern a member"
 
 
-def counting(log: Path) -> tuple[type[job_module.Reader], type[job_module.Scorer]]:
+def counting(log: Path) -> tuple[type[Reader], type[Scorer]]:
     """Reader and scorer that note what they do, one JSON line each time. Local, so that they travel by value."""
 
-    class Reader(job_module.Reader):
+    class CountingReader(Reader):
         def __call__(self, batch: pa.Table) -> pa.Table:
             out = super().__call__(batch)
             with pa.ipc.open_stream(out["images"][0].as_buffer()) as stream:
@@ -41,9 +43,9 @@ def counting(log: Path) -> tuple[type[job_module.Reader], type[job_module.Scorer
             note(log, bytes_read=sum(len(image.as_buffer()) for image in images if image.is_valid))
             return out
 
-    class Scorer(job_module.Scorer):
-        def __init__(self, *args: Any) -> None:
-            super().__init__(*args)
+    class CountingScorer(Scorer):
+        def __init__(self, **arguments: Any) -> None:
+            super().__init__(**arguments)
             predictor = self.predictor
             # In the calling thread, whose CPU time can be told from that of the members.
             predictor.task.threads = 1
@@ -57,7 +59,7 @@ def counting(log: Path) -> tuple[type[job_module.Reader], type[job_module.Scorer
 
             predictor._collate = timed  # type: ignore[method-assign]
 
-    return Reader, Scorer
+    return CountingReader, CountingScorer
 
 
 def note(log: Path, **values: float) -> None:
@@ -96,12 +98,10 @@ class Runs:
 
     def predict(self, uri: str, target: Path) -> None:
         """One ``dubito predict``, counted."""
-        kept = job_module.Reader, job_module.Scorer
-        job_module.Reader, job_module.Scorer = counting(self.log)
-        try:
-            made = job_module.predict(uri, str(self.images), str(target), sink=SilentSink())
-        finally:
-            job_module.Reader, job_module.Scorer = kept
+        reader, scorer = counting(self.log)
+        made = job_module.predict(
+            uri, str(self.images), str(target), sink=SilentSink(), reader_class=reader, scorer_class=scorer
+        )
         wanted = single.count(self.images)
         if made["statuses"] != {"ok": wanted} or predictions.read(str(target)).num_rows != wanted:
             raise RuntimeError(f"{made['statuses']} where {wanted} images were")

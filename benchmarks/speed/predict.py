@@ -36,6 +36,7 @@ from pipeline import models, predictions, schema
 from pipeline.models import bundle
 from pipeline.runtime.progress import SilentSink
 from pipeline.scoring import job
+from pipeline.scoring.scorer import Scorer
 
 CLASSES = ["background", "first", "second", "third"]
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -60,13 +61,12 @@ class Stub(nn.Module):
         return self.mix(batch)
 
 
-class StubScorer(job.Scorer):
+class StubScorer(Scorer):
     """The actor with the stub in the place of every member."""
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        stubs: list[nn.Module] = [Stub().to(self.predictor.device) for _ in self.predictor.members]
-        self.predictor.members = stubs
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.predictor.members[:] = [Stub().to(self.predictor.device) for _ in self.predictor.members]
 
 
 def write_bundle(folder: Path, side: int, seeds: Sequence[int] = (0,)) -> str:
@@ -132,13 +132,9 @@ class Side:
         return [extra / max(1e-3, seconds - self.start_s) for seconds in self.seconds]
 
 
-def ours(uri: str, scorer: type[job.Scorer], folder: Path, target: Path) -> None:
+def ours(uri: str, scorer: type[Scorer], folder: Path, target: Path) -> None:
     """``dubito predict``."""
-    kept, job.Scorer = job.Scorer, scorer
-    try:
-        job.predict(uri, str(folder), str(target), sink=SilentSink())
-    finally:
-        job.Scorer = kept
+    job.predict(uri, str(folder), str(target), sink=SilentSink(), scorer_class=scorer)
 
 
 # The rival: Ray's documentation, "Image Classification Batch Inference with PyTorch", with a mask for a label.
@@ -257,7 +253,7 @@ def compare(name: str, root: Path, args: argparse.Namespace, uri: str) -> tuple[
     stub = name == "stub"
     few, whole = folders(root / name, args, args.count if stub else args.model_count)
     weights = None if stub else str(Path(uri).parent / "0.safetensors")
-    sides = {OURS: Side(partial(ours, uri, StubScorer if stub else job.Scorer), few, whole, root / f"{name}-ours")}
+    sides = {OURS: Side(partial(ours, uri, StubScorer if stub else Scorer), few, whole, root / f"{name}-ours")}
     best, figures = 0.0, dict[str, Any](images=count(whole))
     plans = settings(args.small)
     for text, setting in plans.items():

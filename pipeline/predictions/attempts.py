@@ -11,7 +11,7 @@ from pipeline import storage
 from pipeline.config import first_difference
 from pipeline.errors import InputError
 from pipeline.predictions.file_lists import FOLDER, write_lists
-from pipeline.predictions.resume import Mapper, UnitGroup, adopt_finished_units, list_attempts
+from pipeline.predictions.resume import AdoptableUnits, Mapper, adopt_finished_units, list_attempts
 from pipeline.predictions.unit_file import UnitFile, count_statuses
 from pipeline.schema import SCHEMA_VERSION
 from pipeline.storage import checksum
@@ -35,7 +35,7 @@ class Attempt:
 
 
 def start_attempt(
-    uri: str, *, inputs: Mapping[str, Any], digest: str, pieces: Sequence[UnitGroup], mapper: Mapper = map
+    uri: str, *, inputs: Mapping[str, Any], digest: str, groups: Sequence[AdoptableUnits], mapper: Mapper = map
 ) -> Attempt:
     """Begin the next attempt: decide, for good, which finished units of earlier attempts it adopts.
 
@@ -43,12 +43,12 @@ def start_attempt(
         uri: The folder of predictions.
         inputs: What the result depends on; kept for whoever looks.
         digest: The plan's digest; only units of the same plan are adopted.
-        pieces: Of the plan, all its units.
-        mapper: Who compares what earlier attempts left with the plan, a piece a call.
+        groups: All units of the plan.
+        mapper: Who compares what earlier attempts left with the plan, a group a call.
     """
     names = list_attempts(uri)
     number = 1 + max((attempt_number(name) for name in names), default=-1)
-    adopted = adopt_finished_units(uri, names, digest, pieces, mapper)
+    adopted = adopt_finished_units(uri, names, digest, groups, mapper)
     while True:
         content = {
             "schema_version": SCHEMA_VERSION,
@@ -59,12 +59,12 @@ def start_attempt(
             "driver": secrets.token_hex(8),
         }
         target = storage.join(uri, f"attempt-{number}", START)
-        if storage.create_once(target, _json(content)):
+        if storage.create_once(target, _sealed_json(content)):
             return Attempt(uri, number, digest, adopted)
         number += 1
 
 
-def _json(content: Mapping[str, Any]) -> bytes:
+def _sealed_json(content: Mapping[str, Any]) -> bytes:
     return json.dumps(checksum.with_checksum(content), indent=1).encode()
 
 
@@ -86,9 +86,9 @@ def check_complete(units: Sequence[UnitFile], expected: Mapping[int, int]) -> No
     numbers = sorted(item.unit for item in units)
     wrong = sum(item.rows != expected.get(item.unit) for item in units)
     if numbers != sorted(expected) or wrong:
-        rows, wanted = sum(item.rows for item in units), sum(expected.values())
+        rows, expected_rows = sum(item.rows for item in units), sum(expected.values())
         raise RuntimeError(
-            f"{len(numbers)} units with {rows} rows were scored, the plan has {len(expected)} with {wanted}; "
+            f"{len(numbers)} units with {rows} rows were scored, the plan has {len(expected)} with {expected_rows}; "
             f"{wrong} have other rows than planned"
         )
 
@@ -124,21 +124,21 @@ def commit_attempt(
         **extra,
         "lists": write_lists(attempt.uri, f"files-{attempt.number}", units),
     }
-    if storage.create_once(storage.join(attempt.uri, MANIFEST), _json(content)):
-        _tidy(attempt.uri, {item.file for item in units} | {item["file"] for item in content["lists"]})
+    if storage.create_once(storage.join(attempt.uri, MANIFEST), _sealed_json(content)):
+        _delete_leftovers(attempt.uri, {item.file for item in units} | {item["file"] for item in content["lists"]})
         return content
-    won = committed_manifest(attempt.uri, inputs)
-    if won is None:
+    winner = committed_manifest(attempt.uri, inputs)
+    if winner is None:
         raise RuntimeError(f"'{attempt.uri}': the manifest could neither be written nor read")
-    return won
+    return winner
 
 
-def _tidy(uri: str, kept: set[str]) -> None:
+def _delete_leftovers(uri: str, kept: set[str]) -> None:
     """Delete unit files and lists that the manifest leaves out, so that tools that glob see each image once too."""
     filesystem, root = storage.arrow(uri)
     for listed in storage.list_files(uri, (".parquet",)):
-        mine = attempt_number(listed.path) >= 0 or listed.path.startswith(f"{FOLDER}/files-")
-        if mine and listed.path not in kept:
+        belongs = attempt_number(listed.path) >= 0 or listed.path.startswith(f"{FOLDER}/files-")
+        if belongs and listed.path not in kept:
             with contextlib.suppress(OSError):
                 filesystem.delete_file(f"{root}/{listed.path}")
 
@@ -158,13 +158,13 @@ def committed_manifest(uri: str, inputs: Mapping[str, Any] | None = None) -> dic
         return None
     try:
         manifest = json.loads(storage.read_text(target, "manifest of predictions"))
-        found, _ = manifest["inputs"], manifest["lists"]
+        committed_inputs, _ = manifest["inputs"], manifest["lists"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"'{target}' is not a manifest of predictions; choose another folder") from None
     checksum.verify_checksum(manifest, target, "predict again to another folder")
-    difference = first_difference(found, dict(inputs)) if inputs is not None else None
+    difference = first_difference(committed_inputs, dict(inputs)) if inputs is not None else None
     if difference:
         raise InputError(
             f"'{uri}' was committed by other inputs: {difference}; choose another output or delete that one"

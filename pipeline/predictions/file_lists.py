@@ -28,7 +28,7 @@ SCHEMA = pa.schema(
         ("uncertainty_sum", pa.float64()),
     ]
 )
-"""Of a list; ``statuses`` is JSON."""
+"""Columns of a list; ``statuses`` is JSON."""
 
 
 def write_lists(uri: str, name: str, units: Sequence[UnitFile]) -> list[dict[str, Any]]:
@@ -39,23 +39,23 @@ def write_lists(uri: str, name: str, units: Sequence[UnitFile]) -> list[dict[str
         name: What the lists are called; random digits are added, so no list is ever overwritten.
         units: Files, of distinct units.
     """
-    ordered, out = sorted(units, key=lambda item: item.unit), []
+    ordered, entries = sorted(units, key=lambda item: item.unit), []
     for start in range(0, len(ordered), LIST_FILES):
-        part = ordered[start : start + LIST_FILES]
+        unit_files = ordered[start : start + LIST_FILES]
         rows = [
             {**item.listed(), "statuses": json.dumps(item.statuses), "uncertainty_sum": item.uncertainty_sum}
-            for item in part
+            for item in unit_files
         ]
         sink = pa.BufferOutputStream()
         pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), sink, compression="zstd")
         data = sink.getvalue().to_pybytes()
         file = f"{FOLDER}/{name}-{start // LIST_FILES:05d}-{secrets.token_hex(4)}.parquet"
         storage.write_bytes(storage.join(uri, file), data)
-        out.append({
-            "file": file, "files": len(part), "rows": sum(item.rows for item in part), "size": len(data),
+        entries.append({
+            "file": file, "files": len(unit_files), "rows": sum(item.rows for item in unit_files), "size": len(data),
             "sha256": hashlib.sha256(data).hexdigest(),
         })  # fmt: skip
-    return out
+    return entries
 
 
 def read_list(uri: str, entry: Mapping[str, Any]) -> list[dict[str, Any]]:

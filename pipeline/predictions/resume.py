@@ -1,4 +1,4 @@
-"""What of earlier attempts is as good as new: finished unit files, compared with the plan one piece at a time."""
+"""Finished unit files of earlier attempts that a new one adopts: compared with the plan, a group of units at a time."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,61 +17,63 @@ Mapper = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
 """``map``, or what does the same elsewhere."""
 
 
-class UnitGroup(Protocol):
-    """Neighbouring units of a plan whose rows come from one place; small enough to hold all its image_ids."""
+class AdoptableUnits(Protocol):
+    """Neighbouring units of a plan whose rows come from one place; few enough to hold all their image_ids."""
 
     @property
-    def units(self) -> range:
-        """Their numbers."""
+    def numbers(self) -> range:
+        """The units' numbers."""
         ...
 
-    def ids(self) -> Mapping[int, pa.ChunkedArray]:
+    def image_ids(self) -> Mapping[int, pa.ChunkedArray]:
         """Unit -> image_ids of its rows, in order."""
         ...
 
 
 @dataclass(frozen=True)
-class _Found:
-    """A piece, and the files that may be of its units."""
+class _Candidates:
+    """A group of units, and the files that may hold them."""
 
-    piece: UnitGroup
+    group: AdoptableUnits
     names: list[str]
 
 
 def adopt_finished_units(
-    uri: str, names: Iterable[str], digest: str, pieces: Sequence[UnitGroup], mapper: Mapper
+    uri: str, names: Iterable[str], digest: str, groups: Sequence[AdoptableUnits], mapper: Mapper
 ) -> dict[int, UnitFile]:
-    """The finished units among the files ``names``, one file each; no more ids are held than one piece has.
+    """The finished units among the files ``names``, one file each; no more ids are held than one group has.
 
     Args:
         uri: The folder of predictions.
         names: Files of attempts, relative to it.
         digest: The plan's digest.
-        pieces: Of the plan.
-        mapper: Who does the work, a piece a call.
+        groups: All units of the plan.
+        mapper: Who does the work, a group a call.
     """
-    by_unit: dict[int, list[str]] = {}
+    names_by_unit: dict[int, list[str]] = {}
     for name in names:
-        by_unit.setdefault(unit_number(name), []).append(name)
-    found = []
-    for piece in pieces:
-        mine = [name for unit in piece.units for name in by_unit.get(unit, [])]
-        if mine:
-            found.append(_Found(piece, mine))
+        names_by_unit.setdefault(unit_number(name), []).append(name)
+    # Only groups of which anything is there: their image_ids have to be read from the dataset.
+    candidates: list[_Candidates] = []
+    for group in groups:
+        group_names = [name for unit in group.numbers for name in names_by_unit.get(unit, [])]
+        if group_names:
+            candidates.append(_Candidates(group, group_names))
     adopted: dict[int, UnitFile] = {}
-    for part in mapper(partial(_adopt_piece, uri, digest), found):
-        for item in part:
-            adopted.setdefault(item.unit, item)
+    for unit_files in mapper(partial(_adopt_group, uri, digest), candidates):
+        for unit_file in unit_files:
+            # Several attempts may have finished a unit; any of their files will do, but only one.
+            adopted.setdefault(unit_file.unit, unit_file)
     return adopted
 
 
-def _adopt_piece(uri: str, digest: str, found: _Found) -> list[UnitFile]:
-    ids = found.piece.ids()
-    with ThreadPoolExecutor(min(THREADS, len(found.names))) as pool:
-        made = pool.map(lambda name: adoptable(uri, name, digest, ids[unit_number(name)]), found.names)
-        return [item for item in made if item is not None]
+def _adopt_group(uri: str, digest: str, candidates: _Candidates) -> list[UnitFile]:
+    image_ids = candidates.group.image_ids()
+    with ThreadPoolExecutor(min(THREADS, len(candidates.names))) as pool:
+        unit_files = pool.map(lambda name: adoptable(uri, name, digest, image_ids[unit_number(name)]), candidates.names)
+        return [unit_file for unit_file in unit_files if unit_file is not None]
 
 
 def list_attempts(uri: str) -> list[str]:
-    """Every file below the folder of predictions, relative to it."""
-    return [item.path for item in storage.list_files(uri)] if storage.exists(uri) else []
+    """Every file below the folder of predictions, relative to it; nothing where there is no folder."""
+    return [listed.path for listed in storage.list_files(uri)] if storage.exists(uri) else []

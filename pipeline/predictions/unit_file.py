@@ -53,8 +53,8 @@ class UnitFile:
 
 def unit_number(name: str) -> int:
     """The unit that a file is of, by its name; -1 for none."""
-    found = _NAME.fullmatch(name)
-    return int(found.group(1)) if found else -1
+    match = _NAME.fullmatch(name)
+    return int(match.group(1)) if match else -1
 
 
 def summarise(table: pa.Table) -> dict[str, Any]:
@@ -69,9 +69,9 @@ def summarise(table: pa.Table) -> dict[str, Any]:
 def count_statuses(units: Iterable[UnitFile]) -> dict[str, int]:
     """Rows by status over all units."""
     statuses: dict[str, int] = {}
-    for item in units:
-        for word, count in item.statuses.items():
-            statuses[word] = statuses.get(word, 0) + count
+    for unit_file in units:
+        for status, count in unit_file.statuses.items():
+            statuses[status] = statuses.get(status, 0) + count
     return statuses
 
 
@@ -142,14 +142,14 @@ def adoptable(uri: str, name: str, digest: str, ids: pa.ChunkedArray) -> UnitFil
     try:
         data = storage.read_bytes(storage.join(uri, name))
         file = pq.ParquetFile(pa.BufferReader(data))
-        found = file.schema_arrow.metadata or {}
-        summary = json.loads(found.get(_FOOTER, b"{}"))
+        footer = file.schema_arrow.metadata or {}
+        summary = json.loads(footer.get(_FOOTER, b"{}"))
         if summary.get("plan") != digest or summary.get("unit") != unit_number(name):
             return None
         # All columns are decoded: a footer survives damage to the pages before it.
         if not file.read()["image_id"].equals(ids):
             return None
-        metrics = base64.b64decode(found.get(_METRICS, b""))
+        metrics = base64.b64decode(footer.get(_METRICS, b""))
     except (OSError, ValueError, KeyError):  # pa.ArrowInvalid is a ValueError
         return None
     return _unit_file(name, data, summary, metrics)

@@ -22,13 +22,13 @@ class ActorPool:
     cpus: int
     gpus: int
     threads: int
-    """Of each call."""
+    """CPU threads of each call."""
     calls: int = 1
     """Units that an actor has in hand at a time."""
 
     @property
     def strategy(self) -> ActorPoolStrategy:
-        """As Ray Data takes it."""
+        """The pool as Ray Data takes it."""
         return ActorPoolStrategy(
             size=self.size,
             max_concurrent_calls_per_actor=self.calls,
@@ -69,8 +69,8 @@ def plan_actor_pool(todo: int, actors: int | None, threads: int | None, free_cpu
         return ActorPool(
             size, 1, 1, threads or max(1, min(16, cpus // gpus - 1)), calls=min(GPU_CALLS, -(-todo // size))
         )
-    each = 2 if free_cpus >= 4 else 1
-    size = max(1, min(actors or todo, todo, int((free_cpus - 1) // each)))
+    cpus_per_actor = 2 if free_cpus >= 4 else 1
+    size = max(1, min(actors or todo, todo, int((free_cpus - 1) // cpus_per_actor)))
     threads = threads or min(2, cpus)
     calls = max(1, min(threads, todo // size))
-    return ActorPool(size, each, 0, max(1, threads // calls), calls)
+    return ActorPool(size, cpus_per_actor, 0, max(1, threads // calls), calls)

@@ -27,37 +27,37 @@ def fold_batch_norms(module: nn.Module, side: int) -> nn.Module:
     generator = torch.Generator().manual_seed(0)
     sample = torch.randn((2, 3, side, side), generator=generator).contiguous(memory_format=torch.channels_last)
     with torch.inference_mode():
-        said = list(_tensors(module(sample)))
+        outputs = list(_tensors(module(sample)))
         folded = deepcopy(module)
         for conv, norm in _pairs(folded, lambda: folded(sample)):
             fused = fuse_conv_bn_eval(folded.get_submodule(conv), folded.get_submodule(norm))  # pyright: ignore
             folded.set_submodule(conv, fused)
             folded.set_submodule(norm, nn.Identity())
         folded = folded.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        says = list(_tensors(folded(sample)))
-    return folded if len(said) == len(says) and all(map(_close, said, says)) else module
+        folded_outputs = list(_tensors(folded(sample)))
+    return folded if len(outputs) == len(folded_outputs) and all(map(_close, outputs, folded_outputs)) else module
 
 
 def _pairs(module: nn.Module, run: Callable[[], Any]) -> list[tuple[str, str]]:
     """Names of (convolution, norm) where the norm always takes what that convolution alone gave."""
-    made: dict[int, tuple[str, Tensor]] = {}  # keeps the outputs, so that no other can have their identity
+    conv_outputs: dict[int, tuple[str, Tensor]] = {}  # keeps the outputs, so that no other can have their identity
     norms: dict[str, set[str | None]] = {}
     convs: dict[str, set[str]] = {}
 
-    def note(name: str, each: nn.Module, given: tuple[Any, ...], out: Tensor) -> None:
-        if isinstance(each, nn.Conv2d):
-            made[id(out)] = (name, out)
+    def record(name: str, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        if isinstance(layer, nn.Conv2d):
+            conv_outputs[id(output)] = (name, output)
             return
-        source = made.get(id(given[0]), (None, None))[0]
+        source = conv_outputs.get(id(inputs[0]), (None, None))[0]
         norms.setdefault(name, set()).add(source)
         if source is not None:
             convs.setdefault(source, set()).add(name)
 
     def hook(name: str) -> Callable[..., None]:
-        return lambda each, given, out: note(name, each, given, out)
+        return lambda layer, inputs, output: record(name, layer, inputs, output)
 
-    plain = [(name, each) for name, each in module.named_modules() if type(each) in (nn.Conv2d, nn.BatchNorm2d)]
-    handles = [each.register_forward_hook(hook(name)) for name, each in plain]
+    layers = [(name, layer) for name, layer in module.named_modules() if type(layer) in (nn.Conv2d, nn.BatchNorm2d)]
+    handles = [layer.register_forward_hook(hook(name)) for name, layer in layers]
     try:
         run()
     finally:
@@ -74,17 +74,17 @@ def _tensors(value: Any) -> Iterator[Tensor]:
         for field in dataclasses.fields(value):
             yield from _tensors(getattr(value, field.name))
     elif isinstance(value, dict):
-        for each in value.values():
-            yield from _tensors(each)
+        for entry in value.values():
+            yield from _tensors(entry)
     elif isinstance(value, (list, tuple)):
-        for each in value:
-            yield from _tensors(each)
+        for entry in value:
+            yield from _tensors(entry)
 
 
-def _close(one: Tensor, other: Tensor) -> bool:
-    if one.shape != other.shape:
+def _close(output: Tensor, folded_output: Tensor) -> bool:
+    if output.shape != folded_output.shape:
         return False
-    if not one.numel():
+    if not output.numel():
         return True
-    one, other = one.float(), other.float()
-    return bool((one - other).abs().amax() <= TOLERANCE * one.abs().amax().clamp(min=1e-6))
+    output, folded_output = output.float(), folded_output.float()
+    return bool((output - folded_output).abs().amax() <= TOLERANCE * output.abs().amax().clamp(min=1e-6))

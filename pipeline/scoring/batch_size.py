@@ -99,15 +99,15 @@ _NO_MEMORY = ("DefaultCPUAllocator", "can't allocate memory", "Cannot allocate m
 
 def free_memory() -> float:
     """Bytes that this process may still take on the host: of the machine, or of its control group."""
-    found = [float("inf")]
+    limits = [float("inf")]
     with contextlib.suppress(OSError, ValueError, IndexError):
         lines = Path("/proc/meminfo").read_text().splitlines()
-        found.append(1024.0 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]))
+        limits.append(1024.0 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]))
     with contextlib.suppress(OSError, ValueError):
         group = Path("/sys/fs/cgroup")
         limit, used = (float((group / name).read_text()) for name in ("memory.max", "memory.current"))
-        found.append(max(0.0, limit - used))
-    if len(found) == 1 and hasattr(os, "sysconf"):
+        limits.append(max(0.0, limit - used))
+    if len(limits) == 1 and hasattr(os, "sysconf"):
         with contextlib.suppress(OSError, ValueError):
-            found.append(float(os.sysconf("SC_PHYS_PAGES")) * os.sysconf("SC_PAGE_SIZE") / 2)
-    return min(found)
+            limits.append(float(os.sysconf("SC_PHYS_PAGES")) * os.sysconf("SC_PAGE_SIZE") / 2)
+    return min(limits)

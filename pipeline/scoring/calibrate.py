@@ -49,23 +49,25 @@ def calibrate(
     """
     info = open_dataset(data)
     row_groups(info, SPLIT)
-    kind = _kind(bundle.task, settings.kind)
-    run = _Run(data, info, sink, resources)
-    made = bundles.with_changes(bundle, calibration=None, threshold=None)
+    kind = _resolve_kind(bundle.task, settings.kind)
+    run = _CalibrationData(data, info, sink, resources)
+    calibrated = bundles.with_changes(bundle, calibration=None, threshold=None)
     if kind == "isotonic":
-        made = _boxes(made, run)
+        calibrated = _calibrate_boxes(calibrated, run)
     elif kind != "none":
-        made = _pixels(made, run, kind)
+        calibrated = _calibrate_pixels(calibrated, run, kind)
     if bundle.task == "detection" and info.counts.get("val", {}).get("images", 0):
-        best = run.score(made, "val", "metrics")["meters"].pool.compute()["best_f1"]
-        made = bundles.with_changes(made, score_threshold=best and best["score"])
+        best = run.score(calibrated, "val", "metrics")["meters"].pool.compute()["best_f1"]
+        calibrated = bundles.with_changes(calibrated, score_threshold=best and best["score"])
     if settings.risk is not None:
-        made = bundles.with_changes(made, threshold=_threshold(made, run, settings.risk, settings.delta))
-    return made
+        calibrated = bundles.with_changes(
+            calibrated, threshold=_review_threshold(calibrated, run, settings.risk, settings.delta)
+        )
+    return calibrated
 
 
 @dataclass(frozen=True)
-class _Run:
+class _CalibrationData:
     """The dataset, and how it is scored."""
 
     data: str
@@ -83,7 +85,7 @@ class _Run:
         return score(bundle, self.data, split=split, measure=measure, sink=self.sink, **self.resources)
 
 
-def _kind(task: str, kind: str) -> str:
+def _resolve_kind(task: str, kind: str) -> str:
     """What ``auto`` is; InputError for a kind that is another task's."""
     fitting = {"segmentation": ["temperature", "vector", "none"], "detection": ["isotonic", "none"]}[task]
     if kind == "auto":
@@ -93,40 +95,40 @@ def _kind(task: str, kind: str) -> str:
     return kind
 
 
-def _pixels(made: Bundle, run: _Run, kind: Any) -> Bundle:
-    counted = run.score(made, SPLIT, "sample")["meters"].sample
-    if not counted.pixels:
+def _calibrate_pixels(bundle: Bundle, run: _CalibrationData, kind: Any) -> Bundle:
+    sample = run.score(bundle, SPLIT, "sample")["meters"].sample
+    if not sample.pixels:
         raise InputError(f"split '{SPLIT}' of '{run.info.uri}' has no labelled pixel; label some of its images")
-    fitted = calibration.fit_temperature(counted.rows(), kind).to_dict()
-    known = {"fitted_on": run.source, "n": counted.images, "pixels": counted.pixels}
-    return bundles.with_changes(made, calibration={**fitted, **known})
+    fitted = calibration.fit_temperature(sample.rows(), kind).to_dict()
+    source = {"fitted_on": run.source, "n": sample.images, "pixels": sample.pixels}
+    return bundles.with_changes(bundle, calibration={**fitted, **source})
 
 
-def _boxes(made: Bundle, run: _Run) -> Bundle:
+def _calibrate_boxes(bundle: Bundle, run: _CalibrationData) -> Bundle:
     """Score to precision; unlike members first each to precision times IoU, so that their scores can be compared."""
     parameters: dict[str, Any] = {}
-    meters = run.score(made, SPLIT, "sample")["meters"]
-    if meters.member_samples:
-        own = [each.rows() for each in meters.member_samples]
-        parameters["members"] = [calibration.fit_isotonic(each.score, each.overlap) for each in own]
-        made = bundles.with_changes(made, calibration={"kind": "isotonic", "parameters": parameters})
-        meters = run.score(made, SPLIT, "sample")["meters"]
-    counted = meters.sample
-    if not counted.images:
+    metrics = run.score(bundle, SPLIT, "sample")["meters"]
+    if metrics.member_samples:
+        member_rows = [member_sample.rows() for member_sample in metrics.member_samples]
+        parameters["members"] = [calibration.fit_isotonic(boxes.score, boxes.overlap) for boxes in member_rows]
+        bundle = bundles.with_changes(bundle, calibration={"kind": "isotonic", "parameters": parameters})
+        metrics = run.score(bundle, SPLIT, "sample")["meters"]
+    sample = metrics.sample
+    if not sample.images:
         raise InputError(f"split '{SPLIT}' of '{run.info.uri}' has no labelled image; label some of its images")
-    rows = counted.rows()
+    rows = sample.rows()
     parameters["pool"] = calibration.fit_isotonic(rows.score, rows.hit)
-    right = rows.hit > 0
-    parameters["spread"] = calibration.fit_spread(rows.std[right], rows.error[right], rows.size[right])
-    known = {"fitted_on": run.source, "n": counted.images, "boxes": counted.boxes}
-    return bundles.with_changes(made, calibration={"kind": "isotonic", "parameters": parameters, **known})
+    is_hit = rows.hit > 0
+    parameters["spread"] = calibration.fit_spread(rows.std[is_hit], rows.error[is_hit], rows.size[is_hit])
+    source = {"fitted_on": run.source, "n": sample.images, "boxes": sample.boxes}
+    return bundles.with_changes(bundle, calibration={"kind": "isotonic", "parameters": parameters, **source})
 
 
-def _threshold(bundle: Bundle, run: _Run, risk: float, delta: float) -> dict[str, Any]:
+def _review_threshold(bundle: Bundle, run: _CalibrationData, risk: float, delta: float) -> dict[str, Any]:
     """The review threshold over the images of the split that are labelled and could be read."""
     rows = run.score(bundle, SPLIT, "metrics")["meters"].pool.images_table()
-    use = np.isfinite(rows["loss"])
-    threshold = calibration.fit_review_threshold(rows["score"][use], rows["loss"][use], risk, delta)
+    is_labelled = np.isfinite(rows["loss"])
+    threshold = calibration.fit_review_threshold(rows["score"][is_labelled], rows["loss"][is_labelled], risk, delta)
     return {**threshold.to_dict(), "fitted_on": run.source, "score": task_for_bundle(bundle).uncertainty_measure}
 
 
@@ -151,4 +153,4 @@ def _values(fitted: dict[str, Any]) -> str:
 
 
 def _short(value: Any) -> str:
-    return f"[{', '.join(_short(each) for each in value)}]" if isinstance(value, list) else f"{value:.4g}"
+    return f"[{', '.join(_short(number) for number in value)}]" if isinstance(value, list) else f"{value:.4g}"

@@ -1,4 +1,4 @@
-"""CUDA streams of one model that several threads ask: theirs to decode and encode, one for the model's own work."""
+"""CUDA streams of one model that several threads use: one a thread to decode and encode, one for the model."""
 
 import contextlib
 import threading
@@ -11,9 +11,9 @@ import torch
 class ModelStreams:
     """On a CPU threads run beside one another, unless they take turns there too.
 
-    A thread enters ``own`` with everything it does for one batch, and within it ``model``. There its work joins the
-    one stream of the model, behind what other threads have queued: so the device has the next batch before it is
-    done with this one, and the memory of activations is taken once, whatever the number of threads.
+    A thread enters ``thread_stream`` with everything it does for one batch, and within it ``model_stream``. There its
+    work joins the one stream of the model, behind what other threads have queued: so the device has the next batch
+    before it is done with this one, and the memory of activations is taken once, whatever the number of threads.
     """
 
     def __init__(self, device: torch.device, turns: bool = False) -> None:
@@ -41,15 +41,15 @@ class ModelStreams:
 
     @contextlib.contextmanager
     def model_stream(self) -> Iterator[None]:
-        """Of a GPU one thread at a time, which does not wait for the device."""
+        """The model's stream: on a GPU for one thread at a time, which does not wait for the device."""
         with self._lock:
             if not self._cuda:
                 yield
                 return
-            own = torch.cuda.current_stream(self._device)
-            self._model.wait_stream(own)
+            thread_stream = torch.cuda.current_stream(self._device)
+            self._model.wait_stream(thread_stream)
             try:
                 with torch.cuda.stream(self._model):
                     yield
             finally:
-                own.wait_stream(self._model)
+                thread_stream.wait_stream(self._model)

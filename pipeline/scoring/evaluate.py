@@ -56,80 +56,83 @@ def evaluate(
     opened = open_bundle(bundle)
     if shift_data is not None:
         plan_scoring(opened, shift_data, shift_split, measure=False)  # refused now, not after the first pass
-    made = score(opened, data, split=split, measure="metrics", scalars=True, sink=sink, **resources)
+    scored = score(opened, data, split=split, measure="metrics", scalars=True, sink=sink, **resources)
     info, shift = open_dataset(data), None
     if shift_data is not None:
-        other = score(opened, shift_data, split=shift_split, scalars=True, sink=sink, **resources)
-        shift = shift_detection(made["scalars"], other["scalars"], shift_data)
+        shifted = score(opened, shift_data, split=shift_split, scalars=True, sink=sink, **resources)
+        shift = shift_detection(scored["scalars"], shifted["scalars"], shift_data)
     metrics = {
-        **made["metrics"],
-        **_of_images(made["meters"], made["scalars"], opened),
+        **scored["metrics"],
+        **_image_comparisons(scored["meters"], scored["scalars"], opened),
         "shift_auroc": None if shift is None else shift["auroc"]["uncertainty"],
         "shift": shift,
-        "statuses": made["statuses"],
-        "decisions": _decisions(made["scalars"]),
-        "uncertainty_mean": made["uncertainty_mean"],
+        "statuses": scored["statuses"],
+        "decisions": _decisions(scored["scalars"]),
+        "uncertainty_mean": scored["uncertainty_mean"],
         "split": split,
-        "bundle_id": made["bundle_id"],
+        "bundle_id": scored["bundle_id"],
         "data": {"uri": info.uri, "name": info.name, "fingerprint": info.fingerprint},
     }
-    return metrics, made["scalars"]
+    return metrics, scored["scalars"]
 
 
-def _of_images(meters: EnsembleMetrics, scalars: pa.Table, bundle: Bundle) -> dict[str, Any]:
-    added = segmentation_gain if bundle.task == "segmentation" else detection_gain
+def _image_comparisons(metrics: EnsembleMetrics, scalars: pa.Table, bundle: Bundle) -> dict[str, Any]:
+    gain_function = segmentation_gain if bundle.task == "segmentation" else detection_gain
     # Losses of unlike models cannot be compared.
     validated = bundle.manifest["metrics"] if bundle.same_model else None
-    return {"gain": added(meters, validated), "spearman_by_measure": rank_uncertainty_measures(meters, scalars)}
+    return {
+        "gain": gain_function(metrics, validated),
+        "spearman_by_measure": rank_uncertainty_measures(metrics, scalars),
+    }
 
 
-def segmentation_gain(meters: EnsembleMetrics, validated: Any) -> dict[str, Any] | None:
+def segmentation_gain(metrics: EnsembleMetrics, validated: Any) -> dict[str, Any] | None:
     """What the pool adds, on the same images: ``{difference, low, high}`` of IoU, NLL and Brier score.
 
     ``over_mean_member``: minus the members' mean. ``over_chosen_member``: minus the member that had the
     lowest validation loss, which somebody without an ensemble would use. None for a single member.
     """
-    members = [metric.images_table() for metric in meters.members]
+    members = [metric.images_table() for metric in metrics.members]
     if len(members) < 2 or not len(members[0]["ids"]):
         return None
-    pool, background = meters.pool.images_table(), meters.pool.background
-    chosen = _chosen(validated, len(members))
-    out: dict[str, Any] = {"over_mean_member": {}, "over_chosen_member": {}, "chosen_member": chosen}
+    pool, background = metrics.pool.images_table(), metrics.pool.background
+    chosen = _best_validated_member(validated, len(members))
+    gain: dict[str, Any] = {"over_mean_member": {}, "over_chosen_member": {}, "chosen_member": chosen}
     for figure in GAINS:
-        out["over_mean_member"][figure] = bootstrap.paired_mean(pool, members, figure, background=background)
+        gain["over_mean_member"][figure] = bootstrap.paired_mean(pool, members, figure, background=background)
         if chosen is not None:
-            out["over_chosen_member"][figure] = bootstrap.paired(pool, members[chosen], figure, background=background)
-    return out
+            gain["over_chosen_member"][figure] = bootstrap.paired(pool, members[chosen], figure, background=background)
+    return gain
 
 
-def detection_gain(meters: EnsembleMetrics, validated: Any) -> dict[str, Any] | None:
-    """The same in mAP, mAP@.5 and LaECE of the pool, calibrated where the bundle is."""
-    if len(meters.members) < 2 or not len(meters.pool.images_table()["ids"]):
+def detection_gain(metrics: EnsembleMetrics, validated: Any) -> dict[str, Any] | None:
+    """What the pool adds, as ``segmentation_gain``, in mAP, mAP@.5 and LaECE; calibrated where the bundle is."""
+    if len(metrics.members) < 2 or not len(metrics.pool.images_table()["ids"]):
         return None
-    chosen = _chosen(validated, len(meters.members))
-    return {**detection_bootstrap.paired(meters.pool, meters.members, chosen), "chosen_member": chosen}
+    chosen = _best_validated_member(validated, len(metrics.members))
+    return {**detection_bootstrap.paired(metrics.pool, metrics.members, chosen), "chosen_member": chosen}
 
 
-def _chosen(validated: Any, members: int) -> int | None:
+def _best_validated_member(validated: Any, members: int) -> int | None:
     """The member with the lowest validation loss, where every one has one and they can be compared."""
-    known = [each.get("val_loss") for each in validated] if isinstance(validated, list) else []
-    return int(np.argmin(known)) if len(known) == members and None not in known else None
+    losses = [member.get("val_loss") for member in validated] if isinstance(validated, list) else []
+    return int(np.argmin(losses)) if len(losses) == members and None not in losses else None
 
 
-def rank_uncertainty_measures(meters: EnsembleMetrics, scalars: pa.Table) -> dict[str, float | None]:
+def rank_uncertainty_measures(metrics: EnsembleMetrics, scalars: pa.Table) -> dict[str, float | None]:
     """Spearman's correlation of each number of an image with its IoU, to choose ``predict.uncertainty`` by.
 
     The more negative the better; of ``member_dice``, which is no doubt but its opposite, one minus it is taken.
     """
-    rows = meters.pool.images_table()
-    at = {name: row for row, name in enumerate(scalars["image_id"].to_pylist())}
-    order = pa.array([at[name] for name in rows["ids"].tolist()], pa.int64())
-    known = np.isfinite(rows["loss"])
-    out: dict[str, float | None] = {}
+    rows = metrics.pool.images_table()
+    row_of = {name: row for row, name in enumerate(scalars["image_id"].to_pylist())}
+    order = pa.array([row_of[name] for name in rows["ids"].tolist()], pa.int64())
+    is_labelled = np.isfinite(rows["loss"])
+    correlations: dict[str, float | None] = {}
     for name, values in _measures(scalars.take(order)).items():
-        value = spearman(values[known], 1 - rows["loss"][known])
-        out[name] = value if np.isfinite(value) else None
-    return out
+        value = spearman(values[is_labelled], 1 - rows["loss"][is_labelled])
+        correlations[name] = value if np.isfinite(value) else None
+    return correlations
 
 
 def _measures(scalars: pa.Table) -> dict[str, np.ndarray]:
@@ -139,21 +142,21 @@ def _measures(scalars: pa.Table) -> dict[str, np.ndarray]:
     return {name: 1 - values if name == "member_dice" else values for name, values in columns.items()}
 
 
-def shift_detection(here: pa.Table, there: pa.Table, where: str) -> dict[str, Any]:
+def shift_detection(scalars: pa.Table, shifted_scalars: pa.Table, shift_data: str) -> dict[str, Any]:
     """How well each number of an image tells ``there`` from ``here``: AUROC, and FPR at a TPR of 95 %.
 
     ``member_dice`` is taken as doubt: one minus it.
     """
-    if not there["uncertainty"].drop_null():
-        raise InputError(f"shift data '{where}': no image of it could be predicted; look at the folder")
-    out: dict[str, Any] = {"images": len(there["uncertainty"].drop_null()), "auroc": {}, "fpr95": {}}
-    others = _measures(there)
-    for name, values in _measures(here).items():
-        low, high = (each[np.isfinite(each)] for each in (values, others[name]))
+    if not shifted_scalars["uncertainty"].drop_null():
+        raise InputError(f"shift data '{shift_data}': no image of it could be predicted; look at the folder")
+    detection: dict[str, Any] = {"images": len(shifted_scalars["uncertainty"].drop_null()), "auroc": {}, "fpr95": {}}
+    shifted_measures = _measures(shifted_scalars)
+    for name, values in _measures(scalars).items():
+        low, high = (column[np.isfinite(column)] for column in (values, shifted_measures[name]))
         if len(low) and len(high):
-            out["auroc"][name] = auroc(low, high)
-            out["fpr95"][name] = fpr_at_tpr(low, high)
-    return out
+            detection["auroc"][name] = auroc(low, high)
+            detection["fpr95"][name] = fpr_at_tpr(low, high)
+    return detection
 
 
 def _decisions(scalars: pa.Table) -> dict[str, int] | None:

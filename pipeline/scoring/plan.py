@@ -28,7 +28,7 @@ UNIT_BYTES = 32 * 2**20
 """Encoded images of a page of a folder; row groups are bounded likewise when they are written."""
 FEW_GROUPS = 64
 """A dataset of more row groups than this is not cut further: a slice reads its whole row group."""
-PIECE_PAGES = 256
+GROUP_PAGES = 256
 """Pages of a listing that are adopted together."""
 
 _COLUMNS = ["image_id", "uri", "sha256", "image", "height", "width"]
@@ -36,11 +36,14 @@ _COLUMNS = ["image_id", "uri", "sha256", "image", "height", "width"]
 
 @dataclass(frozen=True)
 class WorkUnit:
-    """``rows`` images and where they are, as JSON types: what a task gets."""
+    """Some images and where they are: what a task gets. Its fields are part of the plan's digest."""
 
     number: int
     rows: int
+    """Images in it."""
     source: dict[str, Any]
+    """As JSON types. Of a dataset: ``file`` (relative to it), ``group`` and ``group_rows`` (the row group's number and
+    rows), ``start`` (first row of it). Of a folder: ``root``, and ``paths`` and ``sizes`` of the files."""
 
     @property
     def files(self) -> list[str]:
@@ -55,26 +58,27 @@ class WorkUnit:
 class UnitGroup:
     """Neighbouring units of one shard, or of some pages of a listing: what is adopted by one task."""
 
-    members: tuple[WorkUnit, ...]
+    units: tuple[WorkUnit, ...]
     data: str
-    """URI of the dataset."""
+    """URI of the dataset; empty for a folder of images."""
 
     @property
-    def units(self) -> range:
-        """Their numbers."""
-        return range(self.members[0].number, self.members[-1].number + 1)
+    def numbers(self) -> range:
+        """The units' numbers."""
+        return range(self.units[0].number, self.units[-1].number + 1)
 
-    def ids(self) -> dict[int, pa.ChunkedArray]:
+    def image_ids(self) -> dict[int, pa.ChunkedArray]:
         """Unit -> image_ids of its rows, in order.
 
         Raises:
             InputError: The shard is gone, damaged, or another one than planned.
         """
-        if "paths" in self.members[0].source:
-            return {unit.number: pa.chunked_array([unit.source["paths"]], pa.string()) for unit in self.members}
-        groups = read_ids(storage.join(self.data, self.members[0].source["file"]))
+        if "paths" in self.units[0].source:
+            return {unit.number: pa.chunked_array([unit.source["paths"]], pa.string()) for unit in self.units}
+        by_row_group = read_ids(storage.join(self.data, self.units[0].source["file"]))
         return {
-            unit.number: groups[unit.source["group"]].slice(unit.source["start"], unit.rows) for unit in self.members
+            unit.number: by_row_group[unit.source["group"]].slice(unit.source["start"], unit.rows)
+            for unit in self.units
         }
 
 
@@ -84,25 +88,28 @@ class ScoringPlan:
 
     units: tuple[WorkUnit, ...]
     inputs: dict[str, Any]
+    """What the result depends on: committed with it, and compared by a later job."""
     info: DatasetInfo | None
-    """None for a folder of images."""
+    """The dataset; None for a folder of images."""
     columns: tuple[str, ...]
     """Columns that are read from a dataset."""
+    unit_rows: int = UNIT_ROWS
+    """Most images of a unit, as the caller set it."""
 
     @cached_property
     def expected(self) -> dict[int, int]:
-        """Rows of each unit."""
+        """Unit -> its rows."""
         return {unit.number: unit.rows for unit in self.units}
 
     @cached_property
-    def pieces(self) -> list[UnitGroup]:
-        """All units, by shard or by pages."""
+    def unit_groups(self) -> list[UnitGroup]:
+        """All units, grouped by shard or by pages."""
 
         def key(unit: WorkUnit) -> Any:
-            return unit.source.get("file", unit.number // PIECE_PAGES)
+            return unit.source.get("file", unit.number // GROUP_PAGES)
 
         data = self.info.uri if self.info is not None else ""
-        return [UnitGroup(tuple(part), data) for _, part in groupby(self.units, key)]
+        return [UnitGroup(tuple(units), data) for _, units in groupby(self.units, key)]
 
     @property
     def rows(self) -> int:
@@ -116,7 +123,15 @@ class ScoringPlan:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def plan_scoring(bundle: Bundle, data: str, split: str | None, *, measure: bool) -> ScoringPlan:
+def plan_scoring(
+    bundle: Bundle,
+    data: str,
+    split: str | None,
+    *,
+    measure: bool,
+    unit_rows: int = UNIT_ROWS,
+    unit_bytes: int = UNIT_BYTES,
+) -> ScoringPlan:
     """The units of ``data``, which is a dataset (``dataset.json`` is there) or a folder of images.
 
     Args:
@@ -124,18 +139,20 @@ def plan_scoring(bundle: Bundle, data: str, split: str | None, *, measure: bool)
         data: URI of a dataset or of a folder.
         split: Split of the dataset; None for all that have rows.
         measure: Whether labels are read too.
+        unit_rows: Most images of a unit.
+        unit_bytes: Most encoded bytes of a unit of several images, in a folder.
 
     Raises:
         InputError: Nothing to score there, or no labels to measure against.
     """
     data = storage.absolute(data)
     if storage.exists(storage.join(data, "dataset.json")):
-        return _plan_dataset(bundle, open_dataset(data), split, measure)
+        return _plan_dataset(bundle, open_dataset(data), split, measure, unit_rows)
     if measure:
         raise InputError(f"no dataset at '{data}' (dataset.json is missing): metrics need labels; run dubito ingest")
     if split is not None:
         raise InputError(f"'{data}' is a folder of images without splits; leave out the split '{split}'")
-    return _plan_folder(bundle, data)
+    return _plan_folder(bundle, data, unit_rows, unit_bytes)
 
 
 def _inputs(bundle: Bundle, kind: str, digest: str, splits: Sequence[str]) -> dict[str, Any]:
@@ -148,14 +165,15 @@ def _inputs(bundle: Bundle, kind: str, digest: str, splits: Sequence[str]) -> di
     }
 
 
-def _plan_dataset(bundle: Bundle, info: DatasetInfo, split: str | None, measure: bool) -> ScoringPlan:
+def _plan_dataset(bundle: Bundle, info: DatasetInfo, split: str | None, measure: bool, unit_rows: int) -> ScoringPlan:
     if measure:
         require_labels(bundle, info)
     splits = [split] if split is not None else [name for name in SPLITS if info.counts.get(name, {}).get("images")]
     if not splits:
         raise InputError(f"dataset '{info.uri}' has no rows; ingest some images")
     groups = [group for name in splits for group in row_groups(info, name)]
-    step = UNIT_ROWS if len(groups) <= FEW_GROUPS else max(group.rows for group in groups)
+    # With many row groups a unit is a whole one: each slice would read all of it anew.
+    step = unit_rows if len(groups) <= FEW_GROUPS else max(group.rows for group in groups)
     units: list[WorkUnit] = []
     for group in groups:
         for start in range(0, group.rows, step):
@@ -165,7 +183,9 @@ def _plan_dataset(bundle: Bundle, info: DatasetInfo, split: str | None, measure:
             source = {"file": file, "group": group.index, "group_rows": group.rows, "start": start}
             units.append(WorkUnit(len(units), rows, source))
     columns = [*_COLUMNS, *(LABEL_COLUMNS[bundle.task] if measure else [])]
-    return ScoringPlan(tuple(units), _inputs(bundle, "dataset", info.fingerprint, splits), info, tuple(columns))
+    return ScoringPlan(
+        tuple(units), _inputs(bundle, "dataset", info.fingerprint, splits), info, tuple(columns), unit_rows
+    )
 
 
 def require_labels(bundle: Bundle, info: DatasetInfo) -> None:
@@ -180,33 +200,37 @@ def require_labels(bundle: Bundle, info: DatasetInfo) -> None:
             f"has labels for {' and '.join(info.tasks) or 'no task'}; choose another bundle or dataset"
         )
     for label in range(max(len(bundle.classes), len(info.classes))):
-        pair = [names[label] if label < len(names) else None for names in (bundle.classes, info.classes)]
-        if pair[0] != pair[1]:
-            said = [f"'{name}'" if name is not None else "absent" for name in pair]
+        in_bundle, in_dataset = (
+            f"'{names[label]}'" if label < len(names) else "absent" for names in (bundle.classes, info.classes)
+        )
+        if in_bundle != in_dataset:
             raise InputError(
-                f"classes differ: label {label} is {said[0]} in bundle '{bundle.uri}' and {said[1]} in "
+                f"classes differ: label {label} is {in_bundle} in bundle '{bundle.uri}' and {in_dataset} in "
                 f"dataset '{info.uri}'; ingest with --classes {','.join(bundle.classes)}"
             )
 
 
-def _plan_folder(bundle: Bundle, root: str) -> ScoringPlan:
-    listed = storage.list_files(root, decode.IMAGE_SUFFIXES)
-    if not listed:
+def _plan_folder(bundle: Bundle, root: str, unit_rows: int, unit_bytes: int) -> ScoringPlan:
+    files = storage.list_files(root, decode.IMAGE_SUFFIXES)
+    if not files:
         endings = ", ".join(decode.IMAGE_SUFFIXES)
         raise InputError(f"no images in '{root}': wanted files ending in {endings}, or a dataset; check the path")
     units: list[WorkUnit] = []
     page: list[storage.Listed] = []
-    for at, file in enumerate(listed):
+    for position, file in enumerate(files):
         page.append(file)
-        following = listed[at + 1].size if at + 1 < len(listed) else 0
-        full = len(page) == UNIT_ROWS or sum(item.size for item in page) + following > UNIT_BYTES
-        if full or at + 1 == len(listed):
+        is_last = position + 1 == len(files)
+        next_bytes = 0 if is_last else files[position + 1].size
+        # A page ends before the file that would make it too large; a file that is too large alone is a page.
+        is_full = len(page) == unit_rows or sum(listed.size for listed in page) + next_bytes > unit_bytes
+        if is_full or is_last:
             source = {
                 "root": root,
-                "paths": [item.path for item in page],
-                "sizes": [item.size for item in page],
+                "paths": [listed.path for listed in page],
+                "sizes": [listed.size for listed in page],
             }
             units.append(WorkUnit(len(units), len(page), source))
             page = []
-    digest = hashlib.sha256("\n".join([root, *(f"{item.size} {item.path}" for item in listed)]).encode())
-    return ScoringPlan(tuple(units), _inputs(bundle, "folder", digest.hexdigest(), []), None, ())
+    # Names and sizes stand for the contents, which nobody reads twice.
+    digest = hashlib.sha256("\n".join([root, *(f"{file.size} {file.path}" for file in files)]).encode())
+    return ScoringPlan(tuple(units), _inputs(bundle, "folder", digest.hexdigest(), []), None, (), unit_rows)

@@ -5,45 +5,43 @@ same batch on the device, and the task keeps running sums over them. Calls from 
 one batch is in the members, the next is decoded and the one before is encoded.
 """
 
-import contextlib
-import hashlib
 import math
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import pyarrow as pa
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from pipeline import models
 from pipeline.augment import Augment
 from pipeline.errors import InputError
 from pipeline.images import decode
 from pipeline.images.batch import Batch
 from pipeline.images.gpu_decode import DeviceDecoder
 from pipeline.models.bundle import Bundle, open_bundle
-from pipeline.models.device import (
-    Compile,
-    Compiled,
-    Precision,
-    autocast,
-    pick_device,
-    to_device_channels_last,
-    wants_compile,
-)
-from pipeline.scoring.batch_norm_folding import fold_batch_norms
+from pipeline.models.device import Compile, Precision, pick_device
 from pipeline.scoring.batch_size import BatchSize, MeasurePeakMemory, out_of_memory
 from pipeline.scoring.cuda_streams import ModelStreams
-from pipeline.scoring.ensemble_metrics import POOL, SAMPLE, UNCALIBRATED, EnsembleMetrics, member_sample
+from pipeline.scoring.ensemble_metrics import EnsembleMetrics
+from pipeline.scoring.member_forward import MemberForward, load_members, stride_of
 from pipeline.scoring.prediction_rows import PredictionRows
-from pipeline.scoring.sliding_window import needs_sliding_window, sliding_window_logits
 from pipeline.tasks.base import Failure
 from pipeline.tasks.of_bundle import task_for_bundle
-from pipeline.uncertainty.tta import View, inference_passes
 
 Purpose = Literal["metrics", "sample"]
 """What is counted against labels: metrics of pool and members, or what a calibration is fitted on."""
+
+
+@dataclass
+class _ChunkResult:
+    """What comes back of a chunk of rows, beside the rows themselves."""
+
+    errors: list[Exception] = field(default_factory=list)
+    """Raised by the model for images that failed alone."""
+    metrics: list[EnsembleMetrics] = field(default_factory=list)
+    """Counts of each batch that went through; empty where nothing is measured."""
 
 
 class Predictor:
@@ -77,87 +75,98 @@ class Predictor:
     ) -> None:
         self.bundle = open_bundle(bundle) if isinstance(bundle, str) else bundle
         self.device = pick_device(device)
-        self.precision: Precision = precision
-        self.members = [self._load(k) for k in range(self.bundle.members)]
-        self.stride = math.lcm(*(int(getattr(module, "stride", 1)) for module in self.members))
-        # Frames in coarser steps than the model asks for, so that images of nearly one size share a batch.
+        modules = load_members(self.bundle, self.device)
         threads = threads or len(os.sched_getaffinity(0))
-        self.task = task_for_bundle(self.bundle, threads, math.lcm(32, self.stride))
-        self.input, self.inference = self.task.input, self.task.inference
-        self.passes = list(inference_passes(self.inference))
-        if self.inference.dropout_passes:
-            self._switch_dropout_on()
+        # Frames in coarser steps than the model asks for, so that images of nearly one size share a batch.
+        self.task = task_for_bundle(self.bundle, threads, math.lcm(32, stride_of(modules)))
+        self.input = self.task.input
+        self.forward = MemberForward(
+            self.bundle,
+            modules,
+            self.device,
+            input=self.input,
+            inference=self.task.inference,
+            precision=precision,
+            compile=compile,
+            steps=steps,
+        )
         self.size = BatchSize(self.device, batch, calls)
-        self.lanes = ModelStreams(self.device, turns=self.inference.dropout_passes > 0)
+        self.streams = ModelStreams(self.device, turns=self.task.inference.dropout_passes > 0)
         self._decoder = DeviceDecoder(self.device, threads) if self.device.type == "cuda" else None
         self._normalise = Augment(None, self.input, 0)
-        # Of frames of many sizes each would be compiled anew; compiled dropout draws other numbers.
-        fit = self.input.fit != "crop" and not self.inference.dropout_passes
-        wanted = fit and wants_compile(self.device, compile, steps)
-        self._compiled = [Compiled(module) for module in self.members] if wanted else None
         self._worked = False
+        """Whether any image was ever predicted: before that, errors are those of the model."""
 
-    def _load(self, member: int) -> nn.Module:
-        module = to_device_channels_last(self.bundle.load_member(member), self.device)
-        if self.device.type != "cpu":  # compiled there, where that pays, with the norms in the same kernels
-            return module
-        return fold_batch_norms(module, 2 * math.lcm(32, int(getattr(module, "stride", 1))))
-
-    def _switch_dropout_on(self) -> None:
-        for module in self.members:
-            models.require_dropout(module, self.inference.dropout_passes, f"bundle '{self.bundle.uri}'")
-            models.enable_dropout(module, True)
+    @property
+    def members(self) -> list[nn.Module]:
+        """The members' networks. What replaces one in this list is run in its place, unless they are compiled."""
+        return self.forward.modules
 
     def new_metrics(self, purpose: Purpose) -> EnsembleMetrics:
         """Fresh counters."""
         if purpose == "sample":
-            each = self.task.calibrates_members and not self.bundle.same_model
-            own = [member_sample(k) for k in range(len(self.members))] if each else []
-            return EnsembleMetrics({name: self.task.new_calibration_sample() for name in (SAMPLE, *own)})
-        names = [POOL, *(str(k) for k in range(len(self.members)))]
-        names += [UNCALIBRATED] if self.task.calibration else []
-        return EnsembleMetrics({name: self.task.metric(name == POOL) for name in names})
+            # Members of one model are calibrated by their pool; unlike ones each, before they are joined.
+            num_samples = len(self.members) if self.task.calibrates_members and not self.bundle.same_model else 0
+            return EnsembleMetrics(
+                sample=self.task.new_calibration_sample(),
+                member_samples=[self.task.new_calibration_sample() for _ in range(num_samples)],
+            )
+        return EnsembleMetrics(
+            pool=self.task.metric(calibrated=True),
+            members=[self.task.metric(calibrated=False) for _ in self.members],
+            uncalibrated=self.task.metric(calibrated=False) if self.task.calibration else None,
+        )
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """One row of ``schema.PREDICTIONS[task]`` for each row of ``table``, in its order.
 
         Args:
-            table: ``image_id, uri, sha256, image`` (encoded bytes, may be null); where they are there,
-                ``height, width``, and ``status, error`` of images that could not be fetched. An image that
-                cannot be used gives a row with its status and nothing predicted.
+            table: ``image_id, uri, sha256, image`` (encoded bytes, may be null); where known, ``height, width``,
+                and ``status, error`` of images that could not be fetched. An image that cannot be used gives a row
+                with its status and nothing predicted.
         """
-        return self._run(table, None)
+        predicted, _ = self._predict_table(table, None)
+        return predicted
 
     def measure(self, table: pa.Table, purpose: Purpose = "metrics") -> tuple[pa.Table, EnsembleMetrics]:
-        """As a call, and what was counted against the label columns of ``table``."""
-        meters = self.new_metrics(purpose)
-        return self._run(table, meters), meters
+        """The rows that a call gives, and what was counted against the label columns of ``table``."""
+        predicted, metrics = self._predict_table(table, purpose)
+        assert metrics is not None, "a purpose has metrics"
+        return predicted, metrics
 
-    def _run(self, table: pa.Table, meters: EnsembleMetrics | None) -> pa.Table:
-        rows = PredictionRows(table, self.bundle, self.bundle.members * len(self.passes))
-        failed: list[Exception] = []
+    def _predict_table(self, table: pa.Table, purpose: Purpose | None) -> tuple[pa.Table, EnsembleMetrics | None]:
+        """(prediction rows, what was counted); nothing is counted without a purpose."""
+        rows = PredictionRows(table, self.bundle, len(self.members) * len(self.forward.passes))
+        total = None if purpose is None else self.new_metrics(purpose)
+        errors: list[Exception] = []
         for chunk in self._chunks(table, rows.usable_rows()):
-            with self.lanes.thread_stream():
-                failed += self._predict_chunk(table, chunk, rows, meters)
+            with self.streams.thread_stream():
+                result = self._predict_chunk(table, chunk, rows, purpose)
+                # Added batch by batch: one that failed half-way has counted nothing.
+                for metrics in result.metrics:
+                    assert total is not None, "only a purpose is counted for"
+                    total.merge(metrics)
+            errors += result.errors
         self._worked = self._worked or rows.ok > 0
-        if failed and not self._worked:
+        if errors and not self._worked:
             # Not an odd image but a fault of the model or of this program: rows would hide it.
-            raise failed[0]
-        return rows.to_table()
+            raise errors[0]
+        return rows.to_table(), total
 
     def _chunks(self, table: pa.Table, usable: Sequence[int]) -> Iterator[list[int]]:
-        """Rows that go through the model together: of one shape, as many as the size is by then."""
-        groups: dict[tuple[int, int], list[int]] = {}
+        """Rows that go through the model together: of one shape, as many as the batch size is by then."""
+        rows_by_shape: dict[tuple[int, int], list[int]] = {}
         for row in usable:
-            groups.setdefault(self._shape(table, row), []).append(row)
-        for (height, width), members in groups.items():
-            at = 0
-            while at < len(members):
-                following = at + self.size.images(height, width)
-                yield members[at:following]
-                at = following
+            rows_by_shape.setdefault(self._frame_shape(table, row), []).append(row)
+        for (height, width), rows in rows_by_shape.items():
+            start = 0
+            while start < len(rows):
+                # Asked anew for each chunk: the size is measured by the first, and halved when memory ran out.
+                end = start + self.size.images(height, width)
+                yield rows[start:end]
+                start = end
 
-    def _shape(self, table: pa.Table, row: int) -> tuple[int, int]:
+    def _frame_shape(self, table: pa.Table, row: int) -> tuple[int, int]:
         """(H, W) of the frame that the row's image will have; (0, 0) where it is no image."""
         if self.input.fit != "crop":
             return self.input.size
@@ -185,38 +194,36 @@ class Predictor:
         return batch.pin_memory().to(self.device, non_blocking=True), failures
 
     def _predict_chunk(
-        self, table: pa.Table, chunk: list[int], rows: PredictionRows, meters: EnsembleMetrics | None
-    ) -> list[Exception]:
-        """Fill the rows of one chunk; returns what the model raised for images that failed alone."""
+        self, table: pa.Table, chunk: list[int], rows: PredictionRows, purpose: Purpose | None
+    ) -> _ChunkResult:
+        """Fill the rows of one chunk. What cannot be done together is halved, until one image is at fault."""
         try:
             batch, failures = self._collate(table.take(chunk))
         except MemoryError:
             if len(chunk) == 1:
                 rows.fail(chunk[0], "error", "MemoryError: the decoded image does not fit into this process's memory")
-                return []
-            halves = (chunk[: len(chunk) // 2], chunk[len(chunk) // 2 :])
-            return [item for half in halves for item in self._predict_chunk(table, half, rows, meters)]
-        for at, reason, detail in failures:
-            rows.fail(chunk[at], reason, detail)
-        bad = {at for at, _, _ in failures}
-        kept = [row for at, row in enumerate(chunk) if at not in bad]
-        if not kept:
-            return []
-        counted = None if meters is None else self.new_metrics("sample" if SAMPLE in meters.counters else "metrics")
+                return _ChunkResult()
+            return self._predict_halves(table, chunk, rows, purpose)
+        # Rows whose image could not be decoded are done; the batch holds the others.
+        for position, reason, detail in failures:
+            rows.fail(chunk[position], reason, detail)
+        failed = {position for position, _, _ in failures}
+        decoded = [row for position, row in enumerate(chunk) if position not in failed]
+        if not decoded:
+            return _ChunkResult()
         fault: Exception | None = None
         try:
-            columns, sizes = self._infer(batch, table.take(kept) if counted else None, counted)
-            rows.fill(kept, columns, sizes)
+            truth = None if purpose is None else table.take(decoded)
+            columns, sizes, metrics = self._predict_batch(batch, truth, purpose)
+            rows.fill(decoded, columns, sizes)
         except InputError:
             raise
         except Exception as error:  # out of memory, or an image that some library chokes on: find it
             fault = error.with_traceback(None)  # which would keep the tensors alive
-        if fault is None:
-            if meters is not None and counted is not None:
-                meters.merge(counted)
-            return []
+        else:
+            return _ChunkResult(metrics=[] if metrics is None else [metrics])
         height, width = batch.images.shape[-2:]
-        if len(kept) == 1:
+        if len(decoded) == 1:
             # Frames of one size all take as much: no fault of the image, and a row would hide it.
             if out_of_memory(fault) and self.input.fit != "crop":
                 raise InputError(
@@ -224,87 +231,69 @@ class Predictor:
                     "process together with what else is in hand; run fewer actors, or lower predict.window_overlap, "
                     "predict.tta or the members' input.size, or give it more memory"
                 )
-            rows.fail(kept[0], "error", f"{type(fault).__name__}: {fault}")
-            return [fault]
+            rows.fail(decoded[0], "error", f"{type(fault).__name__}: {fault}")
+            return _ChunkResult(errors=[fault])
         if out_of_memory(fault):
-            self.size.halve(len(kept) * height * width)
-        del batch
-        halves = (kept[: len(kept) // 2], kept[len(kept) // 2 :])
-        return [item for half in halves for item in self._predict_chunk(table, half, rows, meters)]
+            self.size.halve(len(decoded) * height * width)
+        del batch  # its memory is for the halves
+        return self._predict_halves(table, decoded, rows, purpose)
+
+    def _predict_halves(
+        self, table: pa.Table, chunk: list[int], rows: PredictionRows, purpose: Purpose | None
+    ) -> _ChunkResult:
+        middle = len(chunk) // 2
+        first = self._predict_chunk(table, chunk[:middle], rows, purpose)
+        second = self._predict_chunk(table, chunk[middle:], rows, purpose)
+        return _ChunkResult(first.errors + second.errors, first.metrics + second.metrics)
 
     @torch.inference_mode()
-    def _infer(
-        self, batch: Batch, truth: pa.Table | None, meters: EnsembleMetrics | None
-    ) -> tuple[dict[str, list[Any]], list[list[int]]]:
-        """(columns of ``to_columns``, [[height, width], ...]) of one batch."""
-        counters = {} if meters is None else meters.counters
+    def _predict_batch(
+        self, batch: Batch, truth: pa.Table | None, purpose: Purpose | None
+    ) -> tuple[dict[str, list[Any]], list[list[int]], EnsembleMetrics | None]:
+        """(columns of ``to_columns``, [[height, width], ...], what was counted against ``truth``) of one batch."""
+        metrics = None if purpose is None else self.new_metrics(purpose)
+        with self.streams.model_stream(), MeasurePeakMemory(self.size, batch.images[:, 0].numel()):
+            batch = self._normalise(batch.to(self.device))
+            fused = self.task.fuse(self._member_predictions(batch, truth, metrics))
+        if metrics is not None:
+            self._measure_pool(fused, batch, truth, metrics)
+        return self.task.to_columns(fused, batch), batch.sizes.tolist(), metrics
 
-        def predictions(view: Batch) -> Iterator[Any]:
-            images = view.images.contiguous(memory_format=torch.channels_last)
-            for k in range(len(self.members)):
-                counted = {str(k), member_sample(k)} & counters.keys()
-                own = self.task.new_view_mean() if counted else None
-                for outputs, look, seen in self._forward_views(k, self._renormalised(k, images), batch.image_ids):
-                    prediction = self.task.predict(outputs, view, look, seen)
-                    del outputs
-                    if own is not None:
-                        own.add(prediction)
-                    yield prediction
-                if own is None:
-                    continue
-                # A member's own figures are those of the mean over its views and passes.
-                if str(k) in counters:
-                    self.task.update_metric(own.result(), view, truth, counters[str(k)])
-                else:
-                    self.task.update_sample(own.result(), view, truth, counters[member_sample(k)])
+    def _member_predictions(
+        self, batch: Batch, truth: pa.Table | None, metrics: EnsembleMetrics | None
+    ) -> Iterator[Any]:
+        """Predictions of every member, one at a time, for each view and dropout pass.
 
-        with self.lanes.model_stream(), MeasurePeakMemory(self.size, batch.images[:, 0].numel()):
-            view = self._normalise(batch.to(self.device))
-            fused = self.task.fuse(predictions(view))
-        if POOL in counters:
-            self.task.update_metric(fused, view, truth, counters[POOL])
-        if UNCALIBRATED in counters:
-            self.task.update_metric(self.task.without_calibration(fused), view, truth, counters[UNCALIBRATED])
-        if SAMPLE in counters:
-            self.task.update_sample(fused, view, truth, counters[SAMPLE])
-        return self.task.to_columns(fused, view), view.sizes.tolist()
+        ``Task.fuse`` takes one after the other, so that memory does not grow with their number; for the same reason a
+        member is measured as soon as its last prediction was taken.
+        """
+        images = batch.images.contiguous(memory_format=torch.channels_last)
+        measured = metrics is not None and bool(metrics.members or metrics.member_samples)
+        for k in range(len(self.members)):
+            view_mean = self.task.new_view_mean() if measured else None
+            for outputs, view, canvas in self.forward.outputs_by_view(k, images, batch.image_ids, self.size.images):
+                prediction = self.task.predict(outputs, batch, view, canvas)
+                del outputs
+                if view_mean is not None:
+                    view_mean.add(prediction)
+                yield prediction
+            if view_mean is not None and metrics is not None:
+                self._measure_member(k, view_mean.result(), batch, truth, metrics)
 
-    def _renormalised(self, k: int, images: Tensor) -> Tensor:
-        """Normalised images (N, 3, H, W) as member ``k`` wants them, where members differ in that."""
-        each = self.bundle.manifest["normalise"]
-        if each is None:
-            return images
-        values = [self.input.mean, self.input.std, each[k]["mean"], each[k]["std"]]
-        mean, std, own_mean, own_std = torch.tensor(values).to(images)[..., None, None]
-        return (images * std + (mean - own_mean)) / own_std
+    def _measure_member(
+        self, k: int, prediction: Any, batch: Batch, truth: pa.Table | None, metrics: EnsembleMetrics
+    ) -> None:
+        """Count one member's figures: those of the mean over its views and passes."""
+        if metrics.members:
+            self.task.update_metric(prediction, batch, truth, metrics.members[k])
+        else:
+            self.task.update_sample(prediction, batch, truth, metrics.member_samples[k])
 
-    def _forward_views(
-        self, k: int, images: Tensor, image_ids: list[str]
-    ) -> Iterator[tuple[Any, View, tuple[int, int]]]:
-        """(raw outputs, view, its height and width) of one member: once, or for each view and dropout pass."""
-        for number, look in self.passes:
-            with self._seeded(f"{k} {number} {image_ids[0]}"):
-                shown = look.apply(images, self.stride)
-                yield self._ask(k, shown), look, (shown.shape[-2], shown.shape[-1])
-
-    def _ask(self, k: int, images: Tensor) -> Any:
-        """Member ``k``'s outputs for (N, 3, H, W), seen whole or through windows."""
-        canvas, window, module = (images.shape[-2], images.shape[-1]), self.input.size, self.members[k]
-        with autocast(self.device, self.precision):
-            if self.input.fit == "crop" and needs_sliding_window(self.inference, canvas, window):
-                return sliding_window_logits(module, images, window, self.inference.window_overlap)
-            # The odd batch at the end of a unit is not worth compiling for.
-            if self._compiled is not None and len(images) == self.size.images(*canvas):
-                return self._compiled[k](images)
-            return module(images)
-
-    @contextlib.contextmanager
-    def _seeded(self, key: str) -> Iterator[None]:
-        """What dropout drops depends on the images asked about, not on what was asked before."""
-        if not self.inference.dropout_passes:
-            yield
-            return
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") >> 1)
-            yield
+    def _measure_pool(self, fused: Any, batch: Batch, truth: pa.Table | None, metrics: EnsembleMetrics) -> None:
+        """Count the pool's figures, with calibration and without."""
+        if metrics.pool is not None:
+            self.task.update_metric(fused, batch, truth, metrics.pool)
+        if metrics.uncalibrated is not None:
+            self.task.update_metric(self.task.without_calibration(fused), batch, truth, metrics.uncalibrated)
+        if metrics.sample is not None:
+            self.task.update_sample(fused, batch, truth, metrics.sample)

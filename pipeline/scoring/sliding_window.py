@@ -34,22 +34,22 @@ def sliding_window_logits(
         overlap: Share of a window's side that the next one covers again.
     """
     height, width = min(window[0], images.shape[-2]), min(window[1], images.shape[-1])
-    rows, columns = _places(images.shape[-2], height, overlap), _places(images.shape[-1], width, overlap)
+    rows, columns = _window_starts(images.shape[-2], height, overlap), _window_starts(images.shape[-1], width, overlap)
     weight = gaussian((height, width)).to(images.device)
-    places = [(n, row, column) for n in range(len(images)) for row in rows for column in columns]
+    windows = [(n, row, column) for n in range(len(images)) for row in rows for column in columns]
     step = WINDOWS_AT_ONCE.get(images.device.type, WINDOWS_AT_ONCE["cpu"])
     total = images.new_zeros(0)
     mass = images.new_zeros(images.shape[-2:])
     for row, column in product(rows, columns):
         mass[row : row + height, column : column + width] += weight
-    for start in range(0, len(places), step):
-        chunk = places[start : start + step]
+    for start in range(0, len(windows), step):
+        chunk = windows[start : start + step]
         crops = torch.stack([images[n, :, y : y + height, x : x + width] for n, y, x in chunk])
-        said = model(crops.contiguous(memory_format=torch.channels_last)).float() * weight
+        logits = model(crops.contiguous(memory_format=torch.channels_last)).float() * weight
         if not len(total):
-            total = said.new_zeros(len(images), said.shape[1], *images.shape[-2:])
-        for (n, y, x), each in zip(chunk, said, strict=True):
-            total[n, :, y : y + height, x : x + width] += each
+            total = logits.new_zeros(len(images), logits.shape[1], *images.shape[-2:])
+        for (n, y, x), window_logits in zip(chunk, logits, strict=True):
+            total[n, :, y : y + height, x : x + width] += window_logits
     return total.div_(mass)
 
 
@@ -59,7 +59,7 @@ def gaussian(size: tuple[int, int], sigma: float = 1 / 8) -> Tensor:
     return (axes[0][:, None] * axes[1]).clamp(min=1e-3)
 
 
-def _places(length: int, window: int, overlap: float) -> list[int]:
+def _window_starts(length: int, window: int, overlap: float) -> list[int]:
     """First pixels of windows that cover ``length``, spread evenly, at least ``overlap`` of each shared."""
     if length <= window:
         return [0]

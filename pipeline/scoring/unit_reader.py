@@ -43,9 +43,9 @@ class Reader:
             write_stream(read_unit(spec["source"], spec["rows"], self.data, self.columns), sink)
         except InputError as error:
             fault = str(error)
-        whole = sink.getvalue()
-        ends = pa.py_buffer(np.array([0, whole.size], np.int64))
-        images = pa.Array.from_buffers(pa.large_binary(), 1, [None, ends, whole])
+        stream = sink.getvalue()
+        ends = pa.py_buffer(np.array([0, stream.size], np.int64))
+        images = pa.Array.from_buffers(pa.large_binary(), 1, [None, ends, stream])
         files, faults = [json.dumps(spec["files"])], pa.array([fault], pa.string())
         return pa.table({"unit": batch["unit"], "files": files, "images": images, "fault": faults})
 
@@ -71,7 +71,7 @@ def write_stream(table: pa.Table, sink: pa.BufferOutputStream) -> None:
 
 
 def read_stream(data: pa.Buffer) -> pa.Table:
-    """And back, without a copy."""
+    """The table in an Arrow stream, without a copy."""
     with pa.ipc.open_stream(data) as stream:
         return stream.read_all()
 
@@ -99,13 +99,13 @@ def read_unit(source: dict[str, Any], rows: int, data: str, columns: Sequence[st
 
 def _fetch_page(source: dict[str, Any]) -> pa.Table:
     uris = [storage.join(source["root"], path) for path in source["paths"]]
-    found = image_fetch.fetch_images(uris, source["sizes"])
+    fetched = image_fetch.fetch_images(uris, source["sizes"])
     columns = {
         "image_id": source["paths"],
         "uri": uris,
-        "sha256": [None if item.data is None else hashlib.sha256(item.data).hexdigest() for item in found],
-        "image": [item.data for item in found],
-        "status": [item.status for item in found],
-        "error": [item.error for item in found],
+        "sha256": [None if item.data is None else hashlib.sha256(item.data).hexdigest() for item in fetched],
+        "image": [item.data for item in fetched],
+        "status": [item.status for item in fetched],
+        "error": [item.error for item in fetched],
     }
     return pa.Table.from_pydict(columns, schema=_FETCHED)

@@ -14,8 +14,9 @@ import pytest
 from benchmarks.faults.jobs import NOBODY, Job, run
 from pipeline import predictions, storage
 from pipeline.images.decode import decode
-from pipeline.scoring import crash_guard, plan
-from pipeline.scoring import job as job_module
+from pipeline.scoring import crash_guard
+from pipeline.scoring.job import predict
+from pipeline.scoring.scorer import Scorer
 from tests.support.tiny import UNET, encode, make_bundle, png
 
 IMAGES = 400
@@ -63,39 +64,35 @@ def finished(out: str) -> set[str]:
     return {item.path for item in found if "/unit-" in item.path}
 
 
-def test_an_image_that_ends_its_process_costs_itself_alone(
-    ray_local: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_an_image_that_ends_its_process_costs_itself_alone(ray_local: None, tmp_path: Path):
     for number in range(9):
         (tmp_path / "images").mkdir(exist_ok=True)
         (tmp_path / f"images/{number}.png").write_bytes(
             encode(np.full((24, 24, 3), 0 if number == 5 else 99, np.uint8))
         )
-    model, real = make_bundle(tmp_path / "model", UNET), job_module.Scorer
+    model, out = make_bundle(tmp_path / "model", UNET), str(tmp_path / "out")
 
-    class Dies(real):  # type: ignore[valid-type, misc]
+    class DyingScorer(Scorer):
         """Breaks as a library breaks that is given what it was not made for."""
 
-        def _ask(self, table: pa.Table) -> Any:
+        def predict(self, table: pa.Table) -> Any:
             if any(image and decode(image).max() == 0 for image in table["image"].to_pylist()):
                 os.kill(os.getpid(), signal.SIGKILL)
-            return super()._ask(table)
+            return super().predict(table)
 
-    monkeypatch.setattr(job_module, "Scorer", Dies)
-    monkeypatch.setattr(plan, "UNIT_ROWS", 4)
-    found = job_module.predict(model, str(tmp_path / "images"), str(tmp_path / "out"))
-    assert found["statuses"] == {"ok": 8, "error": 1}
-    rows = predictions.read(str(tmp_path / "out")).to_pylist()
+    summary = predict(model, str(tmp_path / "images"), out, unit_rows=4, scorer_class=DyingScorer)
+    assert summary["statuses"] == {"ok": 8, "error": 1}
+    rows = predictions.read(out).to_pylist()
     assert [row["image_id"] for row in rows] == [f"{number}.png" for number in range(9)]
     assert [row["error"] for row in rows if row["status"] == "error"] == [crash_guard.SKIPPED_IMAGE]
 
 
-def test_starts_and_culprits_are_counted():
+def test_starts_and_deaths_are_counted():
     starts = crash_guard.StartCounter()
     assert [starts.unit_started(7)[0] for _ in range(3)] == [1, 2, 3]
     starts.image_started(7, 1)
     starts.image_started(7, 2)
-    assert starts.unit_started(7) == (4, []), "once may be anybody's fault"
+    assert starts.unit_started(7) == (4, []), "one death may be chance"
     starts.image_started(7, 2)
     assert starts.unit_started(7) == (5, [2])
     assert starts.unit_started(8) == (1, [])

@@ -31,21 +31,21 @@ def rows(unit: int, count: int | None = None) -> pa.Table:
     return pa.Table.from_pydict(columns, schema=PREDICTIONS["detection"])
 
 
-class Piece:
-    """Two pieces: units 0 and 1, and unit 2."""
+class UnitGroup:
+    """Units that are adopted together."""
 
-    def __init__(self, units: range) -> None:
-        self.units = units
+    def __init__(self, numbers: range) -> None:
+        self.numbers = numbers
 
-    def ids(self) -> dict[int, pa.ChunkedArray]:
-        return {unit: rows(unit)["image_id"] for unit in self.units}
+    def image_ids(self) -> dict[int, pa.ChunkedArray]:
+        return {unit: rows(unit)["image_id"] for unit in self.numbers}
 
 
-PIECES = [Piece(range(2)), Piece(range(2, 3))]
+GROUPS = [UnitGroup(range(2)), UnitGroup(range(2, 3))]
 
 
 def begin(uri: Path | str, digest: str = DIGEST) -> predictions.Attempt:
-    return predictions.start_attempt(str(uri), inputs=INPUTS, digest=digest, pieces=PIECES)
+    return predictions.start_attempt(str(uri), inputs=INPUTS, digest=digest, groups=GROUPS)
 
 
 def listed(folder: Path) -> list[dict[str, Any]]:

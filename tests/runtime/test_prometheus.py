@@ -15,7 +15,6 @@ from pipeline import predictions
 from pipeline.datasets import ingest
 from pipeline.runtime import prometheus
 from pipeline.runtime.progress import SilentSink
-from pipeline.scoring import plan
 from pipeline.scoring.job import predict
 from pipeline.training import ensemble
 from pipeline.training.train_config import TrainConfig
@@ -88,8 +87,7 @@ class Prometheus:
 
 
 @pytest.fixture
-def server(ray_local: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Prometheus]:
-    monkeypatch.setattr(plan, "UNIT_ROWS", 5)
+def server(ray_local: None) -> Iterator[Prometheus]:
     scraper = Prometheus()
     with prometheus.CURRENT_RUN.named("test", RUN):
         yield scraper
@@ -124,7 +122,7 @@ def test_what_prometheus_finds_is_what_was_done(server: Prometheus, tmp_path: Pa
     for n in range(11):
         (tmp_path / "new" / f"{n}.png").write_bytes(png(32, 32, n) if n else b"no image")
     bundle = make_bundle(tmp_path / "model", UNET, threshold={"value": 0.0, "risk": 0.5, "delta": 0.5})
-    scored = predict(bundle, str(tmp_path / "new"), str(tmp_path / "predictions"))
+    scored = predict(bundle, str(tmp_path / "new"), str(tmp_path / "predictions"), unit_rows=5)
     decided = Counter(predictions.read(str(tmp_path / "predictions"))["decision"].to_pylist())
     assert decided["review"] == 10
 

@@ -112,8 +112,8 @@ def test_members_may_be_normalised_each_in_its_own_way(tmp_path: Path, detector:
     batch, _ = joined.task.collate(table([png(32, 32, 0)]), train=False, seed=0)
     wanted = alone._normalise(batch).images
     shown = joined._normalise(batch).images
-    assert (joined._renormalised(2, shown) - wanted).abs().max() < 1e-5
-    assert (joined._renormalised(0, shown) - shown).abs().max() < 1e-5
+    assert (joined.forward.renormalise(2, shown) - wanted).abs().max() < 1e-5
+    assert (joined.forward.renormalise(0, shown) - shown).abs().max() < 1e-5
 
 
 def test_what_cannot_be_joined(tmp_path: Path, detector: str):

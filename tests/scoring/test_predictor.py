@@ -14,7 +14,7 @@ from torch import nn
 
 from pipeline.errors import InputError
 from pipeline.schema import PREDICTIONS, pack_map, unpack_map
-from pipeline.scoring import predictor as predictor_module
+from pipeline.scoring import member_forward
 from pipeline.scoring.batch_size import BatchSize
 from pipeline.scoring.ensemble_metrics import EnsembleMetrics
 from pipeline.scoring.predictor import Predictor
@@ -267,7 +267,7 @@ def test_full_batches_run_compiled_and_say_the_same(
             calls.append(len(images))
             return self.module(images)
 
-    monkeypatch.setattr(predictor_module, "Compiled", Counted)
+    monkeypatch.setattr(member_forward, "Compiled", Counted)
     uri = make_bundle(tmp_path, UNET, input={**INPUT, "fit": fit})
     rows = table([png(32, 32, n) for n in range(5)])
     made = Predictor(uri, "cpu", threads=1, batch=2, compile=True)(rows)

@@ -37,7 +37,7 @@ def test_views_are_pooled_where_they_belong(tmp_path: Path):
     images = made._normalise(batch).images
     with torch.inference_mode():
         each = [
-            view.invert(made.members[0](view.apply(images, made.stride)), (32, 32)).softmax(1)
+            view.invert(made.members[0](view.apply(images, made.forward.stride)), (32, 32)).softmax(1)
             for view in tta_views(TtaSettings.parse(predict["tta"], "x"))
         ]
     pool = made.task.fuse([Prediction(one) for one in each])
