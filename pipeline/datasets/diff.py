@@ -62,29 +62,29 @@ def diff_digests(before: pa.Table, after: pa.Table) -> DatasetDiff:
     """Compare two tables of digests by id; image and labels by their hashes, null equal to null alone."""
     joined = after.join(before, keys="image_id", join_type="full outer", right_suffix="_before", coalesce_keys=True)
     is_after, was_before = pc.is_valid(joined["sha256"]), pc.is_valid(joined["sha256_before"])
-    same = pc.and_(same_as_before(joined, "sha256"), same_as_before(joined, "label_sha256"))
+    same = pc.and_(_same_as_before(joined, "sha256"), _same_as_before(joined, "label_sha256"))
     new = pc.and_(is_after, pc.invert(was_before))
     labelled = after.filter(pc.is_valid(after["label_sha256"]))
-    unseen = after["image_id"].filter(pc.invert(is_among(after["sha256"], before["sha256"])))
+    unseen = after["image_id"].filter(pc.invert(_is_among(after["sha256"], before["sha256"])))
     return DatasetDiff(
         _count(new),
         _count(pc.and_(pc.and_(is_after, was_before), pc.invert(same))),
         _count(pc.and_(was_before, pc.invert(is_after))),
-        labelled.num_rows - _count(is_among(image_and_label(labelled), image_and_label(before))),
+        labelled.num_rows - _count(_is_among(_image_and_label(labelled), _image_and_label(before))),
         frozenset(unseen.to_pylist()),
     )
 
 
-def is_among(values: pa.ChunkedArray, value_set: pa.ChunkedArray) -> pa.ChunkedArray:
+def _is_among(values: pa.ChunkedArray, value_set: pa.ChunkedArray) -> pa.ChunkedArray:
     wide = pa.large_string()  # no number of hashes is too many for its offsets
     return pc.is_in(values.cast(wide), value_set=value_set.cast(wide).combine_chunks())
 
 
-def image_and_label(rows: pa.Table) -> pa.ChunkedArray:
+def _image_and_label(rows: pa.Table) -> pa.ChunkedArray:
     return pc.binary_join_element_wise(rows["sha256"], rows["label_sha256"].fill_null(""), "/")
 
 
-def same_as_before(joined: pa.Table, name: str) -> pa.ChunkedArray:
+def _same_as_before(joined: pa.Table, name: str) -> pa.ChunkedArray:
     after, before = joined[name].fill_null(""), joined[f"{name}_before"].fill_null("")
     return pc.equal(after, before)
 
