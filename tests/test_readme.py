@@ -12,7 +12,11 @@ TREE = README.partition("## What is where")[2].partition("```\n")[2].partition("
 PACKAGES = sorted(
     path.parent for top in ("pipeline", "jobs", "benchmarks", "infra") for path in (ROOT / top).rglob("__init__.py")
 )
-DESCRIBED = [package for package in PACKAGES if package.relative_to(ROOT).parts[0] in ("pipeline", "jobs")]
+DESCRIBED = [
+    package
+    for package in PACKAGES
+    if package.relative_to(ROOT).parts[0] in ("pipeline", "jobs", "benchmarks") and package.name != "benchmarks"
+]
 """Packages whose docstring has a line for each file."""
 
 
@@ -22,7 +26,7 @@ def name_of(path: Path) -> str:
 
 def contents(package: Path) -> list[str]:
     """What a package's docstring must describe: the stems of its files, and its subpackages."""
-    modules = [path.stem for path in package.glob("*.py") if path.stem != "__init__"]
+    modules = [path.stem for path in package.glob("*.py") if path.name != "__init__.py"]
     return sorted([*modules, *(path.parent.name for path in package.glob("*/__init__.py"))])
 
 
