@@ -1,9 +1,9 @@
-"""Imports point one way, Ray and Kornia stay at the rim, files and functions stay small."""
+"""Imports point one way and in no circle, Ray and Kornia stay at the rim, files and functions stay small."""
 
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -29,7 +29,7 @@ LAYERS = (
     ("review",),
     ("report",),
 )
-"""Packages and loose files of ``pipeline``, lowest first: DESIGN, section 1."""
+"""Packages and loose files of ``pipeline``, lowest first. A package imports those of lower lines only."""
 
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 SIDEWAYS = {("environment", "errors"), ("schema", "errors")}
@@ -39,8 +39,12 @@ RAY = {"runtime", "datasets", "stream", "scoring", "training", "verify"}
 KORNIA = {"augment", "losses"}
 MAX_FILE_LINES = 320
 MAX_FUNCTION_LINES = 70
+MAX_FOLDER_FILES = 20
+VAGUE_NAMES = frozenset("told said made found each own mine its there here given wanted known".split())
+"""Words that name nothing: a variable is the noun that it holds (CONTRIBUTING)."""
 
 FILES = sorted((ROOT / "pipeline").rglob("*.py"))
+FOLDERS = sorted({path.parent for path in FILES})
 EVERY_FILE = sorted(path for top in ("pipeline", "jobs", "infra") for path in (ROOT / top).rglob("*.py"))
 
 
@@ -70,22 +74,24 @@ def imports(tree: ast.AST, module: str, is_package: bool = False) -> Iterator[st
 
 def broken_rules(source: str, module: str, is_package: bool = False) -> list[str]:
     """What the imports of one file of ``pipeline`` break."""
-    own, found = unit_of(module), []
+    unit = unit_of(module)
+    messages = []
     for name in imports(ast.parse(source), module, is_package):
-        top, other = name.split(".")[0], unit_of(name)
+        top, target = name.split(".")[0], unit_of(name)
         if top == "jobs":
-            found.append(f"{module} imports {name}: only jobs may import jobs")
-        if top == "ray" and own not in RAY:
-            found.append(f"{module} imports {name}: Ray is allowed in {sorted(RAY)} and jobs")
-        if top == "kornia" and own not in KORNIA:
-            found.append(f"{module} imports {name}: Kornia is allowed in {sorted(KORNIA)}")
-        if other is None or other == own or own is None or (own, other) in SIDEWAYS or other.startswith("__"):
+            messages.append(f"{module} imports {name}: only jobs may import jobs")
+        if top == "ray" and unit not in RAY:
+            messages.append(f"{module} imports {name}: Ray is allowed in {sorted(RAY)} and jobs")
+        if top == "kornia" and unit not in KORNIA:
+            messages.append(f"{module} imports {name}: Kornia is allowed in {sorted(KORNIA)}")
+        # Inside a package any file may import any other one, in no circle; and __version__ is no package.
+        if unit is None or target in (None, unit) or (unit, target) in SIDEWAYS or target.startswith("__"):
             continue
-        if other not in LEVEL:
-            found.append(f"{module} imports {name}: '{other}' has no layer; add it to LAYERS and to DESIGN")
-        elif LEVEL[other] >= LEVEL.get(own, -1):
-            found.append(f"{module} imports {name}: imports point down the layers only")
-    return found
+        if target not in LEVEL:
+            messages.append(f"{module} imports {name}: '{target}' has no layer; add it to LAYERS and to CONTRIBUTING")
+        elif LEVEL[target] >= LEVEL.get(unit, -1):
+            messages.append(f"{module} imports {name}: imports point down the layers only")
+    return messages
 
 
 def long_functions(tree: ast.AST) -> list[tuple[str, int]]:
@@ -95,10 +101,54 @@ def long_functions(tree: ast.AST) -> list[tuple[str, int]]:
     return [(name, lines) for name, lines in sizes if lines > MAX_FUNCTION_LINES]
 
 
+def import_graph(files: Iterable[Path]) -> dict[str, set[str]]:
+    """module -> the modules among ``files`` that it imports, at its top or lazily inside its functions."""
+    modules = {module_of(path): path for path in files}
+    graph: dict[str, set[str]] = {}
+    for module, path in modules.items():
+        tree = ast.parse(path.read_text("utf-8"))
+        graph[module] = set()
+        for name in imports(tree, module, path.name == "__init__.py"):
+            # A name is a module, or something that stands in one: then the module is what was imported.
+            target = name if name in modules else name.rpartition(".")[0]
+            if target in modules and target != module:
+                graph[module].add(target)
+    return graph
+
+
+def find_circle(graph: dict[str, set[str]]) -> list[str]:
+    """The modules of one circle in the order in which they import each other; empty where there is none."""
+    finished: set[str] = set()
+
+    def visit(module: str, path: list[str]) -> list[str]:
+        if module in path:
+            return [*path[path.index(module) :], module]
+        if module in finished:
+            return []
+        for target in sorted(graph[module]):
+            if circle := visit(target, [*path, module]):
+                return circle
+        finished.add(module)
+        return []
+
+    return next((circle for module in sorted(graph) if (circle := visit(module, []))), [])
+
+
+def bound_names(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    """(name, line) of each variable and each parameter of a file, where it is bound."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id, node.lineno
+        elif isinstance(node, ast.arg):
+            yield node.arg, node.lineno
+        elif isinstance(node, ast.alias) and node.asname:
+            yield node.asname, node.lineno
+
+
 @pytest.mark.parametrize("path", FILES, ids=module_of)
 def test_imports_point_one_way(path: Path):
-    own = unit_of(module_of(path))
-    assert own is None or own in LEVEL, f"'{own}' has no layer; add it to LAYERS and to DESIGN"
+    unit = unit_of(module_of(path))
+    assert unit is None or unit in LEVEL, f"'{unit}' has no layer; add it to LAYERS and to CONTRIBUTING"
     assert broken_rules(path.read_text("utf-8"), module_of(path), path.name == "__init__.py") == []
 
 
@@ -110,16 +160,43 @@ def test_files_and_functions_are_small(path: Path):
     assert long_functions(ast.parse(text)) == []
 
 
+def test_no_files_import_each_other_in_a_circle():
+    assert " -> ".join(find_circle(import_graph(EVERY_FILE))) == ""
+
+
+def test_a_circle_is_found():
+    assert find_circle({"a": {"b"}, "b": {"c", "d"}, "c": {"a"}, "d": set()}) == ["a", "b", "c", "a"]
+    assert find_circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: str(folder.relative_to(ROOT)))
+def test_a_folder_can_be_taken_in_at_a_glance(folder: Path):
+    files = [path.name for path in folder.glob("*.py") if path.name != "__init__.py"]
+    assert len(files) <= MAX_FOLDER_FILES, (
+        f"{len(files)} files in {folder.name}/: make a package of those that belong together"
+    )
+
+
+def test_variables_say_what_they_hold():
+    vague = [
+        f"{path.relative_to(ROOT)}:{line}: {name}"
+        for path in sorted({*FILES, *(ROOT / "jobs").rglob("*.py")})
+        for name, line in bound_names(ast.parse(path.read_text("utf-8")))
+        if name in VAGUE_NAMES or name.endswith("_module")
+    ]
+    assert not vague, "name the thing itself:\n" + "\n".join(vague)
+
+
 def test_the_package_itself_imports_nothing():
     assert list(imports(ast.parse((ROOT / "pipeline/__init__.py").read_text("utf-8")), "pipeline")) == []
 
 
 def test_infra_stands_alone_but_for_the_list_of_verbs():
-    found = []
+    outside = []
     for path in sorted((ROOT / "infra").rglob("*.py")):
         names = imports(ast.parse(path.read_text("utf-8")), module_of(path), path.name == "__init__.py")
-        found += [(module_of(path), name) for name in names if name.split(".")[0] in ("pipeline", "jobs")]
-    assert found == [("infra.k8s.verbs", "jobs.cli.app")]
+        outside += [(module_of(path), name) for name in names if name.split(".")[0] in ("pipeline", "jobs")]
+    assert outside == [("infra.k8s.verbs", "jobs.cli.app")]
 
 
 @pytest.mark.parametrize(

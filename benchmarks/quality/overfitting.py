@@ -16,7 +16,7 @@ from typing import Any
 
 from jobs.session import ray_session
 from pipeline.config import merge
-from pipeline.datasets import ingest as ingest_module
+from pipeline.datasets import ingest
 from pipeline.errors import DoneError
 from pipeline.models import bundle as bundles
 from pipeline.runtime.progress import Terminal, redirect_output
@@ -74,13 +74,13 @@ def splits(folder: Path, images: int, seed: int) -> dict[str, list[str]]:
     return {"train": names[:images], "val": names[images : images + 40], "test": known["val"]}
 
 
-def ingest(folder: Path, out: Path, images: int, seed: int, terminal: Terminal) -> str:
+def ingest_images(folder: Path, out: Path, images: int, seed: int, terminal: Terminal) -> str:
     """The cut dataset; its URI."""
     chosen = out / f"splits-{images}-{seed}.json"
     chosen.parent.mkdir(parents=True, exist_ok=True)
     chosen.write_text(json.dumps(splits(folder, images, seed)))
     uri = str(out / "data")
-    ingest_module.ingest(
+    ingest.ingest(
         "instances", str(folder / "images"), str(folder / "labels"), uri,
         classes=["nucleus"], splits=str(chosen), options={}, sink=terminal,
     )  # fmt: skip
@@ -130,7 +130,7 @@ def main() -> None:
     args = parser.parse_args()
     args.out, rows = args.out.resolve(), []
     with redirect_output(args.out / "log.txt") as terminal, ray_session():
-        data = ingest(args.data.resolve(), args.out, args.images, args.seed, terminal)
+        data = ingest_images(args.data.resolve(), args.out, args.images, args.seed, terminal)
         for name, changes, members, tests in RUNS:
             if args.only not in name:
                 continue

@@ -17,7 +17,7 @@ from PIL import Image
 
 from jobs.session import ray_session
 from pipeline import predictions, schema
-from pipeline.datasets import ingest as ingest_module
+from pipeline.datasets import ingest
 from pipeline.errors import DoneError
 from pipeline.metrics.ranking import auroc
 from pipeline.models import bundle as bundles
@@ -44,14 +44,14 @@ SPLITS = {"train": range(1, 6), "val": [6], "calibration": [7], "test": [8, 9, 1
 """Children, both eyes of each."""
 
 
-def ingest(folder: Path, out: Path, terminal: Terminal) -> str:
+def ingest_images(folder: Path, out: Path, terminal: Terminal) -> str:
     """CHASE with observer 1's masks, split by child."""
     out.mkdir(parents=True, exist_ok=True)
     named = {
         split: [f"Image_{child:02d}{eye}" for child in children for eye in "LR"] for split, children in SPLITS.items()
     }
     (out / "splits.json").write_text(json.dumps(named))
-    made = ingest_module.ingest(
+    made = ingest.ingest(
         "masks", str(folder / "images"), str(folder / "observer1"), str(out / "data"),
         classes=CLASSES, splits=str(out / "splits.json"), options={}, sink=terminal,
     )  # fmt: skip
@@ -111,7 +111,7 @@ def main() -> None:
     args = parser.parse_args()
     folder, out = args.data.resolve(), args.out.resolve()
     with redirect_output(out / "log.txt") as terminal, ray_session():
-        data = ingest(folder, out, terminal)
+        data = ingest_images(folder, out, terminal)
         length = {"batch_size": 8, "steps": args.steps, "validate_every": max(1, args.steps // 4)}
         config = TrainConfig.parse({**CONFIG, "data": data, "out": str(out / "model"), "train": length}, "observers")
         try:

@@ -41,7 +41,7 @@ from benchmarks.speed.feed_baselines import (  # fmt: skip
     pil_then_tensor,
 )
 from jobs.session import ray_session
-from pipeline.datasets import ingest as ingest_module
+from pipeline.datasets import ingest
 from pipeline.datasets.dataset import open_dataset
 from pipeline.stream.batches import decode_batches, prefetch
 from pipeline.training.ray_train import MemberRun, training_dataset
@@ -173,7 +173,7 @@ def difference(data: Data, sample: Item) -> float:
     return float(np.abs(found.astype(np.int16) - wanted).mean())
 
 
-def ingest(folder: Path, files: list[Path], size: tuple[int, int], args: argparse.Namespace) -> Data:
+def ingest_images(folder: Path, files: list[Path], size: tuple[int, int], args: argparse.Namespace) -> Data:
     """The files, and a dataset of them: all in ``train``, one box an image, about 16 shards."""
     labels = folder / "labels.json"
     images = [{"id": n, "file_name": path.name, "width": size[0], "height": size[1]} for n, path in enumerate(files)]
@@ -187,7 +187,7 @@ def ingest(folder: Path, files: list[Path], size: tuple[int, int], args: argpars
         "shard_bytes": max(total // 16, min(64, len(files)) * total // len(files)),
     }
     uri = str(folder / "data")
-    ingest_module.ingest("coco", str(files[0].parent), str(labels), uri, options=options)
+    ingest.ingest("coco", str(files[0].parent), str(labels), uri, options=options)
     info = open_dataset(uri)
     shards = sorted(f"{uri}/{file['path']}" for file in info.meta["files"] if file.get("split") == "train")
     return Data(files, uri, shards, args.side, args.batch)
@@ -198,7 +198,7 @@ def measure(folder: Path, size: tuple[int, int], args: argparse.Namespace) -> tu
     name = f"{size[0]}x{size[1]}"
     count = math.ceil(args.count / args.batch) * args.batch  # so that passes end with whole batches
     files = make(folder / name / "images", photographs(args.images), size, count)
-    data = ingest(folder / name, files, size, args)
+    data = ingest_images(folder / name, files, size, args)
     mean_kb = sum(path.stat().st_size for path in files) / len(files) / 1e3
     print(f"{name}: {count} images of {mean_kb:.0f} kB, {len(data.shards)} shards; settings:", flush=True)
     turns, logs = tuned(data, args)
