@@ -223,7 +223,7 @@ def group_into_steps(
     """Group local batches into optimiser steps; a batch that is not full is a broken promise of the stream.
 
     Args:
-        augmented: What ``views`` yields of the stream's tables.
+        augmented: What ``augmented_batches`` yields of the stream's tables.
         batch_size: Rows of every table.
         accumulate: Batches of a step.
     """
