@@ -46,7 +46,7 @@ def counting(log: Path) -> tuple[type[job_module.Reader], type[job_module.Scorer
             super().__init__(*args)
             predictor = self.predictor
             # In the calling thread, whose CPU time can be told from that of the members.
-            predictor.task.threads = 1
+            predictor.task.collator.threads = 1
             collate = predictor._collate
 
             def timed(table: pa.Table) -> Any:

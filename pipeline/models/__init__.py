@@ -46,12 +46,16 @@ __all__ = [
 
 
 def parse(values: dict[str, Any], where: str) -> ModelSettings:
-    """Settings from ``{"name": "unet", ...}``; ``where`` (file, option) is named in the InputError."""
+    """Settings from ``{"name": "unet", ...}``.
+
+    Raises:
+        InputError: Unknown name, or settings that this model does not have; ``where`` (file, key) is named in it.
+    """
     name = values.get("name")
     if name not in MODELS:
-        raise InputError(f"{where}: 'model.name' = {name!r} is no model.{nearest(str(name), MODELS)}")
+        raise InputError(f"{where}: 'name' = {name!r} is no model.{nearest(str(name), MODELS)}")
     rest = {key: value for key, value in values.items() if key != "name"}
-    return MODELS[name].parse(rest, f"{where}: model")
+    return MODELS[name].parse(rest, where)
 
 
 def describe(settings: ModelSettings) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pipeline import __version__, models, storage
 from pipeline.errors import InputError, nearest, one_line
+from pipeline.models.outputs import num_outputs
 from pipeline.schema import BUNDLE_JSON, PREDICTIONS, SCHEMA_VERSION
 from pipeline.storage import checksum
 
@@ -81,13 +82,12 @@ class Bundle:
     def model_settings(self, k: int) -> models.ModelSettings:
         """Of member ``k``: ``model`` is the model of all members, or a list with one for each."""
         model = self.manifest["model"]
-        return models.parse(model if isinstance(model, dict) else model[k], f"bundle '{self.uri}'")
+        return models.parse(model if isinstance(model, dict) else model[k], f"bundle '{self.uri}': model")
 
     @property
     def num_outputs(self) -> int:
         """Classes that the model tells apart: detectors have none for a background at the end of the list."""
-        count = len(self.classes)
-        return count - 1 if self.task == "detection" and self.background == count - 1 else count
+        return num_outputs(self.task, self.classes, self.background)
 
     def load_member(self, k: int) -> nn.Module:
         """Member ``k`` on the CPU, in eval mode.
@@ -217,7 +217,7 @@ def _check(where: str, manifest: Any) -> None:
         raise InputError(f"'{where}': unknown task '{manifest['task']}'.{nearest(manifest['task'], PREDICTIONS)}")
     each = manifest["model"] if isinstance(manifest["model"], list) else [manifest["model"]]
     for model in each:
-        settings = models.parse(model if isinstance(model, dict) else {}, f"'{where}'")
+        settings = models.parse(model if isinstance(model, dict) else {}, f"'{where}': model")
         if settings.task != manifest["task"]:
             raise InputError(f"'{where}': model '{model['name']}' is for {settings.task}, not for {manifest['task']}")
     classes = manifest["classes"]

@@ -1,5 +1,6 @@
 """What detectors say before any threshold or suppression, whatever their kind."""
 
+from collections.abc import Sequence
 from typing import ClassVar, NamedTuple, Protocol
 
 import torch
@@ -85,3 +86,16 @@ class SoftmaxOutput(NamedTuple):
     def scores(self) -> Tensor:
         """Softmax, without the background."""
         return torch.softmax(self.logits.float(), -1)[..., :-1]
+
+
+def num_outputs(task: str, classes: Sequence[str], background: int | None) -> int:
+    """Classes that a model tells apart: detectors have none for a background at the end of the list.
+
+    Args:
+        task: ``segmentation`` or ``detection``.
+        classes: Names in label order.
+        background: Label of the implicit background, if there is one.
+    """
+    if task == "detection" and background == len(classes) - 1:
+        return len(classes) - 1
+    return len(classes)

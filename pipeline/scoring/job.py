@@ -30,7 +30,7 @@ from pipeline.scoring.ensemble_metrics import EnsembleMetrics
 from pipeline.scoring.plan import UNIT_ROWS, ScoringPlan, WorkUnit, plan_scoring
 from pipeline.scoring.predictor import Predictor, Purpose
 from pipeline.scoring.unit_reader import Reader, read_stream, without_image, write_stream
-from pipeline.tasks.of_bundle import task_for_bundle
+from pipeline.tasks.build import task_for_bundle
 
 _READ_CPUS = 0.5
 """A reading task mostly waits; and what differs from the actor's resources Ray does not fuse into the actor."""

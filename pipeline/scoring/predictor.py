@@ -39,7 +39,7 @@ from pipeline.scoring.ensemble_metrics import POOL, SAMPLE, UNCALIBRATED, Ensemb
 from pipeline.scoring.prediction_rows import PredictionRows
 from pipeline.scoring.sliding_window import needs_sliding_window, sliding_window_logits
 from pipeline.tasks.base import Failure
-from pipeline.tasks.of_bundle import task_for_bundle
+from pipeline.tasks.build import task_for_bundle
 from pipeline.uncertainty.tta import View, inference_passes
 
 Purpose = Literal["metrics", "sample"]
