@@ -106,8 +106,8 @@ class LoopSettings(Settings):
     def scaled(self, world: int) -> "Scale":
         """What an optimiser step is with ``world`` workers."""
         nominal = self.batch_size * self.accumulate * self.workers
-        wanted = self.accumulate * self.workers / world if self.elastic_batch == "global" else self.accumulate
-        accumulate = max(1, round(wanted))
+        exact = self.accumulate * self.workers / world if self.elastic_batch == "global" else self.accumulate
+        accumulate = max(1, round(exact))
         images = self.batch_size * accumulate * world
         power = {"linear": 1.0, "sqrt": 0.5, "none": 0.0}[self.elastic_lr]
         return Scale(accumulate, images, images / nominal, (images / nominal) ** power)
