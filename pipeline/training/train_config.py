@@ -41,9 +41,9 @@ class Scale:
     """An optimiser step of a worker group, beside one of the group that was asked for."""
 
     accumulate: int
-    """Batches of each worker."""
+    """Batches that each worker accumulates."""
     images: int
-    """Of all workers."""
+    """Images of the optimiser step, over all workers."""
     ratio: float
     """``images`` over those of the group that was asked for."""
     lr: float
@@ -51,7 +51,7 @@ class Scale:
 
 
 class LoopSettings(Settings):
-    """How long, how wide, and when to look."""
+    """How long a run is, on how many workers, and when it validates."""
 
     batch_size: int = Field(default=8, ge=1)
     """Images per worker and forward pass."""
@@ -84,7 +84,8 @@ class LoopSettings(Settings):
     max_failures: int = Field(default=2, ge=0)
     """Restarts of the worker group before the run is given up."""
     precision: Precision = "auto"
-    """Of the network in training and validation; losses and weights are float32 always. ``auto``: bf16 on a GPU that
+    """Type of the network's arithmetic in training and validation; losses and weights are float32 always.
+    ``auto``: bf16 on a GPU that
     has it."""
     compile: Compile = "auto"
     """Whether network and augmentation are compiled; ``auto``: on a GPU, in runs of a thousand steps and more."""
@@ -119,7 +120,7 @@ class EnsembleSettings(Settings):
     retries: int = Field(default=2, ge=0)
     """How often a member that failed is taken up again, from its last checkpoint."""
     min_members: int | None = Field(default=None, ge=1)
-    """A bundle is made of so many members at least, and says which failed; null: of all."""
+    """A bundle is made of so many members at least, and names those that failed; null: of all."""
 
 
 class TrainConfig(Settings):
