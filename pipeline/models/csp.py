@@ -25,7 +25,7 @@ def conv_silu(inputs: int, outputs: int, norm: Norm, *, kernel: int = 3, stride:
 
 
 class Inner(nn.Module):
-    """``x + f(x)`` with two 3x3 convolutions in f, nothing after the sum; (N, c, H, W) -> the same."""
+    """``x + f(x)`` with two 3x3 convolutions in f, nothing after the sum; (N, c, H, W) -> (N, c, H, W)."""
 
     def __init__(self, channels: int, norm: Norm) -> None:
         super().__init__()
@@ -53,8 +53,8 @@ class Csp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, inputs, H, W) -> (N, outputs, H, W)."""
-        past, through = self.split(x).chunk(2, dim=1)
-        return self.join(torch.cat([past, self.blocks(through)], dim=1))
+        bypass, through = self.split(x).chunk(2, dim=1)
+        return self.join(torch.cat([bypass, self.blocks(through)], dim=1))
 
 
 class PyramidPooling(nn.Module):
@@ -111,10 +111,12 @@ class Pan(nn.Module):
         """Fine to coarse (N, c_i, h_i, w_i) -> fine to coarse (N, outputs, h_i, w_i)."""
         levels = [lateral(feature) for lateral, feature in zip(self.lateral, features, strict=True)]
         last = len(levels) - 1
+        # Top-down: each level learns from the coarser one, which has seen more of the image.
         for at in range(last - 1, -1, -1):
             levels[at + 1] = self.reduce[at](levels[at + 1])
             wide = F.interpolate(levels[at + 1], scale_factor=2.0, mode="nearest")
             levels[at] = self.down_blocks[at](torch.cat([levels[at], wide], dim=1))
+        # Bottom-up: each level learns from the finer one, which knows better where edges are.
         for at in range(last):
             narrow = self.halve[at](levels[at])
             levels[at + 1] = self.up_blocks[at](torch.cat([narrow, levels[at + 1]], dim=1))
@@ -133,20 +135,20 @@ def timm_levels(name: str, strides: Sequence[int]) -> tuple[nn.Module, list[int]
     import timm
 
     if not timm.is_model(name):
-        raise InputError(f"model.backbone: timm has no model '{name}'.{_alike(name, timm.list_models())}")
+        raise InputError(f"model.backbone: timm has no model '{name}'.{_nearest_name(name, timm.list_models())}")
     try:
         info: Any = timm.create_model(name, pretrained=False, features_only=True).feature_info
-        given = [int(stride) for stride in info.reduction()]
-        if not set(strides) <= set(given):
+        all_strides = [int(stride) for stride in info.reduction()]
+        if not set(strides) <= set(all_strides):
             raise InputError(
-                f"model.backbone: '{name}' has features at strides {given}, wanted {list(strides)}; set model.strides "
-                f"to some of them, or choose another backbone"
+                f"model.backbone: '{name}' has features at strides {all_strides}, wanted {list(strides)}; set "
+                f"model.strides to some of them, or choose another backbone"
             )
         # The last of several at one stride is the one that has seen most.
-        chosen = [len(given) - 1 - given[::-1].index(stride) for stride in strides]
-        network = timm.create_model(name, pretrained=False, features_only=True, out_indices=chosen)
-        channels = [int(info.channels()[at]) for at in chosen]
-        _try_out(network, channels, strides, name)
+        indices = [len(all_strides) - 1 - all_strides[::-1].index(stride) for stride in strides]
+        network = timm.create_model(name, pretrained=False, features_only=True, out_indices=indices)
+        channels = [int(info.channels()[at]) for at in indices]
+        _check_features(network, channels, strides, name)
     except (RuntimeError, AssertionError, AttributeError, TypeError, ValueError) as error:
         if isinstance(error, InputError):
             raise
@@ -157,28 +159,34 @@ def timm_levels(name: str, strides: Sequence[int]) -> tuple[nn.Module, list[int]
     return network, channels
 
 
-def _try_out(network: nn.Module, channels: Sequence[int], strides: Sequence[int], name: str) -> None:
-    """Answer one small image: shapes as promised; parameters that take no part stop learning."""
+def _check_features(network: nn.Module, channels: Sequence[int], strides: Sequence[int], name: str) -> None:
+    """Run the network on one small image: refuse unexpected shapes, freeze parameters that take no part.
+
+    Raises:
+        InputError: The features have other shapes than ``channels`` and ``strides`` say.
+    """
     side = 2 * strides[-1]
+    # In eval mode, so that the statistics of batch norm stay as they were initialised or loaded.
     network.eval()
     with torch.enable_grad():
         features = network(torch.zeros(1, 3, side, side))
         parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        # A parameter that no feature depends on has no gradient.
         total = torch.stack([feature.sum() for feature in features]).sum()
         gradients = torch.autograd.grad(total, parameters, allow_unused=True)
     network.train()
-    found = [tuple(feature.shape[1:]) for feature in features]
-    wanted = [(width, side // stride, side // stride) for width, stride in zip(channels, strides, strict=True)]
-    if found != wanted:
+    shapes = [tuple(feature.shape[1:]) for feature in features]
+    expected_shapes = [(width, side // stride, side // stride) for width, stride in zip(channels, strides, strict=True)]
+    if shapes != expected_shapes:
         raise InputError(
-            f"model.backbone: '{name}' gives features of shapes {found} for {side}x{side} pixels, wanted {wanted} "
-            f"(channels, height, width); choose another backbone"
+            f"model.backbone: '{name}' gives features of shapes {shapes} for {side}x{side} pixels, wanted "
+            f"{expected_shapes} (channels, height, width); choose another backbone"
         )
     for parameter, gradient in zip(parameters, gradients, strict=True):
         if gradient is None:
             parameter.requires_grad_(False)
 
 
-def _alike(name: str, known: list[str]) -> str:
-    """The nearest name, without the thousand others."""
-    return nearest(name, known).split(" Known:")[0] or " timm.list_models() lists them."
+def _nearest_name(name: str, names: list[str]) -> str:
+    """A hint that names the nearest of ``names``: they are thousands, too many to list."""
+    return nearest(name, names).split(" Known:")[0] or " timm.list_models() lists them."

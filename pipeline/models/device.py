@@ -1,4 +1,4 @@
-"""What makes a network fast on the device at hand, without a change of what it says beyond rounding."""
+"""What makes a network fast on the device at hand, without a change of its outputs beyond rounding."""
 
 import contextlib
 import logging
@@ -10,8 +10,8 @@ from torch import nn
 log = logging.getLogger(__name__)
 
 Precision = Literal["auto", "float32", "bf16"]
-"""Of convolutions and matrix products; losses, probabilities and sums stay float32. ``auto``: bf16 on a GPU that has
-it, float32 elsewhere (on CPUs without AMX bf16 is several times slower)."""
+"""Type of convolutions and matrix products; losses, probabilities and sums stay float32. ``auto``: bf16 on a GPU
+that has it, float32 elsewhere (on CPUs without AMX bf16 is several times slower)."""
 
 Compile = Literal["auto"] | bool
 """Whether networks are compiled. ``auto``: on a GPU, where the run is long enough to earn the minute it takes."""
@@ -20,7 +20,7 @@ LONG_RUN_STEPS = 1000
 
 
 def pick_device(device: str) -> torch.device:
-    """``auto`` is a GPU where there is one."""
+    """The device of that name; ``auto`` is a GPU where there is one, else the CPU."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(device)
@@ -34,7 +34,7 @@ def uses_bf16(device: torch.device, precision: Precision) -> bool:
 
 
 def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractContextManager[object]:
-    """Around forward passes; does nothing in float32."""
+    """The context for forward passes; it does nothing in float32."""
     if not uses_bf16(device, precision):
         return contextlib.nullcontext()
     return torch.autocast(device.type, torch.bfloat16)
@@ -47,7 +47,7 @@ def to_device_channels_last(module: nn.Module, device: torch.device) -> nn.Modul
 
 
 def wants_compile(device: torch.device, choice: Compile, steps: int) -> bool:
-    """What ``choice`` comes to for a run of so many steps."""
+    """Whether a run of so many steps on this device is compiled."""
     if choice == "auto":
         return device.type == "cuda" and steps >= LONG_RUN_STEPS
     return choice
@@ -65,11 +65,11 @@ class Compiled:
 
     @property
     def training(self) -> bool:
-        """The module's mode."""
+        """Whether the module is in training mode."""
         return self._module.training
 
     def __call__(self, *args: Any) -> Any:
-        """What the module says."""
+        """The module's outputs."""
         if self._run is None:
             return self._module(*args)
         try:
@@ -78,8 +78,8 @@ class Compiled:
             raise
         except Exception as error:  # whatever the compiler throws; a fault of the module's own is raised below
             self._run = None
-            said = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
-            log.warning("the network runs uncompiled, and slower, since torch.compile failed: %s", said)
+            reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
+            log.warning("the network runs uncompiled, and slower, since torch.compile failed: %s", reason)
             return self._module(*args)
 
 
@@ -87,8 +87,10 @@ def use_fused_kernels(optimizer: torch.optim.Optimizer, device: torch.device) ->
     """One kernel for all weights on a GPU; call after a state was loaded, which brings its own device's choice."""
     fused = device.type == "cuda"
     for group in optimizer.param_groups:
+        # Only optimisers that have the choice.
         if "fused" in group:
             group["fused"] = fused or None
+        # Fused kernels want each parameter's step counter on the device of the parameter.
         for parameter in group["params"]:
             steps = optimizer.state.get(parameter, {}).get("step")
             if fused and isinstance(steps, torch.Tensor):

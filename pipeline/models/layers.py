@@ -30,7 +30,7 @@ def conv_block(inputs: int, outputs: int, norm: Norm, *, stride: int = 1) -> nn.
 
 
 class Residual(nn.Module):
-    """``relu(x + f(x))`` with two 3x3 convolutions in f (He et al. 2015); (N, c, H, W) -> the same."""
+    """``relu(x + f(x))`` with two 3x3 convolutions in f (He et al. 2015); (N, c, H, W) -> (N, c, H, W)."""
 
     def __init__(self, channels: int, norm: Norm) -> None:
         super().__init__()

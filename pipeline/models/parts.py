@@ -91,7 +91,7 @@ def _by_stage(keys: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
         if match is None:
             return keys
         stages.setdefault(match[1], set()).add(int(match[2]))
-    if len(stages) < 2 or len({frozenset(found) for found in stages.values()}) > 1:
+    if len(stages) < 2 or len({frozenset(numbers) for numbers in stages.values()}) > 1:
         return keys
     return sorted(keys, key=lambda key: int(re.sub(r"\D", "", key[0])))
 

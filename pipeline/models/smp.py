@@ -15,8 +15,8 @@ from pipeline.errors import InputError, nearest
 from pipeline.models.layers import Head, check_input, outputs_of, set_prior
 from pipeline.models.parts import DROPOUT, dropout_layers
 
-_OURS = {"self", "kwargs", "encoder_name", "encoder_weights", "in_channels", "classes", "activation", "aux_params"}
-"""Arguments that are not the user's to give through ``options``: the output stays raw logits alone."""
+_RESERVED = {"self", "kwargs", "encoder_name", "encoder_weights", "in_channels", "classes", "activation", "aux_params"}
+"""Arguments that cannot be given through ``options``: the output stays raw logits alone."""
 
 
 class Smp(Settings):
@@ -63,7 +63,7 @@ class SmpModule(nn.Module):
         if settings.prior is not None:
             convs = [layer for layer in self.network.segmentation_head.modules() if isinstance(layer, nn.Conv2d)]
             set_prior(convs[-1].get_parameter("bias"), settings.prior)
-        self.smallest = self._try_out()
+        self.smallest = self._probe()
         """The shortest side (pixels) that the network can work on."""
 
     def forward(self, images: Tensor) -> Tensor:
@@ -96,20 +96,20 @@ class SmpModule(nn.Module):
         """The parts that see the image first: the encoder."""
         return [self.network.encoder]
 
-    def _try_out(self) -> int:
-        """Answer one small image: its side; what takes no part stops learning, or drops nothing.
+    def _probe(self) -> int:
+        """Run the network on one small image: its side. Parts that take no part stop learning, or drop nothing.
 
         PSPNet's encoder keeps the stages that it does not use: DDP would wait for their gradients for ever.
-        Some encoders keep the dropout of the classifier that they lost: it would pass for Monte-Carlo dropout.
+        Some encoders keep the dropout of the classifier that they lost, which would pass for Monte-Carlo dropout.
         """
-        ran: set[nn.Module] = set()
+        layers_that_ran: set[nn.Module] = set()
         drops = dropout_layers(self)
-        hooks = [layer.register_forward_pre_hook(lambda layer, _: ran.add(layer)) for layer in drops]
+        hooks = [layer.register_forward_pre_hook(lambda layer, _: layers_that_ran.add(layer)) for layer in drops]
         self.network.eval()
-        side, logits = _first_answer(self.network, self.stride, self.name)
+        side, logits = _smallest_image(self.network, self.stride, self.name)
         for hook in hooks:
             hook.remove()
-        for layer in set(drops) - ran:
+        for layer in set(drops) - layers_that_ran:
             layer.p = 0.0  # pyright: ignore[reportArgumentType]
         parameters = list(self.parameters())
         gradients = torch.autograd.grad(logits.sum(), parameters, allow_unused=True)
@@ -120,21 +120,25 @@ class SmpModule(nn.Module):
         return side
 
 
-def _first_answer(network: nn.Module, stride: int, name: str) -> tuple[int, Tensor]:
-    """The smallest square image, 1 to 8 strides or the one size of a timm ViT, that gets through; its logits."""
-    sides, error = [stride, 2 * stride, 4 * stride, 8 * stride], ""
+def _smallest_image(network: nn.Module, stride: int, name: str) -> tuple[int, Tensor]:
+    """The side of the smallest square image that the network takes, and its logits.
+
+    Sides of 1, 2, 4 and 8 strides are tried, or the one size of a timm ViT.
+    """
+    sides = [stride, 2 * stride, 4 * stride, 8 * stride]
+    error = ""
     with torch.enable_grad():
         while sides:
             side = sides.pop(0)
             try:
                 return side, network(torch.zeros(1, 3, side, side))
-            except AssertionError as found:  # a timm model of one size; it will not take the others either
-                error = str(found)
-                own = getattr(getattr(network.encoder, "model", None), "pretrained_cfg", {}).get("input_size")
-                sides = [int(own[-1])] if own and own[-1] != side else []
-            except (RuntimeError, ValueError) as found:
-                error = f"{found} (at {side}x{side} pixels)"
-    raise InputError(f"model {name} answers no image: {error}; choose another model.encoder or model.options")
+            except AssertionError as reason:  # a timm model of one size; it will not take the others either
+                error = str(reason)
+                input_size = getattr(getattr(network.encoder, "model", None), "pretrained_cfg", {}).get("input_size")
+                sides = [int(input_size[-1])] if input_size and input_size[-1] != side else []
+            except (RuntimeError, ValueError) as reason:
+                error = f"{reason} (at {side}x{side} pixels)"
+    raise InputError(f"model {name} takes no image: {error}; choose another model.encoder or model.options")
 
 
 def _stride(network: Any, settings: Smp) -> int:
@@ -149,10 +153,10 @@ def _stride(network: Any, settings: Smp) -> int:
 def _set_dropout(network: Any, p: float) -> None:
     """``p`` in each dropout of decoder and head; where they have none, in a new one before the head."""
     parts = (network.decoder, network.segmentation_head)
-    found = [layer for part in parts for layer in part.modules() if isinstance(layer, DROPOUT)]
-    for layer in found:
+    dropouts = [layer for part in parts for layer in part.modules() if isinstance(layer, DROPOUT)]
+    for layer in dropouts:
         layer.p = p
-    if p and not found:
+    if p and not dropouts:
         # Named, so that the head's own layers keep their names in state dicts.
         layers = [("drop", nn.Dropout2d(p)), *network.segmentation_head.named_children()]
         network.segmentation_head = nn.Sequential(OrderedDict(layers))
@@ -193,10 +197,10 @@ def _check_names(smp: Any, settings: Smp) -> None:
     classes = {name.lower(): cls for name, cls in smp.MODEL_ARCHITECTURES_MAPPING.items()}
     arch = settings.arch.lower()
     if arch not in classes:
-        known = [cls.__name__ for cls in classes.values()]
-        raise InputError(f"model.arch: no architecture '{settings.arch}'.{nearest(settings.arch, known)}")
+        names = [cls.__name__ for cls in classes.values()]
+        raise InputError(f"model.arch: no architecture '{settings.arch}'.{nearest(settings.arch, names)}")
     for key in settings.options:
-        if key in _OURS:
+        if key in _RESERVED:
             raise InputError(f"model.options: '{key}' is not to be given here; the output is raw logits of the classes")
     if settings.encoder.startswith("tu-"):
         return  # options not of the architecture are timm's
@@ -204,7 +208,7 @@ def _check_names(smp: Any, settings: Smp) -> None:
     if settings.encoder not in encoders:
         hint = nearest(settings.encoder, encoders)
         raise InputError(f"model.encoder: no encoder '{settings.encoder}'.{hint}")
-    options = set(inspect.signature(classes[arch].__init__).parameters) - _OURS
+    options = set(inspect.signature(classes[arch].__init__).parameters) - _RESERVED
     for key in settings.options:
         if key not in options:
             raise InputError(f"model.options: {classes[arch].__name__} has no '{key}'.{nearest(key, options)}")

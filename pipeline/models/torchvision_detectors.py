@@ -35,7 +35,7 @@ Arch = Literal[
 MOBILENETS = ("mobilenet_v2", "mobilenet_v3_large", "mobilenet_v3_small")
 TIMM = "tu-"
 """Before the names of timm's networks, as segmentation_models_pytorch writes them."""
-_FITTING = {"fcos": "aligned", "retinanet": "aligned", "ssdlite320": "softmax", "fasterrcnn": "two_stage"}
+_LOSS_OF_FAMILY = {"fcos": "aligned", "retinanet": "aligned", "ssdlite320": "softmax", "fasterrcnn": "two_stage"}
 _STRIDE = 32
 
 
@@ -90,11 +90,14 @@ class Torchvision(Settings):
     @property
     def losses(self) -> tuple[str, ...]:
         """The loss that fits ``arch``."""
-        return (_FITTING[self.family],)
+        return (_LOSS_OF_FAMILY[self.family],)
 
     def build(self, num_classes: int) -> nn.Module:
         """The network with random weights; forward (N, 3, H, W) -> DetectionOutput, SoftmaxOutput or ProposalOutput."""
-        network = _own(self, num_classes) if self.backbone is None else _mixture(self, num_classes)
+        if self.backbone is None:
+            network = _torchvision_network(self, num_classes)
+        else:
+            network = _network_on_backbone(self, num_classes)
         body = network.backbone.features if self.family == "ssdlite320" else network.backbone.body
         if self.norm == "frozen":
             _replace_norms(body, _frozen)
@@ -131,24 +134,28 @@ class Anchors(nn.Module):
     def __init__(self, generator: Any, where: Literal["edge", "centre"]) -> None:
         super().__init__()
         self.cells: list[Tensor] = generator.cell_anchors
-        """Of each level the (A, 4) anchors around 0."""
+        """For each level its (A, 4) anchors, centred on 0."""
         self.where = where
 
     def forward(self, images: Any, features: list[Tensor]) -> list[Tensor]:
-        """As torchvision asks: an ImageList and the levels' features -> (L, 4) for each image."""
+        """The call that torchvision makes: an ImageList and the levels' features -> (L, 4) for each image."""
         anchors = self.at(images.tensors.shape[-2:], features).anchors
         return [anchors for _ in images.image_sizes]
 
     def at(self, size: Sequence[int], features: Sequence[Tensor]) -> Places:
-        """Of images of ``size`` (H, W); levels fine to coarse, rows, columns, then the anchors of a location."""
+        """Anchors of images of ``size`` (H, W), ordered by level (fine to coarse), row, column, anchor."""
         levels = [self._level(size, feature, cells) for feature, cells in zip(features, self.cells, strict=True)]
         return Places(*(torch.cat(parts) for parts in zip(*levels, strict=True)))
 
     def _level(self, size: Sequence[int], feature: Tensor, cells: Tensor) -> Places:
+        # Coordinates of the locations along y, then along x.
         lines = []
         steps = []
         for side, count in zip(size, feature.shape[-2:], strict=True):
-            step, first = (side // count, 0.0) if self.where == "edge" else (side / count, 0.5)
+            if self.where == "edge":
+                step, first = side // count, 0.0
+            else:
+                step, first = side / count, 0.5
             lines.append((torch.arange(count, device=feature.device, dtype=torch.float32) + first) * step)
             steps.append(float(step))
         y, x = torch.meshgrid(*lines, indexing="ij")
@@ -182,15 +189,15 @@ class OneStageModule(nn.Module):
         """(N, 3, H, W) -> DetectionOutput (FCOS, RetinaNet) or SoftmaxOutput (SSDLite)."""
         check_input(images, self.stride)
         features = list(features_of(self.network.backbone, images).values())
-        found = self.network.head(features)
-        logits, codes = found["cls_logits"], found["bbox_regression"].float()
+        head_outputs = self.network.head(features)
+        logits, codes = head_outputs["cls_logits"], head_outputs["bbox_regression"].float()
         if self.family == "ssdlite320":
             places = self._default_boxes(images, features)
             return SoftmaxOutput(logits.roll(-1, -1), self._decode(codes, places.anchors), *places[1:])
         places = self.anchors.at(images.shape[-2:], features)
         if self.family == "fcos":
             boxes = self.network.box_coder.decode(codes, places.anchors)
-            return DetectionOutput(logits, boxes, found["bbox_ctrness"].squeeze(-1), *places[1:])
+            return DetectionOutput(logits, boxes, head_outputs["bbox_ctrness"].squeeze(-1), *places[1:])
         return DetectionOutput(logits, self._decode(codes, places.anchors), None, *places[1:])
 
     @property
@@ -204,19 +211,19 @@ class OneStageModule(nn.Module):
         return boxes.unflatten(0, codes.shape[:2])
 
     def _default_boxes(self, images: Tensor, features: list[Tensor]) -> Places:
-        """Of SSD, which lie half-way between the edges of their cells."""
+        """Anchors of SSD, which lie half-way between the edges of their cells."""
         from torchvision.models.detection.image_list import ImageList
 
         size = (images.shape[-2], images.shape[-1])
-        # Only shape, type and device are looked at: float32 even under autocast.
+        # torchvision looks at shape, type and device of the grids alone: float32 even under autocast.
         grids = [feature.new_empty((1, 1, *feature.shape[-2:]), dtype=torch.float32) for feature in features]
         (anchors,) = self.network.anchor_generator(ImageList(images[:1], [size]), grids)
         strides = [
             torch.full(
-                (count * each.shape[-2] * each.shape[-1],),
-                max(n / m for n, m in zip(size, each.shape[-2:], strict=True)),
+                (count * grid.shape[-2] * grid.shape[-1],),
+                max(n / m for n, m in zip(size, grid.shape[-2:], strict=True)),
             )
-            for each, count in zip(grids, self.network.anchor_generator.num_anchors_per_location(), strict=True)
+            for grid, count in zip(grids, self.network.anchor_generator.num_anchors_per_location(), strict=True)
         ]
         return Places(anchors, (anchors[:, :2] + anchors[:, 2:]) / 2, torch.cat(strides).to(anchors))
 
@@ -234,13 +241,13 @@ class Pyramid(nn.Module):
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """(N, 3, H, W) -> the levels (N, width, h_i, w_i), fine to coarse, as "0", "1"..., then the extra ones."""
-        found = self.body(images)
-        levels = found.values() if isinstance(found, dict) else found
+        features = self.body(images)
+        levels = features.values() if isinstance(features, dict) else features
         return self.fpn(OrderedDict((str(level), feature) for level, feature in enumerate(levels)))
 
 
-def _own(settings: Torchvision, num_classes: int) -> Any:
-    """As torchvision makes it."""
+def _torchvision_network(settings: Torchvision, num_classes: int) -> Any:
+    """The network of that name as torchvision builds it, with random weights."""
     from torchvision.models import detection
 
     # SSD and Faster R-CNN have an output for the background; FCOS and RetinaNet do without.
@@ -249,7 +256,7 @@ def _own(settings: Torchvision, num_classes: int) -> Any:
     return maker(weights=None, weights_backbone=None, num_classes=num_classes + background)
 
 
-def _mixture(settings: Torchvision, num_classes: int) -> Any:
+def _network_on_backbone(settings: Torchvision, num_classes: int) -> Any:
     """The arch's pyramid and head on another backbone."""
     from torchvision.models import detection
     from torchvision.models.detection.retinanet import RetinaNetHead
@@ -257,8 +264,12 @@ def _mixture(settings: Torchvision, num_classes: int) -> Any:
 
     name, width = str(settings.backbone), settings.width
     two_stage = settings.family == "fasterrcnn"
+    # The levels that torchvision's own networks of the family have.
     strides = (4, 8, 16, 32) if two_stage else (8, 16, 32)
-    body, channels = timm_levels(name[len(TIMM) :], strides) if name.startswith(TIMM) else _mobilenet(name, strides)
+    if name.startswith(TIMM):
+        body, channels = timm_levels(name[len(TIMM) :], strides)
+    else:
+        body, channels = _mobilenet(name, strides)
     extra = LastLevelMaxPool() if two_stage else LastLevelP6P7(width, width)
     pyramid = Pyramid(body, channels, width, extra)
     if two_stage:
@@ -277,10 +288,12 @@ def _mobilenet(name: str, strides: Sequence[int]) -> tuple[nn.Module, list[int]]
 
     blocks: Any = getattr(models, name)(weights=None).features
     # The last block before the next one that halves the sides has seen most of its level.
-    halving = [at for at, block in enumerate(blocks) if getattr(block, "_is_cn", False)]
-    last: dict[int, int] = dict(zip((2, 4, 8, 16, 32), [at - 1 for at in halving] + [len(blocks) - 1], strict=True))
-    chosen = {str(last[stride]): str(level) for level, stride in enumerate(strides)}
-    return IntermediateLayerGetter(blocks, chosen), [blocks[last[stride]].out_channels for stride in strides]
+    halving_blocks = [at for at, block in enumerate(blocks) if getattr(block, "_is_cn", False)]
+    ends = [at - 1 for at in halving_blocks] + [len(blocks) - 1]
+    last_blocks: dict[int, int] = dict(zip((2, 4, 8, 16, 32), ends, strict=True))
+    returned_layers = {str(last_blocks[stride]): str(level) for level, stride in enumerate(strides)}
+    channels = [blocks[last_blocks[stride]].out_channels for stride in strides]
+    return IntermediateLayerGetter(blocks, returned_layers), channels
 
 
 def _frozen(norm: nn.BatchNorm2d) -> nn.Module:
@@ -290,7 +303,7 @@ def _frozen(norm: nn.BatchNorm2d) -> nn.Module:
 
 
 def _replace_norms(module: nn.Module, make: Any) -> None:
-    """Every batch norm below ``module``, by what ``make`` makes of it."""
+    """Replace every batch norm below ``module`` by what ``make`` makes of it, in place."""
     for name, child in module.named_children():
         if type(child) is nn.BatchNorm2d:
             setattr(module, name, make(child))

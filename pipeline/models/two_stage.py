@@ -24,7 +24,7 @@ _NAMES = {
     "loss_objectness": "objectness",
     "loss_rpn_box_reg": "rpn_box",
 }
-"""torchvision's terms and ours."""
+"""torchvision's names of the loss terms -> ours."""
 
 
 class ProposalOutput(NamedTuple):
@@ -39,16 +39,16 @@ class ProposalOutput(NamedTuple):
     strides: Tensor
     """(P,) zeros: proposals lie anywhere."""
     terms: dict[str, Tensor] | None
-    """Of each term the sum over images, a scalar: torchvision's mean over its sample, times N. None: not asked for."""
+    """Loss term -> its sum over images, a scalar: torchvision's mean over its sample, times N. None: no targets."""
 
     fixed = False  # pyright: ignore[reportGeneralTypeIssues]
 
     def probabilities(self) -> Tensor:
-        """As they are."""
+        """(N, P, K + 1) float32 class vectors, the last "none of these"."""
         return self.probs
 
     def scores(self) -> Tensor:
-        """Without the background."""
+        """(N, P, K) float32 class probabilities, without the background."""
         return self.probs[..., :-1]
 
 
@@ -65,7 +65,7 @@ class TwoStageModule(nn.Module):
     def forward(self, images: Tensor, boxes: Tensor | None = None, labels: Tensor | None = None) -> ProposalOutput:
         """Proposals with their classes; with targets also the terms of the loss, in eval mode too.
 
-        In train mode with targets there are terms alone (P is 0): nobody looks at boxes then. Proposals are drawn
+        In train mode with targets there are terms alone (P is 0): boxes are not used then. Proposals are drawn
         with the global generator of the images' device: ``torch.manual_seed`` decides them. Everything behind the
         backbone is computed in float32: bfloat16 would move a proposal by pixels.
 
@@ -86,7 +86,7 @@ class TwoStageModule(nn.Module):
             if boxes is not None and labels is not None:
                 terms = self._terms(listed, features, _targets(boxes.float(), labels))
             if terms is not None and self.training:
-                return self._nothing(images, terms)
+                return self._only_terms(images, terms)
             return self._proposals(listed, features)._replace(terms=terms)
 
     @property
@@ -96,40 +96,47 @@ class TwoStageModule(nn.Module):
 
     @property
     def _outputs(self) -> int:
+        """K + 1: torchvision's box head has an output for the background."""
         return self.network.roi_heads.box_predictor.cls_score.out_features
 
     def _terms(self, images: Any, features: dict[str, Tensor], targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """The four sums, with gradient to every parameter behind ``features``."""
         rpn, roi_heads = self.network.rpn, self.network.roi_heads
         with _sampling(rpn, roi_heads, on=True):
-            proposals, first = rpn(images, features, targets)
-            _, second = roi_heads(features, proposals, images.image_sizes, targets)
-        return {name: (first | second)[theirs] * len(targets) for theirs, name in _NAMES.items()}
+            proposals, rpn_losses = rpn(images, features, targets)
+            _, head_losses = roi_heads(features, proposals, images.image_sizes, targets)
+        torchvision_losses = rpn_losses | head_losses
+        # torchvision gives means over the images of the batch.
+        return {name: torchvision_losses[theirs] * len(targets) for theirs, name in _NAMES.items()}
 
     def _proposals(self, images: Any, features: dict[str, Tensor]) -> ProposalOutput:
+        """Proposals with their class vectors and boxes; without loss terms."""
         rpn, heads = self.network.rpn, self.network.roi_heads
         with _sampling(rpn, heads, on=False):
             proposals, _ = rpn(images, features)
-        numbers = [len(each) for each in proposals]
+        counts = [len(proposal) for proposal in proposals]
         logits, codes = heads.box_predictor(heads.box_head(heads.box_roi_pool(features, proposals, images.image_sizes)))
+        # torchvision's background is the first class; here it is the last.
         probs = logits.float().softmax(-1).roll(-1, -1)
         decoded = heads.box_coder.decode(codes.float(), proposals).reshape(*logits.shape, 4)
         # Column 0 is the background's own box, which is never trained.
         best = (probs[:, :-1].argmax(-1) + 1)[:, None, None].expand(-1, 1, 4)
         boxes = box_ops.clip(decoded.gather(1, best)[:, 0], images.image_sizes[0])
-        found = torch.cat(proposals)
-        centres = (found[:, :2] + found[:, 2:]) / 2
+        anchors = torch.cat(proposals)
+        centres = (anchors[:, :2] + anchors[:, 2:]) / 2
+        # Images have different numbers of proposals: padded to those of the image that has most.
         probs, boxes, centres = (
-            _padded(each, numbers, value) for each, value in ((probs, 0.0), (boxes, 0.0), (centres, -1.0))
+            _padded(tensor, counts, value) for tensor, value in ((probs, 0.0), (boxes, 0.0), (centres, -1.0))
         )
-        number = torch.tensor(numbers, device=probs.device)[:, None]
-        empty = torch.arange(probs.shape[1], device=probs.device) >= number
-        probs = torch.cat([probs[..., :-1], torch.where(empty, 1.0, probs[..., -1])[..., None]], -1)
+        count = torch.tensor(counts, device=probs.device)[:, None]
+        is_padding = torch.arange(probs.shape[1], device=probs.device) >= count
+        probs = torch.cat([probs[..., :-1], torch.where(is_padding, 1.0, probs[..., -1])[..., None]], -1)
         return ProposalOutput(probs, boxes, centres, probs.new_zeros(probs.shape[1]), None)
 
-    def _nothing(self, images: Tensor, terms: dict[str, Tensor]) -> ProposalOutput:
-        number = len(images)
-        sizes = ((number, 0, self._outputs), (number, 0, 4), (number, 0, 2), (0,))
+    def _only_terms(self, images: Tensor, terms: dict[str, Tensor]) -> ProposalOutput:
+        """The loss terms with no proposal at all (P = 0)."""
+        count = len(images)
+        sizes = ((count, 0, self._outputs), (count, 0, 4), (count, 0, 2), (0,))
         probs, boxes, centres, strides = (images.new_zeros(size, dtype=torch.float32) for size in sizes)
         return ProposalOutput(probs, boxes, centres, strides, terms)
 
@@ -151,13 +158,13 @@ def features_of(backbone: nn.Module, images: Tensor) -> dict[str, Tensor]:
         ) from error
 
 
-def _padded(values: Tensor, numbers: list[int], value: float) -> Tensor:
+def _padded(values: Tensor, counts: list[int], value: float) -> Tensor:
     """(ΣP, c) of images one after another -> (N, P, c)."""
-    return pad_sequence(list(values.split(numbers)), batch_first=True, padding_value=value)
+    return pad_sequence(list(values.split(counts)), batch_first=True, padding_value=value)
 
 
 def _targets(boxes: Tensor, labels: Tensor) -> list[dict[str, Tensor]]:
-    """As torchvision wants them: unpadded, classes from 1 on."""
+    """Targets of each image in torchvision's form: unpadded, classes from 1 on (0 is its background)."""
     real = (labels >= 0) & ((boxes[..., 2:] - boxes[..., :2]) > _SMALLEST).all(-1)
     return [{"boxes": boxes[n, real[n]], "labels": labels[n, real[n]] + 1} for n in range(len(boxes))]
 

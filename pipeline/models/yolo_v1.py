@@ -17,7 +17,7 @@ from pipeline.models.layers import Norm, check_input, norm_layer
 from pipeline.uncertainty.measures import add_background_class
 
 SLOPE = 0.1
-"""Of the leaky ReLU below 0 (the paper's equation 2)."""
+"""Slope of the leaky ReLU below 0 (the paper's equation 2)."""
 UNIT_CELLS = 7
 """Widths and heights are in units of this many cells: the paper's whole image, which has 7x7. A unit that does not
 follow the image keeps the balance of places and sizes in the loss on any grid, and lets one network serve images
@@ -46,13 +46,13 @@ class YoloOutput(NamedTuple):
     fixed = True  # pyright: ignore[reportGeneralTypeIssues]
 
     def probabilities(self) -> Tensor:
-        """Existence is the best class's score, shared out among the classes; see ``with_rest``."""
+        """Existence is the best class's score, shared out among the classes; see ``add_background_class``."""
         return add_background_class(self.scores())
 
     def scores(self) -> Tensor:
         """Confidence times class probability (equation 1), each clamped to 0..1: linear outputs may leave it."""
-        each = self.confidence.shape[1] // self.classes.shape[1]
-        classes = self.classes.float().clamp(0, 1).repeat_interleave(each, dim=1)
+        boxes_per_cell = self.confidence.shape[1] // self.classes.shape[1]
+        classes = self.classes.float().clamp(0, 1).repeat_interleave(boxes_per_cell, dim=1)
         return self.confidence.float().clamp(0, 1)[..., None] * classes
 
 
@@ -112,7 +112,7 @@ class YoloV1Module(nn.Module):
 
     def __init__(self, settings: YoloV1, num_classes: int) -> None:
         super().__init__()
-        self.stride, self.each, self.size = settings.stride, settings.boxes, settings.size
+        self.stride, self.boxes_per_cell, self.size = settings.stride, settings.boxes, settings.size
         widths = [settings.width * min(2**stage, 8) for stage in range(self.stride.bit_length() - 1)]
         pairs = zip([3, *widths[:-1]], widths, strict=True)
         self.stages = nn.ModuleList(_stage(a, b, settings.convs, settings.norm) for a, b in pairs)
@@ -130,7 +130,7 @@ class YoloV1Module(nn.Module):
             self.last = nn.Conv2d(hidden, per_cell, 1)
         self.hidden = nn.Sequential(*first)
         self.drop = nn.Dropout(settings.dropout)
-        _first_answer(self.last, settings.boxes, num_classes)
+        _init_outputs(self.last, settings.boxes, num_classes)
 
     def forward(self, images: Tensor) -> YoloOutput:
         """(N, 3, H, W) -> YoloOutput; cells row by row."""
@@ -150,7 +150,7 @@ class YoloV1Module(nn.Module):
             raw = self.last(x.to(self.last.weight.dtype)).float()
         if raw.ndim == 4:
             raw = raw.flatten(2).transpose(1, 2)
-        return decode(raw.reshape(len(images), rows * columns, -1), rows, columns, self.stride, self.each)
+        return decode(raw.reshape(len(images), rows * columns, -1), rows, columns, self.stride, self.boxes_per_cell)
 
     @property
     def backbone(self) -> list[nn.Module]:
@@ -158,21 +158,24 @@ class YoloV1Module(nn.Module):
         return [self.stages]
 
 
-def decode(raw: Tensor, rows: int, columns: int, stride: int, each: int) -> YoloOutput:
+def decode(raw: Tensor, rows: int, columns: int, stride: int, boxes_per_cell: int) -> YoloOutput:
     """Name the linear outputs and place the boxes; a root may be negative, its square is not.
 
     Args:
-        raw: (N, rows * columns, 5 * each + K) float32, cells row by row; first, for each box, x, y, root of
+        raw: (N, rows * columns, 5 * boxes_per_cell + K) float32, cells row by row; first, for each box, x, y, root of
             width, root of height, confidence; then the class values.
         rows: Cells down.
         columns: Cells across.
         stride: Pixels a side of a cell.
-        each: Boxes a cell.
+        boxes_per_cell: Boxes that a cell predicts.
     """
-    boxes, classes = raw[..., : 5 * each].unflatten(-1, (each, 5)).flatten(1, 2), raw[..., 5 * each :]
+    # A cell's outputs: 5 numbers for each of its boxes, then its class vector.
+    boxes = raw[..., : 5 * boxes_per_cell].unflatten(-1, (boxes_per_cell, 5)).flatten(1, 2)
+    classes = raw[..., 5 * boxes_per_cell :]
     places, confidence = boxes[..., :4], boxes[..., 4]
-    centres = grid_centres(rows, columns, stride, raw.device).repeat_interleave(each, dim=0)
+    centres = grid_centres(rows, columns, stride, raw.device).repeat_interleave(boxes_per_cell, dim=0)
     unit = torch.full_like(centres[0, 0], UNIT_CELLS * stride)
+    # Places are relative to the cell's top left corner, half a stride from its centre.
     middle = centres + (places[..., :2] - 0.5) * stride
     half = places[..., 2:].square() * (unit / 2)
     return YoloOutput(
@@ -201,13 +204,13 @@ def _stage(inputs: int, outputs: int, convs: int, norm: Norm) -> nn.Sequential:
 
 
 @torch.no_grad()
-def _first_answer(last: nn.Linear | nn.Conv2d, each: int, num_classes: int) -> None:
+def _init_outputs(last: nn.Linear | nn.Conv2d, boxes_per_cell: int, num_classes: int) -> None:
     """Boxes of a fresh network: in the middle of their cells, of different sizes, with no confidence.
 
-    The ``each`` roots are spread evenly over 0..1, so that each box of a cell starts out responsible for sizes
-    of its own: the specialisation that the paper observes (2.2), in the same order in all members of an ensemble.
+    The ``boxes_per_cell`` roots are spread evenly over 0..1, so that each box of a cell starts out responsible for
+    sizes of its own: the specialisation that the paper observes (2.2), in the same order in all members of an ensemble.
     """
-    roots = [(j + 1) / (each + 1) for j in range(each)]
+    roots = [(j + 1) / (boxes_per_cell + 1) for j in range(boxes_per_cell)]
     cell = [value for root in roots for value in (0.5, 0.5, root, root, 0.0)] + [1 / num_classes] * num_classes
     nn.init.normal_(last.weight, std=0.1 / last.weight[0].numel() ** 0.5)
     assert last.bias is not None

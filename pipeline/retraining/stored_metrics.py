@@ -13,7 +13,7 @@ from pipeline.models.bundle import open_bundle
 from pipeline.runtime.progress import ProgressSink
 from pipeline.scoring.ensemble_metrics import EnsembleMetrics
 from pipeline.scoring.job import score
-from pipeline.tasks.of_bundle import task_for_bundle
+from pipeline.tasks.build import task_for_bundle
 
 _DIGEST = 32
 """Bytes of the sha256 before the counts."""

@@ -17,7 +17,7 @@ from pipeline.runtime.progress import ProgressSink
 from pipeline.scoring.job import score
 from pipeline.scoring.predictor import Purpose
 from pipeline.tasks import TASKS
-from pipeline.tasks.of_bundle import task_for_bundle
+from pipeline.tasks.build import task_for_bundle
 from pipeline.uncertainty import calibration
 from pipeline.uncertainty.calibration.settings import CalibrateSettings
 

@@ -35,7 +35,7 @@ from pipeline.scoring.predictor import Purpose
 from pipeline.scoring.scorer import Scorer, ScoringOptions, UnitOutput
 from pipeline.scoring.unit_reader import Reader, read_stream
 from pipeline.scoring.unit_result import unit_result_from_row
-from pipeline.tasks.of_bundle import task_for_bundle
+from pipeline.tasks.build import task_for_bundle
 
 _READ_CPUS = 0.5
 """A reading task mostly waits; and what differs from the actor's resources Ray does not fuse into the actor."""

@@ -28,7 +28,7 @@ from pipeline.scoring.ensemble_metrics import EnsembleMetrics
 from pipeline.scoring.member_forward import MemberForward, load_members, stride_of
 from pipeline.scoring.prediction_rows import PredictionRows
 from pipeline.tasks.base import Failure
-from pipeline.tasks.of_bundle import task_for_bundle
+from pipeline.tasks.build import task_for_bundle
 
 Purpose = Literal["metrics", "sample"]
 """What is counted against labels: metrics of pool and members, or what a calibration is fitted on."""

@@ -14,7 +14,7 @@ from pipeline.errors import InputError
 from pipeline.images.decode import decode_many
 from pipeline.images.host_frames import Paster
 from pipeline.images.layout import lay_out
-from pipeline.tasks.collate import FAULT, FRAME, stored_sizes, usable
+from pipeline.tasks.collate import FAULT, FRAME, stored_sizes, usable_rows
 
 CACHE_SHARE = 0.4
 """Of the object stores that frames may fill: Ray Data takes up to half for what is on its way, and something is left
@@ -48,7 +48,8 @@ class FrameRows:
         if self.input.fit == "crop":
             offsets = crop_offsets(self.seed, *(table[name].to_numpy() for name in ("epoch", "position")))
         paster = Paster(rows, self.input, train=True, offsets=offsets)
-        decoded = usable(decode_many(table["image"].to_pylist(), 1, paster.wanted, then=paster), stored_sizes(table))
+        encoded = table["image"].to_pylist()
+        decoded = usable_rows(decode_many(encoded, 1, paster.wanted, then=paster), stored_sizes(table))
         frames = paster.frames.reshape(rows, -1).numpy()
         faults: list[str | None] = [None] * table.num_rows
         for row, reason, detail in decoded.failures:

@@ -22,15 +22,15 @@ class KeptBoxes:
     boxes: Tensor
     """(B, 4) in the network's frame, clipped to the image."""
     labels: Tensor
-    """(B,)."""
+    """(B,) int64."""
     scores: Tensor
-    """(B,)."""
+    """(B,) before calibration of the pool."""
     probabilities: Tensor
-    """(B, K + 1)."""
+    """(B, K + 1) class vectors, the last "none of these"."""
     entropy: Tensor
-    """(B,) of ``probabilities``, nats."""
+    """(B,) entropy of ``probabilities``, nats."""
     mutual_information: Tensor
-    """(B,) nats."""
+    """(B,) nats: what members disagree about."""
     votes: Tensor
     """(B,) members that see it."""
     std: Tensor
@@ -39,12 +39,16 @@ class KeptBoxes:
 
 @dataclass
 class PooledImages:
-    """The boxes of N images, and sums over everything that members said, (N,) float64."""
+    """The boxes of N images, and sums of their uncertainty over everything that was predicted."""
 
     members: int
-    found: list[KeptBoxes]
+    """Predictions in the pool, views and dropout passes among them."""
+    kept: list[KeptBoxes]
+    """The boxes of each image."""
     entropy_sum: Tensor
+    """(N,) float64 nats, summed over the locations or boxes of each image."""
     mutual_information_sum: Tensor
+    """(N,) float64 nats, summed over the locations or boxes of each image."""
 
 
 @dataclass
@@ -52,16 +56,19 @@ class ImageBoxes:
     """One image of the pool, in its own pixels."""
 
     members: int
-    found: KeptBoxes
-    """As it came out, in the network's frame."""
+    """Predictions in the pool, views and dropout passes among them."""
+    kept: KeptBoxes
+    """The boxes in the network's frame, before calibration."""
     boxes: Tensor
-    """(B, 4)."""
+    """(B, 4) in the image's own pixels."""
     scores: Tensor
     """(B,) calibrated."""
     std: Tensor
-    """(B, 4) calibrated; NaN: not known."""
+    """(B, 4) pixels of the image, calibrated; NaN: not known."""
     entropy_sum: Tensor
+    """Scalar float64 nats, summed over the image."""
     mutual_information_sum: Tensor
+    """Scalar float64 nats, summed over the image."""
 
 
 @dataclass
@@ -69,38 +76,38 @@ class Fused(PooledImages):
     """The pool of M members."""
 
     parameters: dict[str, Any] | None = None
-    """Of the bundle's calibration: ``pool`` (score -> precision), ``spread``; None: all as it is."""
+    """Parameters of the bundle's calibration: ``pool`` (score -> precision), ``spread``; None: not calibrated."""
 
     def plain(self) -> "Fused":
-        """The same without calibration."""
+        """The same pool without calibration."""
         return dataclasses.replace(self, parameters=None)
 
     @cached_property
     def scores(self) -> list[Tensor]:
         """(B,) of each image, calibrated."""
-        return [calibration.apply_isotonic(self._part("pool"), each.scores) for each in self.found]
+        return [calibration.apply_isotonic(self._parameter("pool"), kept.scores) for kept in self.kept]
 
     @cached_property
     def std(self) -> list[Tensor]:
         """(B, 4) pixels of the frame, calibrated."""
-        spread = self._part("spread")
+        spread = self._parameter("spread")
         if spread is None:
-            return [each.std for each in self.found]
-        return [calibration.apply_spread(spread, each.std, sides(each.boxes)) for each in self.found]
+            return [kept.std for kept in self.kept]
+        return [calibration.apply_spread(spread, kept.std, sides(kept.boxes)) for kept in self.kept]
 
-    def own(self, batch: Batch) -> list[ImageBoxes]:
-        """Each image in its own pixels."""
-        out: list[ImageBoxes] = []
-        for n, found in enumerate(self.found):
-            one = slice(n, n + 1)
-            boxes = unframe_boxes(found.boxes[None], batch.matrices[one], batch.sizes[one])[0]
+    def in_image_pixels(self, batch: Batch) -> list[ImageBoxes]:
+        """The boxes of each image of ``batch``, in that image's own pixels."""
+        images: list[ImageBoxes] = []
+        for n, kept in enumerate(self.kept):
+            row = slice(n, n + 1)
+            boxes = unframe_boxes(kept.boxes[None], batch.matrices[row], batch.sizes[row])[0]
             # The edges' own scales: frame pixels per image pixel, along x and y.
-            scale = batch.matrices[n].to(found.boxes.device).diagonal()[[0, 1, 0, 1]].abs()
+            scale = batch.matrices[n].to(kept.boxes.device).diagonal()[[0, 1, 0, 1]].abs()
             sums = self.entropy_sum[n], self.mutual_information_sum[n]
-            out.append(ImageBoxes(self.members, found, boxes, self.scores[n], self.std[n] / scale, *sums))
-        return out
+            images.append(ImageBoxes(self.members, kept, boxes, self.scores[n], self.std[n] / scale, *sums))
+        return images
 
-    def _part(self, name: str) -> dict[str, Any] | None:
+    def _parameter(self, name: str) -> dict[str, Any] | None:
         return None if self.parameters is None else self.parameters.get(name)
 
 
@@ -109,18 +116,19 @@ def sides(boxes: Tensor) -> Tensor:
     return (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
 
 
-def expected_error(precision: Tensor, said: Tensor) -> Tensor:
+def expected_error(precision: Tensor, predicted: Tensor) -> Tensor:
     """1 - F1 as it would be if each box were right with its own probability, a scalar float64.
 
-    Right among the said: their sum; missed: the sum of the rest. Nothing said and nothing expected: 0.
+    The expected number of right boxes is the sum of ``precision`` over the predicted ones; of objects, over all boxes.
+    Nothing predicted and nothing expected: 0.
 
     Args:
         precision: (B,) in 0..1, of all boxes.
-        said: (B,) bool.
+        predicted: (B,) bool: the boxes from the operating score on.
     """
-    chance = precision.double()
-    right, all_true = chance[said].sum(), chance.sum()
-    either = said.sum() + all_true
+    probability = precision.double()
+    right, objects = probability[predicted].sum(), probability.sum()
+    either = predicted.sum() + objects
     return torch.where(either > 0, 1 - 2 * right / either.clamp(min=1e-12), torch.zeros_like(right))
 
 

@@ -1,10 +1,7 @@
 """Semantic segmentation: a class for each pixel, pooled over members, with the doubt of pixels and images."""
 
-import inspect
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -15,13 +12,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline import schema
-from pipeline.config import Settings
-from pipeline.errors import InputError, nearest
+from pipeline.errors import InputError
 from pipeline.images.batch import Batch
-from pipeline.losses import LOSSES, categorical
+from pipeline.images.decode import Size
+from pipeline.losses import Term, categorical
 from pipeline.metrics import SegmentationMetric
-from pipeline.tasks.base import Task, Term
+from pipeline.tasks.base import Task
 from pipeline.tasks.packed_masks import own_size, pack, unpack, valid_area
+from pipeline.tasks.pooled_maps import Fused, Prediction, PredictionMean
+from pipeline.tasks.segmentation_loss import SegmentationLoss
 from pipeline.uncertainty import calibration, measures
 from pipeline.uncertainty.calibration import PixelSample
 from pipeline.uncertainty.tta import InferenceSettings, View
@@ -48,61 +47,6 @@ class SegmentationPredict(InferenceSettings):
     """``entropy_inner_mean`` leaves out what is this near to another class."""
 
 
-@dataclass
-class Prediction:
-    """One member: ``probabilities`` (N, C, h, w) float32 in the network's frame."""
-
-    probabilities: Tensor
-
-
-class Mean:
-    """Mean of one member's predictions."""
-
-    def __init__(self) -> None:
-        self._mean = measures.RunningMean()
-
-    def add(self, prediction: Prediction) -> None:
-        """Take in one."""
-        self._mean.add(prediction.probabilities)
-
-    def result(self) -> Prediction:
-        """The mean."""
-        return Prediction(self._mean.mean)
-
-
-@dataclass
-class Fused:
-    """The pool of M members, in the network's frame."""
-
-    probabilities: Tensor
-    """(N, C, h, w) mean over members, calibrated where the bundle is."""
-    uncalibrated: Tensor
-    """(N, C, h, w) mean over members as it is; the same tensor where there is no calibration."""
-    expected_entropy: Tensor
-    """(N, h, w) mean of the members' entropies."""
-    maps: list[Tensor]
-    """M maps (N, h, w) uint8, each member's own most probable class: all that is kept of one."""
-    measures: dict[str, Tensor] = field(default_factory=dict)
-    """Measures of the images, (N,) float64 each, once somebody asked for them."""
-
-    @cached_property
-    def total(self) -> Tensor:
-        """(N, h, w) entropy of the pool."""
-        one = len(self.maps) == 1 and self.uncalibrated is self.probabilities
-        return self.expected_entropy if one else measures.entropy(self.probabilities, 1)
-
-    @cached_property
-    def mutual(self) -> Tensor:
-        """(N, h, w) what members disagree about, before calibration."""
-        total = self.total if self.uncalibrated is self.probabilities else measures.entropy(self.uncalibrated, 1)
-        return measures.mutual_information(total, self.expected_entropy)
-
-    @cached_property
-    def said(self) -> tuple[Tensor, Tensor]:
-        """The pool's largest probability (N, h, w) and its class, uint8."""
-        return measures.most_probable(self.probabilities)
-
-
 class Segmentation(Task):
     """Logits (N, C, H, W) and masks."""
 
@@ -110,38 +54,40 @@ class Segmentation(Task):
     label_column = "mask"
     calibrates = True
     settings: SegmentationPredict
+    _loss: SegmentationLoss
 
-    def _parse_predict(self, values: dict[str, Any]) -> Settings:
-        return SegmentationPredict.parse(values, "predict")
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        # Class weights that do not fit the number of classes are refused now, not at the first step.
+        self._loss.check(self.num_outputs)
 
-    def _set_loss(self, values: dict[str, Any]) -> None:
-        self._losses = {name: _loss_term(name, value) for name, value in (values or {"cross_entropy": 1.0}).items()}
-        nothing = torch.full((1, 1, 1), schema.VOID, dtype=torch.uint8)
-        for name, (_, settings) in self._losses.items():
-            # Wrong settings are refused now, not at the first step.
-            LOSSES[name](torch.zeros(1, self.num_outputs, 1, 1), nothing, **settings)
+    @classmethod
+    def parse_loss(cls, values: dict[str, Any], where: str) -> SegmentationLoss:
+        """A weighted sum of terms; {} = cross entropy."""
+        return SegmentationLoss.parse(values, where)
+
+    @classmethod
+    def parse_predict(cls, values: dict[str, Any], where: str) -> SegmentationPredict:
+        """See ``SegmentationPredict``."""
+        return SegmentationPredict.parse(values, where)
 
     @property
     def inference(self) -> InferenceSettings:
-        """As set under ``predict``."""
+        """The views, windows and dropout passes set under ``predict``."""
         return self.settings
 
     @property
     def uncertainty_measure(self) -> str:
-        """One of the measures."""
+        """A measure of ``Score``, as set under ``predict``."""
         return self.settings.uncertainty
 
     @property
-    def num_outputs(self) -> int:
-        """All classes, the background among them."""
-        return len(self.classes)
-
-    @property
     def loss_terms(self) -> list[str]:
-        """Names of the losses in the mix."""
-        return sorted(self._losses)
+        """Names of the losses in the weighted sum."""
+        return sorted(self._loss.terms)
 
-    def _labels(self, column: pa.ChunkedArray, ids: list[str], sizes: list[tuple[int, int]]) -> dict[str, Any]:
+    def read_labels(self, column: pa.ChunkedArray, ids: list[str], sizes: list[Size]) -> dict[str, Any]:
+        """``masks``: N arrays (H, W) uint8, or None."""
         masks = []
         for image_id, packed, size in zip(ids, column.to_pylist(), sizes, strict=True):
             mask = None if packed is None else unpack(packed, size, image_id)
@@ -157,48 +103,46 @@ class Segmentation(Task):
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """Labelled pixels or images, by term."""
         assert batch.masks is not None, "a batch without masks has no loss"
-        return {name: LOSSES[name].count(batch.masks) for name in self._losses}
+        return self._loss.counts(batch.masks)
 
     def loss(self, outputs: Tensor, batch: Batch) -> dict[str, Term]:
-        """Each loss of the mix over (N, C, H, W) logits."""
+        """Each term of the weighted sum over (N, C, H, W) logits."""
         assert batch.masks is not None, "a batch without masks has no loss"
-        return {
-            name: (weight, *LOSSES[name](outputs, batch.masks, **settings))
-            for name, (weight, settings) in self._losses.items()
-        }
+        return self._loss(outputs, batch.masks)
 
     def predict(
-        self, outputs: Tensor, batch: Batch, look: View | None = None, seen: tuple[int, int] | None = None
+        self, outputs: Tensor, batch: Batch, view: View | None = None, view_size: tuple[int, int] | None = None
     ) -> Prediction:
         """Softmax of (N, C, h, w) logits, in float32; a binary head's (N, 1, h, w) against 0."""
-        del seen
         logits = outputs.float()
-        if look is not None and look != View():
-            logits = look.invert(logits, (batch.images.shape[-2], batch.images.shape[-1]))
+        if view is not None and view != View():
+            logits = view.invert(logits, (batch.images.shape[-2], batch.images.shape[-1]))
         return Prediction((categorical(logits) if self.num_outputs > 1 else logits).softmax(1))
 
-    def new_view_mean(self) -> Mean:
-        """Mean of probabilities."""
-        return Mean()
+    def new_view_mean(self) -> PredictionMean:
+        """An empty mean of probabilities."""
+        return PredictionMean()
 
     def without_calibration(self, fused: Fused) -> Prediction:
-        """The pool's mean over members."""
+        """The pool's mean over members, before calibration."""
         return Prediction(fused.uncalibrated)
 
     def fuse(self, members: Iterable[Prediction]) -> Fused:
         """Pool probabilities, not logits (Lakshminarayanan et al. 2017), then calibrate (Rahaman & Thiery 2021)."""
-        pool, expected = measures.RunningMean(), measures.RunningMean()
+        pool = measures.RunningMean()
+        expected_entropy = measures.RunningMean()
         maps: list[Tensor] = []
         for member in members:
             pool.add(member.probabilities)
-            expected.add(measures.entropy(member.probabilities, 1))
+            expected_entropy.add(measures.entropy(member.probabilities, 1))
             maps.append(measures.most_probable(member.probabilities)[1])
+            # Freed before the next member is computed: two of them at once would double the peak of memory.
             del member
-        return Fused(calibration.apply_temperature(self.calibration, pool.mean), pool.mean, expected.mean, maps)
+        calibrated = calibration.apply_temperature(self.calibration, pool.mean)
+        return Fused(calibrated, pool.mean, expected_entropy.mean, maps)
 
     def metric(self, calibrated: bool = True) -> SegmentationMetric:
-        """Empty."""
-        del calibrated
+        """An empty metric: the same before and after calibration."""
         return SegmentationMetric(self.num_outputs, self.background)
 
     def update_metric(
@@ -214,7 +158,7 @@ class Segmentation(Task):
             metric.update(probabilities, mask, batch.image_ids[n], scores[n])
 
     def new_calibration_sample(self) -> PixelSample:
-        """Empty."""
+        """An empty sample of pixels."""
         return PixelSample(self.num_outputs)
 
     def update_sample(self, fused: Fused, batch: Batch, truth: pa.Table | None, sample: PixelSample) -> None:
@@ -227,7 +171,7 @@ class Segmentation(Task):
     ) -> Iterator[tuple[int, Tensor, Tensor]]:
         """(row, probabilities (C, H, W), mask (H, W)) of images that have one, at their own sizes."""
         matrices, sizes = batch.matrices.cpu(), batch.sizes.cpu()
-        for n, packed in enumerate(self._truth(truth).to_pylist()):
+        for n, packed in enumerate(self._require_labels(truth).to_pylist()):
             if packed is not None:
                 size = (int(sizes[n, 0]), int(sizes[n, 1]))
                 mask = torch.from_numpy(unpack(packed, size, batch.image_ids[n]))
@@ -247,9 +191,13 @@ class Segmentation(Task):
         """
         if fused.measures:
             return fused.measures
-        total, mutual, labels, settings = fused.total, fused.mutual, fused.said[1], self.settings
+        total = fused.total
+        mutual = fused.mutual
+        labels = fused.most_probable[1]
+        settings = self.settings
+        # Padding around the image has probabilities too, but says nothing about the image.
         valid = valid_area(batch, total)
-        found = {
+        values = {
             "entropy_mean": measures.masked_mean(total, valid),
             "entropy_p95": measures.masked_quantile(total, valid, 0.95),
             "expected_entropy_mean": measures.masked_mean(fused.expected_entropy, valid),
@@ -259,7 +207,7 @@ class Segmentation(Task):
             "entropy_inner_mean": measures.interior_mean(total, labels, valid, settings.boundary),
             "member_dice": measures.pairwise_dice(fused.maps, valid, self.num_outputs, self.background),
         }
-        fused.measures = {name: value.double() for name, value in found.items()}
+        fused.measures = {name: value.double() for name, value in values.items()}
         return fused.measures
 
     def to_columns(self, fused: Fused, batch: Batch) -> dict[str, list[Any]]:
@@ -269,14 +217,17 @@ class Segmentation(Task):
             zip(image_measures, torch.stack(list(image_measures.values())).tolist(), strict=True)
         )
         columns |= {"uncertainty": self._uncertainty(fused, batch), "classes": self._classes(fused, batch)}
-        return columns | self._pictures(fused.probabilities, fused.total, batch)
+        return columns | self._packed_maps(fused.probabilities, fused.total, batch)
 
     def _classes(self, fused: Fused, batch: Batch) -> list[list[dict[str, Any]]]:
         """What each predicted class covers of each image, and the means over it."""
-        (confidence, labels), valid = fused.said, valid_area(batch, fused.total)
+        confidence, labels = fused.most_probable
+        valid = valid_area(batch, fused.total)
+        # Pixels of each class in each image, and the sums of confidence, entropy, mutual information over them: (N, C).
         area, *sums = measures.class_table(labels, valid, self.num_outputs, confidence, fused.total, fused.mutual)
-        share = area / area.sum(1, keepdim=True).clamp(min=1)  # one copy for everything: (5, N, C)
-        table = torch.stack([area, share, *(each / area.clamp(min=1) for each in sums)]).cpu().numpy()
+        share = area / area.sum(1, keepdim=True).clamp(min=1)
+        # One copy to the host for everything: (5, N, C).
+        table = torch.stack([area, share, *(total / area.clamp(min=1) for total in sums)]).cpu().numpy()
         names = ("area_fraction", "probability", "entropy", "mutual_information")
         return [
             [
@@ -286,38 +237,27 @@ class Segmentation(Task):
             for n in range(table.shape[1])
         ]
 
-    def _pictures(self, probabilities: Tensor, total: Tensor, batch: Batch) -> dict[str, list[Any]]:
+    def _packed_maps(self, probabilities: Tensor, total: Tensor, batch: Batch) -> dict[str, list[Any]]:
         """Packed masks and maps, one image at a time: at its own size it may be far larger than the frame."""
         names = ("mask", "confidence_map", "uncertainty_map", "map_height", "map_width")
-        out: dict[str, list[Any]] = {name: [None] * len(batch) for name in names}
-        matrices, sizes, scale = batch.matrices.cpu(), batch.sizes.cpu(), self.settings.map_scale
-        relative = (total / math.log(max(2, self.num_outputs)))[:, None]
+        columns: dict[str, list[Any]] = {name: [None] * len(batch) for name in names}
+        # Sizes are read as numbers below: from the host, so that no image waits for the device.
+        matrices, sizes = batch.matrices.cpu(), batch.sizes.cpu()
+        scale = self.settings.map_scale
+        # Entropy relative to its maximum, that of C equally probable classes: in 0..1.
+        relative_entropy = (total / math.log(max(2, self.num_outputs)))[:, None]
         for n, (height, width) in enumerate(sizes.tolist()):
+            # The class of a pixel is that of the interpolated probabilities: interpolated classes mean nothing.
             (confidence,), (labels,) = measures.most_probable(own_size(probabilities, matrices, sizes, n)[None])
-            out["mask"][n] = pack(labels)
+            columns["mask"][n] = pack(labels)
             if not self.settings.maps:
                 continue
-            doubt, small = own_size(relative, matrices, sizes, n)[0], (-(-height // scale), -(-width // scale))
-            maps = F.adaptive_avg_pool2d(torch.stack([confidence, doubt])[None], small)[0]
+            entropy = own_size(relative_entropy, matrices, sizes, n)[0]
+            map_size = (-(-height // scale), -(-width // scale))
+            maps = F.adaptive_avg_pool2d(torch.stack([confidence, entropy])[None], map_size)[0]
             # Both lie in 0..1 but for rounding.
             maps = (maps.clamp(0, 1) * 255).round()
-            out["confidence_map"][n], out["uncertainty_map"][n] = pack(maps[0]), pack(maps[1])
-            out["map_height"][n], out["map_width"][n] = small
-        return out
-
-
-def _loss_term(name: str, value: Any) -> tuple[float, dict[str, Any]]:
-    """(weight, settings) from ``1.0`` or ``{"weight": 1.0, "gamma": 2}``."""
-    if name not in LOSSES:
-        raise InputError(f"loss: unknown name '{name}'.{nearest(name, LOSSES)}")
-    settings = dict(value) if isinstance(value, dict) else {"weight": value}
-    weight = settings.pop("weight", 1.0)
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
-        raise InputError(f"loss.{name}: wanted a positive weight, found {weight!r}; write {name}: 1.0")
-    parameters = inspect.signature(LOSSES[name].function).parameters.values()
-    known = [each.name for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY]
-    for key in settings:
-        if key not in known:
-            raise InputError(f"loss.{name}: unknown key '{key}'.{nearest(key, ['weight', *known])}")
-    values = {key: tuple(item) if isinstance(item, list) else item for key, item in settings.items()}
-    return float(weight), values
+            columns["confidence_map"][n] = pack(maps[0])
+            columns["uncertainty_map"][n] = pack(maps[1])
+            columns["map_height"][n], columns["map_width"][n] = map_size
+        return columns

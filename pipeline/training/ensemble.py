@@ -78,7 +78,6 @@ def _weights(result: dict[str, Any]) -> str:
 
 def _check(config: TrainConfig, info: DatasetInfo) -> transfer.LoadedWeights | None:
     """Everything about the input that can be refused before a worker starts; what transfer will load."""
-    settings = config.model_settings()
     task = config.build_task(info, 1)
     if config.calibrate.risk is not None and not calibrate.possible(config.task, info):
         raise InputError(
@@ -87,7 +86,7 @@ def _check(config: TrainConfig, info: DatasetInfo) -> transfer.LoadedWeights | N
         )
     for split in ("train", "val"):
         row_groups(info, split)
-    module = models.build_untrained(settings, task.num_outputs)
+    module = models.build_untrained(config.model, task.num_outputs)
     models.require_dropout(module, task.inference.dropout_passes, "config")
     return transfer.load_pretrained(config.transfer, module)
 
@@ -205,11 +204,11 @@ def _manifest(
     results = sorted(fitted.items())
     return {
         "task": config.task,
-        "model": models.describe(config.model_settings()),
+        "model": models.describe(config.model),
         "classes": info.classes,
         "background": info.background,
         "input": config.input.to_dict(),
-        "predict": config.predict,
+        "predict": config.to_dict()["predict"],
         "seeds": [config.seed + k for k, _ in results],
         "failed": [asdict(each) for each in failed],
         "data": {"name": info.name, "fingerprint": info.fingerprint},

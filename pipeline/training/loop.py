@@ -88,8 +88,7 @@ def build_worker(
     if device.index is not None and device.type == "cuda":
         torch.cuda.set_device(device)  # of streams and pinned memory that name none
     checkpoint.seed_all(config.seed, 0)
-    outputs = config.build_task(info, threads).num_outputs
-    module = config.model_for(info).build(outputs)
+    module = config.model_for(info).build(config.num_outputs(info))
     transfer.load_pretrained(config.transfer, module)
     module = to_device_channels_last(module, device)
     task = config.build_task(info, threads, multiple=int(module.stride))  # type: ignore[arg-type]

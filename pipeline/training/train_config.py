@@ -3,20 +3,35 @@
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import (
+    Field,
+    FieldSerializationInfo,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    ValidationInfo,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 
 from pipeline import models
 from pipeline.augment import AugmentSettings, InputSettings
 from pipeline.config import Settings
 from pipeline.datasets.dataset import DatasetInfo
 from pipeline.errors import InputError
+from pipeline.losses import BoxLoss
 from pipeline.models import ModelSettings, transfer
 from pipeline.models.device import Compile, Precision
+from pipeline.models.outputs import num_outputs
 from pipeline.models.transfer import TransferSettings
 from pipeline.storage import absolute
 from pipeline.stream.run_stream import StreamSettings
 from pipeline.tasks import TASKS
 from pipeline.tasks.base import Task
+from pipeline.tasks.build import build_task
+from pipeline.tasks.detection import DetectionPredict
+from pipeline.tasks.segmentation import SegmentationPredict
+from pipeline.tasks.segmentation_loss import SegmentationLoss
 from pipeline.training.optimizer import OptimSettings
 from pipeline.uncertainty.calibration.settings import CalibrateSettings
 
@@ -26,9 +41,9 @@ class Scale:
     """An optimiser step of a worker group, beside one of the group that was asked for."""
 
     accumulate: int
-    """Batches of each worker."""
+    """Batches that each worker accumulates."""
     images: int
-    """Of all workers."""
+    """Images of the optimiser step, over all workers."""
     ratio: float
     """``images`` over those of the group that was asked for."""
     lr: float
@@ -36,7 +51,7 @@ class Scale:
 
 
 class LoopSettings(Settings):
-    """How long, how wide, and when to look."""
+    """How long a run is, on how many workers, and when it validates."""
 
     batch_size: int = Field(default=8, ge=1)
     """Images per worker and forward pass."""
@@ -69,7 +84,8 @@ class LoopSettings(Settings):
     max_failures: int = Field(default=2, ge=0)
     """Restarts of the worker group before the run is given up."""
     precision: Precision = "auto"
-    """Of the network in training and validation; losses and weights are float32 always. ``auto``: bf16 on a GPU that
+    """Type of the network's arithmetic in training and validation; losses and weights are float32 always.
+    ``auto``: bf16 on a GPU that
     has it."""
     compile: Compile = "auto"
     """Whether network and augmentation are compiled; ``auto``: on a GPU, in runs of a thousand steps and more."""
@@ -91,8 +107,8 @@ class LoopSettings(Settings):
     def scaled(self, world: int) -> "Scale":
         """What an optimiser step is with ``world`` workers."""
         nominal = self.batch_size * self.accumulate * self.workers
-        wanted = self.accumulate * self.workers / world if self.elastic_batch == "global" else self.accumulate
-        accumulate = max(1, round(wanted))
+        exact = self.accumulate * self.workers / world if self.elastic_batch == "global" else self.accumulate
+        accumulate = max(1, round(exact))
         images = self.batch_size * accumulate * world
         power = {"linear": 1.0, "sqrt": 0.5, "none": 0.0}[self.elastic_lr]
         return Scale(accumulate, images, images / nominal, (images / nominal) ** power)
@@ -104,7 +120,7 @@ class EnsembleSettings(Settings):
     retries: int = Field(default=2, ge=0)
     """How often a member that failed is taken up again, from its last checkpoint."""
     min_members: int | None = Field(default=None, ge=1)
-    """A bundle is made of so many members at least, and says which failed; null: of all."""
+    """A bundle is made of so many members at least, and names those that failed; null: of all."""
 
 
 class TrainConfig(Settings):
@@ -116,11 +132,11 @@ class TrainConfig(Settings):
     out: str
     """URI of the folder to write: config.json, members/, bundle/."""
     seed: int = 0
-    model: dict[str, Any]
+    model: ModelSettings
     """``name`` (see pipeline.models.MODELS) and that model's own settings."""
     transfer: TransferSettings = Field(default_factory=TransferSettings)
     """Where the first weights come from."""
-    loss: dict[str, Any] = Field(default_factory=dict)
+    loss: SegmentationLoss | BoxLoss = Field(default={}, validate_default=True)
     """Segmentation: weight of each term by name. Detection: settings of its loss, and its ``name`` where the model
     can be trained by several."""
     input: InputSettings
@@ -130,9 +146,67 @@ class TrainConfig(Settings):
     ensemble: EnsembleSettings = Field(default_factory=EnsembleSettings)
     stream: StreamSettings = Field(default_factory=StreamSettings)
     calibrate: CalibrateSettings = Field(default_factory=CalibrateSettings)
-    predict: dict[str, Any] = Field(default_factory=dict)
+    predict: SegmentationPredict | DetectionPredict = Field(default={}, validate_default=True)
     """Settings of the task's predictions (both: tta, dropout_passes, uncertainty; segmentation: windows, maps...;
     detection: fuse, score_threshold, nms_iou, max_boxes)."""
+    _written: dict[str, dict[str, Any]] = PrivateAttr(default_factory=dict)
+    """``loss`` and ``predict`` as they were written, without defaults: that is how they are stored."""
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _parse_model(cls, values: Any, info: ValidationInfo) -> ModelSettings:
+        """The settings class that ``name`` tells, checked against the task."""
+        settings = models.parse(_mapping(values), "model")
+        # Where the task itself is wrong, pydantic reports that.
+        task = info.data.get("task", settings.task)
+        if settings.task != task:
+            fitting = ", ".join(sorted(name for name, kind in models.MODELS.items() if kind.task == task))
+            raise InputError(
+                f"model '{values['name']}' is for {settings.task}, but task is {task}; choose one of {fitting}"
+            )
+        return settings
+
+    @field_validator("loss", mode="before")
+    @classmethod
+    def _parse_loss(cls, values: Any, info: ValidationInfo) -> Any:
+        """The loss of the task; of a detector, one that its model can be trained by."""
+        values = _mapping(values)
+        if "task" not in info.data or "model" not in info.data:
+            return SegmentationLoss({})  # never seen: the error is that of the field that is missing
+        return TASKS[info.data["task"]].parse_loss(_with_loss_name(values, info.data["model"]), "loss")
+
+    @field_validator("predict", mode="before")
+    @classmethod
+    def _parse_predict(cls, values: Any, info: ValidationInfo) -> Any:
+        """The settings of the task's predictions."""
+        values = _mapping(values)
+        if "task" not in info.data:
+            return SegmentationPredict()  # never seen: the error is that of the field that is missing
+        return TASKS[info.data["task"]].parse_predict(values, "predict")
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _keep_written(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        config = handler(values)
+        if isinstance(values, dict):
+            loss = _with_loss_name(values.get("loss", {}), config.model)
+            config._written = {"loss": loss, "predict": values.get("predict", {})}
+        return config
+
+    @field_serializer("model")
+    def _describe_model(self, model: ModelSettings) -> dict[str, Any]:
+        return models.describe(model)
+
+    @field_serializer("loss", "predict")
+    def _as_written(self, _: Any, info: FieldSerializationInfo) -> dict[str, Any]:
+        # Runs and bundles keep these as they were written, so that a default that changes, or a number written 1 for
+        # 1.0, does not make a run of before another run.
+        return self._written[info.field_name]
+
+    @model_validator(mode="after")
+    def _weights_to_transfer(self) -> Self:
+        transfer.check_transfer(self.transfer, pretrained=getattr(self.model, "encoder_weights", None) is not None)
+        return self
 
     @model_validator(mode="after")
     def _blended_labels(self) -> Self:
@@ -149,38 +223,17 @@ class TrainConfig(Settings):
             )
         return self
 
-    def model_settings(self, where: str = "config") -> ModelSettings:
-        """The model's settings, checked against the task; ``where`` is named in the InputError."""
-        settings = models.parse(self.model, where)
-        if settings.task != self.task:
-            fitting = ", ".join(sorted(name for name, kind in models.MODELS.items() if kind.task == self.task))
-            raise InputError(
-                f"{where}: model '{self.model['name']}' is for {settings.task}, but task is {self.task};"
-                f" choose one of {fitting}"
-            )
-        transfer.check_transfer(self.transfer, pretrained=getattr(settings, "encoder_weights", None) is not None)
-        return settings
-
     def model_for(self, info: DatasetInfo) -> ModelSettings:
         """The model's settings, with the class frequencies of the train split as its ``prior`` if it wants one."""
-        settings = self.model_settings()
+        settings = self.model
         pixels = info.counts.get("train", {}).get("pixels")
         if pixels is None or "prior" not in type(settings).model_fields or getattr(settings, "prior", None):
             return settings
         return settings.model_copy(update={"prior": tuple(float(max(count, 1)) for count in pixels.values())})
 
-    def loss_settings(self) -> dict[str, Any]:
-        """``loss``; of a detector with the name of its kind, which is the model's own where none is given."""
-        if self.task != "detection":
-            return self.loss
-        fitting: tuple[str, ...] = getattr(self.model_settings(), "losses")  # noqa: B009 - segmentation's have none
-        name = self.loss.get("name", fitting[0])
-        if name not in fitting:
-            raise InputError(
-                f"loss.name: {name!r} does not fit model '{self.model['name']}', which is trained by "
-                f"{' or '.join(fitting)}; leave loss.name out"
-            )
-        return {**self.loss, "name": name}
+    def num_outputs(self, info: DatasetInfo) -> int:
+        """Classes of this dataset that the model tells apart."""
+        return num_outputs(self.task, info.classes, info.background)
 
     def build_task(self, info: DatasetInfo, threads: int, multiple: int = 32) -> Task:
         """The task over this dataset's classes; whole images are framed to a ``multiple`` of the model's stride.
@@ -192,11 +245,12 @@ class TrainConfig(Settings):
             raise InputError(
                 f"'{info.uri}' has no labels for {self.task}; it can serve {', '.join(info.tasks) or 'no task'}"
             )
-        return TASKS[self.task](
+        return build_task(
+            self.task,
             classes=list(info.classes),
             background=info.background,
             input=self.input,
-            loss=self.loss_settings(),
+            loss=self.loss,
             predict=self.predict,
             threads=threads,
             multiple=multiple,
@@ -207,11 +261,8 @@ class TrainConfig(Settings):
         return self.model_copy(update={"data": absolute(self.data), "out": absolute(self.out)})
 
     def resolved(self) -> dict[str, Any]:
-        """The tree with every default filled in, the model's too."""
-        tree = self.to_dict()
-        tree["model"] = models.describe(self.model_settings())
-        tree["loss"] = self.loss_settings()
-        return tree
+        """The tree as it is stored and compared: every default filled in, but ``loss`` and ``predict`` as written."""
+        return self.to_dict()
 
     def length(self, rows: int) -> tuple[int, int]:
         """(stream positions of the whole run, images of one optimiser step) for a split of ``rows`` images."""
@@ -233,3 +284,24 @@ class TrainConfig(Settings):
     def validate_every(self, rows: int, global_batch: int) -> int:
         """Optimiser steps between validations, for a train split of ``rows`` images."""
         return self.train.validate_every or max(1, rows // global_batch)
+
+
+def _mapping(values: Any) -> dict[str, Any]:
+    if not isinstance(values, dict):
+        raise ValueError("Input should be a valid dictionary")
+    return values
+
+
+def _with_loss_name(values: dict[str, Any], model: ModelSettings) -> dict[str, Any]:
+    """``loss`` as written; of a detector with the name of its kind, the model's first where none is written."""
+    fitting: tuple[str, ...] = getattr(model, "losses", ())
+    # Models of segmentation name no losses: any fits them.
+    if not fitting:
+        return values
+    name = values.get("name", fitting[0])
+    if name not in fitting:
+        raise InputError(
+            f"loss.name: {name!r} does not fit model '{models.describe(model)['name']}', which is trained by "
+            f"{' or '.join(fitting)}; leave loss.name out"
+        )
+    return {**values, "name": name}

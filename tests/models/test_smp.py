@@ -197,7 +197,7 @@ def test_a_network_that_answers_no_image_is_refused_when_it_is_built(monkeypatch
 
     monkeypatch.setattr(smp.Unet, "forward", fail)
     wanted = (
-        r"Unet with encoder 'resnet18' answers no image: the sizes do not match \(at 256x256 pixels\); choose another"
+        r"Unet with encoder 'resnet18' takes no image: the sizes do not match \(at 256x256 pixels\); choose another"
     )
     with pytest.raises(InputError, match=wanted):
         Smp().build(2)

@@ -10,7 +10,7 @@ import torch
 from pipeline.errors import InputError
 from pipeline.schema import pack_map, unpack_map
 from pipeline.scoring.predictor import Predictor
-from pipeline.tasks.segmentation import Prediction
+from pipeline.tasks.pooled_maps import Prediction
 from pipeline.uncertainty.tta import TtaSettings, tta_views
 from tests.support.tiny import DETECTOR, INPUT, UNET, encode, make_bundle, png, table
 

@@ -54,11 +54,27 @@ def segmentation(
     classes: list[str] = CLASSES,
     background: int | None = 2,
 ) -> Segmentation:
-    return Segmentation(classes, background, InputSettings(size=size, fit=fit), loss or {}, predict, threads=2)
+    return Segmentation(
+        classes,
+        background,
+        InputSettings(size=size, fit=fit),
+        Segmentation.parse_loss(loss or {}, "loss"),
+        Segmentation.parse_predict(predict or {}, "predict"),
+        threads=2,
+    )
 
 
-def detection(size=(32, 32), predict=None, background: int | None = 2) -> Detection:
-    return Detection(CLASSES, background, InputSettings(size=size), {}, predict, threads=1)
+def detection(
+    size: tuple[int, int] = (32, 32), predict: dict[str, Any] | None = None, background: int | None = 2
+) -> Detection:
+    return Detection(
+        CLASSES,
+        background,
+        InputSettings(size=size),
+        Detection.parse_loss({}, "loss"),
+        Detection.parse_predict(predict or {}, "predict"),
+        threads=1,
+    )
 
 
 def _grid(height: int, width: int, stride: int = 8) -> Tensor:

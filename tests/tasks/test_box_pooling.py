@@ -134,14 +134,14 @@ def test_a_calibration_changes_scores_and_spread_and_nothing_else():
         same = ("x1", "label", "entropy", "mutual_information", "votes", "probabilities")
         assert [a[name] for name in same] == [b[name] for name in same]
     assert after["entropy_sum"] == before["entropy_sum"]
-    rows = task.without_calibration(fused).own(batch)[0]
-    assert rows.scores.tolist() == fused.found[0].scores.tolist()
+    rows = task.without_calibration(fused).in_image_pixels(batch)[0]
+    assert rows.scores.tolist() == fused.kept[0].scores.tolist()
 
 
 def test_unlike_members_are_calibrated_before_they_are_joined():
     half, same = {"x": [0.0, 1.0], "y": [0.0, 0.5]}, {"x": [0.0, 1.0], "y": [0.0, 1.0]}
     task = _calibrated(members=[half, same])
-    task.alike = False
+    task.same_model = False
     batch = framed(task, [(32, 32)])
     one, two = _sure([[2, 2, 12, 12]], [0]), _sure([[18, 18, 30, 30]], [1])
     (rows,) = task.to_columns(task.fuse([task.predict(each, batch) for each in (one, two)]), batch)["boxes"]

@@ -6,11 +6,10 @@ import pytest
 import torch
 
 from pipeline import schema
-from pipeline.augment import InputSettings
 from pipeline.errors import InputError
 from pipeline.tasks import TASKS, Detection
 from pipeline.tasks.base import image_area
-from tests.support.task_cases import CLASSES, box, detection, output_of, png, random_mask, segmentation, table_of
+from tests.support.task_cases import box, detection, output_of, png, random_mask, segmentation, table_of
 
 
 def test_masks_reach_the_batch_and_decode_failures_the_list():
@@ -161,7 +160,7 @@ def test_wrong_settings_are_refused_by_name():
     with pytest.raises(InputError, match="predict: unknown key 'patches'"):
         segmentation(predict={"patches": 0.5})
     with pytest.raises(InputError, match="loss: unknown key 'cls'"):
-        Detection(CLASSES, None, InputSettings(size=(8, 8)), {"cls": 1})
+        Detection.parse_loss({"cls": 1}, "loss")
 
 
 def test_losses_carry_weights_settings_and_the_counts():

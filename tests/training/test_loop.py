@@ -113,7 +113,7 @@ def _rank(rank: int, world: int, port: int, task: str, folder: str) -> None:
     grad = gradient(worker_of(tree(task), rank=rank, world=world), mine)
     if rank == 0:
         torch.save(grad, Path(folder) / "grad.pt")
-    model = {**tree(task).model, "norm": "batch"}
+    model = {**tree(task).to_dict()["model"], "norm": "batch"}
     running = worker_of(tree(task, model=model, optim={"ema": 0.9}), rank=rank, world=world)
     buffers = [*running.module.buffers(), *running.evaluated_module.buffers()]
     assert buffers

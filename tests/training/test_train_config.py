@@ -1,5 +1,6 @@
 """The tree of settings: what it refuses, and how long a run is."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -32,11 +33,11 @@ def test_a_misspelt_key_names_the_nearest():
 
 def test_model_and_task_must_fit():
     with pytest.raises(InputError, match="no model.*Did you mean 'unet'"):
-        with_sets("model={name: unett}").model_settings("config.yaml")
+        with_sets("model={name: unett}")
     with pytest.raises(InputError, match="'anchor_free' is for detection, but task is segmentation; choose one of smp"):
-        with_sets("model={name: anchor_free}").model_settings("config.yaml")
+        with_sets("model={name: anchor_free}")
     with pytest.raises(InputError, match="unknown key 'widht'|'model.widht'|Did you mean 'width'"):
-        with_sets("model.widht=3").model_settings("config.yaml")
+        with_sets("model.widht=3")
 
 
 def test_epochs_or_steps_but_one_of_them():
@@ -55,20 +56,60 @@ def test_resolved_holds_every_default_and_parses_back():
     assert TrainConfig.parse(tree, "x").resolved() == tree
 
 
+def test_losses_and_predictions_are_stored_as_written():
+    tree = with_sets("loss={dice: 1, cross_entropy: 2}", "predict={maps: false, dropout_passes: 3}").resolved()
+    assert json.dumps(tree["loss"]) == '{"dice": 1, "cross_entropy": 2}'
+    assert json.dumps(tree["predict"]) == '{"maps": false, "dropout_passes": 3}'
+    detector = with_sets("task=detection", "model={name: anchor_free}", "predict.score_threshold=0")
+    assert json.dumps(detector.resolved()["loss"]) == '{"name": "aligned"}'
+    assert json.dumps(detector.with_absolute_uris().resolved()["predict"]) == '{"score_threshold": 0}'
+
+
+@pytest.mark.parametrize(
+    ("sets", "message"),
+    [
+        (["loss.dise=1"], "config.yaml: loss: unknown name 'dise'. Did you mean 'dice'?"),
+        (["loss.focal.gama=1"], "config.yaml: loss.focal: unknown key 'gama'. Did you mean 'gamma'?"),
+        (["loss=3"], "config.yaml: 'loss' = 3: Input should be a valid dictionary"),
+        (["predict.patches=3"], "config.yaml: predict: unknown key 'patches'. Did you mean 'patch'?"),
+        (["predict.tta.flip=true"], "config.yaml: predict: unknown key 'tta.flip'. Did you mean 'flips'?"),
+        (
+            ["task=detection", "model={name: yolo_v1}", "loss.name=aligned"],
+            "config.yaml: loss.name: 'aligned' does not fit model 'yolo_v1', which is trained by yolo_v1",
+        ),
+        (["task=detection", "model={name: yolo_v1}", "predict.windows=always"], "config.yaml: predict.windows: always"),
+        (["model.width=0"], "config.yaml: model: 'width' = 0: Input should be greater"),
+        (["model.depht=3"], "config.yaml: model: unknown key 'depht'. Did you mean 'depth'?"),
+        (["task=segmentaton"], "config.yaml: 'task' = 'segmentaton': Input should be 'segmentation' or 'detection'"),
+        (["transfer.init=frozen"], "config.yaml: transfer.init = frozen wants weights"),
+    ],
+)
+def test_every_branch_is_checked_when_the_config_is_parsed(sets: list[str], message: str):
+    with pytest.raises(InputError) as error:
+        with_sets(*sets)
+    assert str(error.value).startswith(message)
+
+
 def test_a_missing_config_file_says_where_examples_are():
     with pytest.raises(InputError, match="'nowhere.yaml' not found; examples are in jobs/configs"):
         load("nowhere.yaml", [])
 
 
 FOLDER = Path(jobs.__file__).parent / "configs"
+RESOLVED = Path(__file__).resolve().parents[1] / "data/resolved_configs"
 CONFIGS = sorted(path for path in FOLDER.glob("*.yaml") if path.stem != "retrain")
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_the_example_configs_are_valid(path):
-    config = TrainConfig.parse(load(str(path), []), str(path))
-    config.model_settings(str(path))
-    config.loss_settings()
+    TrainConfig.parse(load(str(path), []), str(path))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_stored_configs_stay_as_they_are(path: Path):
+    """A run that an earlier version began resumes only where its config resolves to the same bytes."""
+    stored = (RESOLVED / f"{path.stem}.json").read_text("utf-8")
+    assert json.dumps(TrainConfig.parse(load(str(path), []), path.name).resolved()) + "\n" == stored
 
 
 def test_there_are_configs_of_both_tasks():
@@ -106,5 +147,7 @@ def test_the_example_of_retraining_is_valid(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.chdir(FOLDER.parents[1])
     settings, tracking = _settings(str(FOLDER / "retrain.yaml"), [])
-    assert TrainConfig.parse({**settings.recipe, "data": "d", "out": "o"}, "retrain.yaml").task == "detection"
+    config = TrainConfig.parse({**settings.recipe, "data": "d", "out": "o"}, "retrain.yaml")
+    assert config.task == "detection"
+    assert json.dumps(config.resolved()) + "\n" == (RESOLVED / "retrain.json").read_text("utf-8")
     assert tracking is None
