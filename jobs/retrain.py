@@ -24,7 +24,7 @@ def run(config: str, force: bool, dry_run: bool, every: str, cron: str, sets: li
         with ray_session(settings.recipe.get("train", {}).get("workers", 1)):
             made = run_module.retrain(settings, force=force, dry_run=dry_run, sink=terminal)
         terminal.close()
-        for sentence in made.said:
+        for sentence in made.messages:
             terminal.say(sentence)
         if log is not None and made.decision is not None:
             bundle = made.decision["challenger"]["bundle"]
@@ -38,7 +38,7 @@ def _settings(path: str, sets: list[str]) -> tuple[Any, Any]:
     """The retraining's settings with absolute URIs, and MLflow's if there are any."""
     from jobs.mlflow_log import TrackingSettings
     from pipeline.config import load
-    from pipeline.retraining.run import RetrainConfig
+    from pipeline.retraining.settings import RetrainConfig
     from pipeline.storage import absolute
 
     tree = load(path, sets)
