@@ -25,7 +25,7 @@ def run(config: str, force: bool, dry_run: bool, every: str, cron: str, sets: li
         with ray_session(settings.recipe.get("train", {}).get("workers", 1)):
             outcome = run_module.retrain(settings, force=force, dry_run=dry_run, sink=terminal)
         terminal.close()
-        for sentence in outcome.said:
+        for sentence in outcome.messages:
             terminal.say(sentence)
         if log is not None and outcome.decision is not None:
             bundle = outcome.decision["challenger"]["bundle"]
@@ -39,7 +39,7 @@ def _settings(path: str, sets: list[str]) -> tuple[Any, Any]:
     """(settings of the retraining, with absolute URIs; those of MLflow, or None where the config has none)."""
     from jobs.mlflow_log import TrackingSettings
     from pipeline.config import load
-    from pipeline.retraining.run import RetrainConfig
+    from pipeline.retraining.settings import RetrainConfig
     from pipeline.storage import absolute
 
     tree = load(path, sets)

@@ -14,7 +14,10 @@ from pipeline.runtime.progress import Progress, SilentSink
 from pipeline.scoring.job import predict
 from pipeline.stream import epoch_order, run_stream, validation
 from pipeline.training import ensemble, loop
+from pipeline.training.run_state import RunState, StepSchedule
 from pipeline.training.train_config import TrainConfig
+from pipeline.training.worker import Worker, build_worker
+from tests.support.train_hooks import NoHooks
 
 HELD = {"val": 0.1, "calibration": 0.1}
 
@@ -22,7 +25,7 @@ HELD = {"val": 0.1, "calibration": 0.1}
 def few_steps(config: TrainConfig, folder: Path, steps: int) -> str:
     """Train without Ray, and write a bundle; returns its URI."""
     info = open_dataset(config.data)
-    worker = loop.build_worker(config, info, torch.device("cpu"))
+    worker = build_worker(config, info, torch.device("cpu"))
     groups = row_groups(info, "train")
     order = epoch_order.EpochOrder.of(groups, 0, 2**26)
     size = config.train.batch_size
@@ -36,25 +39,26 @@ def few_steps(config: TrainConfig, folder: Path, steps: int) -> str:
         "",
     )
     units = {"id": torch.arange(steps * size).numpy()}
-    journal = loop.RunState()
-    first: list[float] = []
+    state = RunState()
+    val_losses: list[float] = []
 
-    def look(worker: loop.Worker, journal: loop.RunState) -> None:
-        tables = validation.rows_of_rank(info, "val", 0, 1, run_stream.training_columns(config.task, info))
-        first.append(loop.validate(worker, validation.same_size_batches(tables, size))["val_loss"])
+    class Validation(NoHooks):
+        def validate(self, worker: Worker, state: RunState) -> None:
+            tables = validation.rows_of_rank(info, "val", 0, 1, run_stream.training_columns(config.task, info))
+            val_losses.append(loop.validate(worker, validation.same_size_batches(tables, size))["val_loss"])
 
-    look(worker, journal)
+    Validation().validate(worker, state)
     rows = pa.concat_tables(expand(units))
     tables = [rows.slice(at, size) for at in range(0, steps * size, size)]
-    plan, progress = loop.StepSchedule(steps, steps, ""), Progress(SilentSink(), "t", steps)
-    loop.run_steps(worker, loop.steps_of(worker, tables), journal, plan, progress, look)
-    assert journal.step == steps
-    assert first[1] < first[0], "the validation loss did not fall"
+    schedule, progress = StepSchedule(steps, steps, ""), Progress(SilentSink(), "t", steps)
+    loop.run_steps(worker, loop.steps_of(worker, tables), state, schedule, progress, Validation())
+    assert state.step == steps
+    assert val_losses[1] < val_losses[0], "the validation loss did not fall"
     weights = folder / "model.safetensors"
     from safetensors.torch import save_file
 
     save_file({k: v.contiguous() for k, v in worker.evaluated_module.state_dict().items()}, weights)
-    manifest = ensemble._manifest(config, info, {0: {"metrics": {"val_loss": first[1]}}}, [])
+    manifest = ensemble.bundle_manifest(config, info, {0: {"metrics": {"val_loss": val_losses[1]}}}, [])
     return bundle.write_bundle(str(folder / "bundle"), manifest, [weights]).uri
 
 

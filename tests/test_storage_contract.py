@@ -22,8 +22,10 @@ from pipeline.retraining import registry
 from pipeline.retraining.stored_metrics import metrics_on_split
 from pipeline.runtime.progress import SilentSink
 from pipeline.scoring.job import predict
-from pipeline.training import checkpoint, ensemble, loop
+from pipeline.training import checkpoint, ensemble
+from pipeline.training.run_state import RunState
 from pipeline.training.train_config import TrainConfig
+from pipeline.training.worker import build_worker
 from pipeline.verify import verify
 
 ARCHIVE = Path(__file__).parent / "data/before_the_move/files.tar.xz"
@@ -175,9 +177,9 @@ def test_a_checkpoint_restores(files: Path, expected):
     assert newest is not None
     settings = json.loads((files / "expected/run.json").read_text())
     info = open_dataset(str(files / "bucket/packed"))
-    worker = loop.build_worker(TrainConfig.parse(settings, "test"), info, torch.device("cpu"))
+    worker = build_worker(TrainConfig.parse(settings, "test"), info, torch.device("cpu"))
     progress = checkpoint.load(Path(newest), 0, model=worker.module, average=worker.average, optimizer=worker.optimizer)
-    state = loop.RunState(**progress)
+    state = RunState.from_dict(progress)
     assert state.step == expected["run"]["step"]
     assert state.history[-1]["val_loss"] > 0
     used = state.step * settings["train"]["batch_size"]

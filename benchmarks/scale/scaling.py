@@ -39,7 +39,8 @@ from pipeline.datasets import ingest
 from pipeline.models import bundle
 from pipeline.runtime.progress import SilentSink
 from pipeline.scoring import job as job_module
-from pipeline.training.ray_train import MemberRun, train_member
+from pipeline.training.member_run import MemberRun
+from pipeline.training.ray_train import train_member
 
 SCALES = (1, 4, 16)
 HELD_OUT = 16

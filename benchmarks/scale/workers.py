@@ -9,8 +9,8 @@ workers there are (weak scaling). Two jobs:
 
 - ``batch inference``: ``pipeline.scoring.job`` with so many actors over a dataset of tiny JPEGs, predictions written;
   the members are replaced in the actors, maps are off.
-- ``training stream``: ``pipeline.training.ray_train.training_dataset`` split for so many consumers as Ray Train does it
-  (``streaming_split(equal=True)``); each takes batches of encoded images, and sleeps.
+- ``training stream``: ``pipeline.training.ray_dataset.training_dataset`` split for so many consumers as Ray Train
+  does it (``streaming_split(equal=True)``); each takes batches of encoded images, and sleeps.
 
 Rates are steady ones: from when the last worker has begun until the first one has no more to do, as the workers
 themselves noted it batch by batch; medians over parts of that time, in which ``share`` of the images were done
@@ -50,7 +50,8 @@ from pipeline.runtime.progress import SilentSink
 from pipeline.scoring import job
 from pipeline.scoring.plan import UNIT_ROWS
 from pipeline.scoring.scorer import Scorer
-from pipeline.training.ray_train import MemberRun, training_dataset
+from pipeline.training.member_run import MemberRun
+from pipeline.training.ray_dataset import training_dataset
 
 PARTS = 5
 """Of the steady time of a job; each gives a rate."""

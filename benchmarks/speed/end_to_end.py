@@ -23,7 +23,9 @@ from pipeline.datasets.dataset import open_dataset
 from pipeline.runtime.progress import SilentSink
 from pipeline.stream.batches import DEPTH
 from pipeline.training import loop
-from pipeline.training.ray_train import MemberRun, training_dataset
+from pipeline.training.member_run import MemberRun
+from pipeline.training.ray_dataset import training_dataset
+from pipeline.training.worker import build_worker
 
 MODELS: dict[str, dict[str, Any]] = {
     "unet_r34": {
@@ -69,7 +71,7 @@ class Run:
         }  # fmt: skip
         fit = MemberRun(tree, f"{uri}-{name}/members/0", "benchmark", torch.get_num_threads())
         self.args, self.device, config = args, device, fit.settings()
-        self.worker = loop.build_worker(config, open_dataset(uri), device, threads=fit.threads)
+        self.worker = build_worker(config, open_dataset(uri), device, threads=fit.threads)
         began = time.perf_counter()
         tables: Any = training_dataset(fit).iter_batches(
             batch_size=args.batch, batch_format="pyarrow", prefetch_batches=1

@@ -44,7 +44,8 @@ from jobs.session import ray_session
 from pipeline.datasets import ingest
 from pipeline.datasets.dataset import open_dataset
 from pipeline.stream.batches import decode_batches, prefetch
-from pipeline.training.ray_train import MemberRun, training_dataset
+from pipeline.training.member_run import MemberRun
+from pipeline.training.ray_dataset import training_dataset
 
 Side = Callable[[int], Iterator[Item]]
 """Number of passes -> batches."""

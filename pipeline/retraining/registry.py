@@ -1,8 +1,9 @@
-"""Champions, in a row that only grows: ``registry/<name>/<n:06>.json``, each made once; the highest number counts.
+"""The champions of each model: entries ``registry/<name>/<n:06>.json``, each written once; the highest number counts.
 
-A rollback is a new number that points at an old bundle. Decisions (``decisions/<run>.json``) are kept whether they
-promote or not, and so are digests of the data that a champion saw (``digests/<fingerprint>.parquet``), which may be
-deleted later. Two who want the same number cannot both have it: the other is overtaken, and has to judge anew.
+A rollback is a new entry that points at an old bundle. Decisions (``decisions/<run>.json``) are kept whether they
+promote or not, and so are the digests of the data that a champion was trained on (``digests/<fingerprint>.parquet``):
+the data itself may be deleted later. Two runs cannot write the same number: the second one is overtaken, and has to
+compare its challenger with the new champion.
 """
 
 import json
@@ -16,15 +17,15 @@ from pipeline import storage
 from pipeline.errors import InputError
 from pipeline.storage import checksum
 
-_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
-_ENTRY = re.compile(r"^(\d{6})\.json$")
-_SEALED = "restore it from a copy; entries are never changed"
+_MODEL_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
+_ENTRY_FILE = re.compile(r"^(\d{6})\.json$")
+_RESTORE_HINT = "restore it from a copy; entries are never changed"
 MAX_DECISIONS_ON_TEST = 20
-"""From so many looks at one frozen test on, its figures are no longer of images that nothing was chosen on."""
+"""Decisions on one frozen test, from which on a warning is given: champions were chosen on its images by then."""
 
 
 class OvertakenError(Exception):
-    """Somebody else became champion meanwhile."""
+    """Another run wrote the entry first."""
 
 
 @dataclass(frozen=True)
@@ -32,32 +33,35 @@ class Entry:
     """One champion."""
 
     number: int
+    """1 is the first."""
     kind: Literal["promotion", "rollback", "manual"]
     bundle: str
-    """URI."""
+    """URI of the bundle."""
     bundle_id: str
     data: str
     """URI of the dataset that it was trained on; '' where not known."""
     fingerprint: str
+    """Of that dataset."""
     test: str
     """URI of the frozen test; '' where there was none."""
     test_split: str
     parent: int | None
-    """The number that was champion before."""
+    """Number of the champion before; None for the first."""
     run: str
-    """Who made the entry: id of the scheduled run, or of the command."""
+    """Id of the scheduled run, or of the command, that made the entry."""
     time: str
-    """UTC, ISO 8601."""
+    """When it was made: UTC, ISO 8601."""
     reasons: list[str]
+    """Why it was made, in sentences."""
 
 
 def folder(registry: str, name: str) -> str:
-    """Where everything of a model lies.
+    """URI of the folder that holds everything of a model.
 
     Raises:
-        InputError: The name cannot be one of a folder.
+        InputError: The name cannot be that of a folder.
     """
-    if not _NAME.match(name):
+    if not _MODEL_NAME.match(name):
         raise InputError(f"name '{name}': wanted letters, digits, '.', '_' and '-', at most 100")
     return storage.join(storage.absolute(registry), name)
 
@@ -65,15 +69,17 @@ def folder(registry: str, name: str) -> str:
 def names(registry: str) -> list[str]:
     """Models that have a champion, sorted."""
     registry = storage.absolute(registry)
-    return [name for name in storage.names_in(registry, folders=True) if _NAME.match(name) and _numbers(registry, name)]
+    folders = storage.names_in(registry, folders=True)
+    return [name for name in folders if _MODEL_NAME.match(name) and _numbers(registry, name)]
 
 
 def _numbers(registry: str, name: str) -> list[int]:
-    found = (_ENTRY.match(file) for file in storage.names_in(folder(registry, name)))
-    numbers = sorted(int(each[1]) for each in found if each)
+    """Numbers of a model's entries, ascending; they are complete, or an InputError names the first that is missing."""
+    matches = (_ENTRY_FILE.match(file) for file in storage.names_in(folder(registry, name)))
+    numbers = sorted(int(match[1]) for match in matches if match)
     if numbers and numbers != list(range(1, len(numbers) + 1)):
         missing = next(n for n in range(1, numbers[-1]) if n not in numbers)
-        raise InputError(f"'{_uri(registry, name, missing)}' is missing, but later entries are there; {_SEALED}")
+        raise InputError(f"'{_uri(registry, name, missing)}' is missing, but later entries are there; {_RESTORE_HINT}")
     return numbers
 
 
@@ -82,31 +88,31 @@ def _uri(registry: str, name: str, number: int) -> str:
 
 
 def entries(registry: str, name: str) -> list[Entry]:
-    """All champions that there were, the first one first.
+    """All entries of a model, the first one first.
 
     Raises:
-        InputError: One is damaged or missing.
+        InputError: An entry is damaged or missing.
     """
     return [entry(registry, name, number) for number in _numbers(registry, name)]
 
 
 def entry(registry: str, name: str, number: int) -> Entry:
-    """One of them.
+    """The entry of a number.
 
     Raises:
         InputError: There is none of that number, or it is damaged.
     """
     uri = _uri(registry, name, number)
     try:
-        found = json.loads(storage.read_text(uri, "registry entry"))
+        content = json.loads(storage.read_text(uri, "registry entry"))
     except ValueError as error:
-        if isinstance(error, InputError):
+        if isinstance(error, InputError):  # from read_text: it says already what is wrong
             raise
-        raise InputError(f"'{uri}' is not JSON; {_SEALED}") from None
-    checksum.verify_checksum(found, uri, _SEALED)
-    if found["number"] != number:
-        raise InputError(f"'{uri}' is a copy of entry {found['number']}; {_SEALED}")
-    return Entry(**{each.name: found[each.name] for each in fields(Entry)})
+        raise InputError(f"'{uri}' is not JSON; {_RESTORE_HINT}") from None
+    checksum.verify_checksum(content, uri, _RESTORE_HINT)
+    if content["number"] != number:
+        raise InputError(f"'{uri}' is a copy of entry {content['number']}; {_RESTORE_HINT}")
+    return Entry(**{field.name: content[field.name] for field in fields(Entry)})
 
 
 def champion(registry: str, name: str) -> Entry | None:
@@ -116,28 +122,33 @@ def champion(registry: str, name: str) -> Entry | None:
 
 
 def add(registry: str, name: str, after: int, **values: Any) -> Entry:
-    """Make the champion that follows number ``after`` (0: the first).
+    """Write the entry that follows number ``after`` (0: the first), which makes its bundle champion.
 
     Args:
         registry: URI.
         name: Of the model.
-        after: The number that was champion when this was decided.
-        **values: The other fields of ``Entry``; ``run`` names who asks, and the same one twice makes one entry.
+        after: Number of the champion that the decision was made against.
+        **values: The other fields of ``Entry``; the same ``run`` twice makes one entry.
+
+    Returns:
+        The entry as it is stored: an earlier one of the same run, if there is one.
 
     Raises:
+        InputError: Entry ``after`` does not exist yet.
         OvertakenError: Another run's entry has that number.
     """
-    there = len(_numbers(registry, name))
-    if after > there:
-        raise InputError(f"'{name}' has {there} champions; number {after + 1} cannot follow them")
-    made = Entry(number=after + 1, parent=after or None, time=_now(), **values)
-    uri = _uri(registry, name, made.number)
-    content = json.dumps(checksum.with_checksum(asdict(made)), indent=1, sort_keys=True).encode()
-    won = storage.create_once(uri, content)
-    kept = made if won else entry(registry, name, made.number)
-    if kept.run != made.run:
-        raise OvertakenError(f"entry {made.number} of '{name}' was made by run {kept.run} meanwhile")
-    return kept
+    count = len(_numbers(registry, name))
+    if after > count:
+        raise InputError(f"'{name}' has {count} champions; number {after + 1} cannot follow them")
+    new = Entry(number=after + 1, parent=after or None, time=_now(), **values)
+    uri = _uri(registry, name, new.number)
+    content = json.dumps(checksum.with_checksum(asdict(new)), indent=1, sort_keys=True).encode()
+    # Of all runs that want this number one creates the file. A run that died after it finds its own entry here.
+    created = storage.create_once(uri, content)
+    stored = new if created else entry(registry, name, new.number)
+    if stored.run != new.run:
+        raise OvertakenError(f"entry {new.number} of '{name}' was made by run {stored.run} meanwhile")
+    return stored
 
 
 def _now() -> str:
@@ -145,24 +156,32 @@ def _now() -> str:
 
 
 def promote(registry: str, name: str, bundle: str) -> Entry:
-    """Make a bundle champion by hand, unjudged.
+    """Make a bundle champion by hand, without a comparison.
 
     Raises:
         InputError: No such bundle, or it is the champion already.
-        OvertakenError: Somebody else made one at the same moment.
+        OvertakenError: Another run wrote the entry first.
     """
-    from pipeline.models.bundle import open_bundle  # here, since torch takes seconds, and listing champions needs none
+    from pipeline.models.bundle import open_bundle  # not above: torch takes seconds, and listing champions needs none
 
     opened, last = open_bundle(bundle), champion(registry, name)
     if last is not None and last.bundle_id == opened.id:
         raise InputError(f"bundle '{opened.uri}' (id {opened.id}) is the champion of '{name}' already")
-    data = opened.manifest["data"]
-    test = (last.test, last.test_split) if last is not None else ("", "test")
+    # The frozen test stays that of the champion before, so that later challengers are compared on the same images.
     return add(
-        registry, name, 0 if last is None else last.number, kind="manual", bundle=opened.uri, bundle_id=opened.id,
-        data="", fingerprint=data.get("fingerprint", ""), test=test[0], test_split=test[1], run=_by_hand("promote"),
+        registry,
+        name,
+        after=0 if last is None else last.number,
+        kind="manual",
+        bundle=opened.uri,
+        bundle_id=opened.id,
+        data="",
+        fingerprint=opened.manifest["data"].get("fingerprint", ""),
+        test="" if last is None else last.test,
+        test_split="test" if last is None else last.test_split,
+        run=_command_id("promote"),
         reasons=["promoted by hand"],
-    )  # fmt: skip
+    )
 
 
 def rollback(registry: str, name: str, number: int | None = None) -> Entry:
@@ -171,33 +190,44 @@ def rollback(registry: str, name: str, number: int | None = None) -> Entry:
     Args:
         registry: URI.
         name: Of the model.
-        number: Which; None: the last one with another bundle.
+        number: Of the entry to go back to; None: the last one with another bundle than the champion's.
 
     Raises:
-        InputError: There is none such, its bundle is gone, or it is the champion already.
-        OvertakenError: Somebody else made one at the same moment.
+        InputError: There is no such entry, its bundle is gone or another one now, or it is the champion already.
+        OvertakenError: Another run wrote the entry first.
     """
     from pipeline.models.bundle import open_bundle
 
-    every = entries(registry, name)
-    if not every:
+    history = entries(registry, name)
+    if not history:
         raise InputError(f"'{name}' has no champion in '{registry}'; there is nothing to go back to")
-    last = every[-1]
-    others = [each for each in every if each.bundle_id != last.bundle_id and number in (None, each.number)]
-    if not others:
-        wanted = "an earlier one with another bundle" if number is None else f"number {number}"
-        known = ", ".join(f"{each.number} ({each.bundle_id})" for each in every)
-        raise InputError(f"cannot go back to {wanted}: the champion of '{name}' is {last.bundle_id}; known: {known}")
-    target = others[-1]
+    last = history[-1]
+    earlier = [entry for entry in history if entry.bundle_id != last.bundle_id and number in (None, entry.number)]
+    if not earlier:
+        target_text = "an earlier one with another bundle" if number is None else f"number {number}"
+        listed = ", ".join(f"{entry.number} ({entry.bundle_id})" for entry in history)
+        raise InputError(
+            f"cannot go back to {target_text}: the champion of '{name}' is {last.bundle_id}; known: {listed}"
+        )
+    target = earlier[-1]
+    # A bundle may have been replaced at its place since: then it is not the one that was champion.
     if open_bundle(target.bundle).id != target.bundle_id:
         raise InputError(f"'{target.bundle}' is no longer the bundle {target.bundle_id} of entry {target.number}")
-    kept = {key: getattr(target, key) for key in ("bundle", "bundle_id", "data", "fingerprint", "test", "test_split")}
-    reasons = [f"back to entry {target.number}"]
-    return add(registry, name, last.number, kind="rollback", run=_by_hand("rollback"), reasons=reasons, **kept)
+    copied = ("bundle", "bundle_id", "data", "fingerprint", "test", "test_split")
+    return add(
+        registry,
+        name,
+        after=last.number,
+        kind="rollback",
+        run=_command_id("rollback"),
+        reasons=[f"back to entry {target.number}"],
+        **{key: getattr(target, key) for key in copied},
+    )
 
 
-def _by_hand(what: str) -> str:
-    return f"{what}-{secrets.token_hex(6)}"
+def _command_id(command: str) -> str:
+    """Names the entry's maker where no scheduled run made it; no two commands share one."""
+    return f"{command}-{secrets.token_hex(6)}"
 
 
 def _decision_uri(registry: str, name: str, run: str) -> str:
@@ -205,13 +235,13 @@ def _decision_uri(registry: str, name: str, run: str) -> str:
 
 
 def record_decision(registry: str, name: str, run: str, record: dict[str, Any]) -> dict[str, Any]:
-    """Keep a decision, for good; returns what is kept, which is an earlier one if the run had decided before."""
+    """Store a decision for good; returns what is stored: an earlier decision, if the run had made one before."""
     uri = _decision_uri(registry, name, run)
     content = json.dumps(checksum.with_checksum({"run": run, "time": _now(), **record}), indent=1, sort_keys=True)
     storage.create_once(uri, content.encode())
-    found = decision(registry, name, run)
-    assert found is not None
-    return found
+    stored = decision(registry, name, run)
+    assert stored is not None
+    return stored
 
 
 def decision(registry: str, name: str, run: str) -> dict[str, Any] | None:
@@ -226,23 +256,22 @@ def decision(registry: str, name: str, run: str) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     try:
-        found = json.loads(content)
+        stored = json.loads(content)
     except ValueError:
-        raise InputError(f"'{uri}' is not JSON; {_SEALED}") from None
-    checksum.verify_checksum(found, uri, _SEALED)
-    return found
+        raise InputError(f"'{uri}' is not JSON; {_RESTORE_HINT}") from None
+    checksum.verify_checksum(stored, uri, _RESTORE_HINT)
+    return stored
 
 
 def decisions(registry: str, name: str) -> list[dict[str, Any]]:
-    """All decisions, in the order of time."""
-    where = storage.join(folder(registry, name), "decisions")
-    runs = [file.removesuffix(".json") for file in storage.names_in(where) if file.endswith(".json")]
-    found = [each for each in (decision(registry, name, run) for run in runs) if each is not None]
-    return sorted(found, key=lambda each: (each["time"], each["run"]))
+    """All decisions on a model, in the order of time."""
+    uri = storage.join(folder(registry, name), "decisions")
+    runs = [file.removesuffix(".json") for file in storage.names_in(uri) if file.endswith(".json")]
+    stored = [record for record in (decision(registry, name, run) for run in runs) if record is not None]
+    return sorted(stored, key=lambda record: (record["time"], record["run"]))
 
 
 def decisions_on_test(registry: str, name: str, fingerprint: str, split: str) -> int:
     """How many decisions were made on this frozen test before."""
-    wanted = {"fingerprint": fingerprint, "split": split}
-    tests = (each.get("test") or {} for each in decisions(registry, name))
-    return sum({key: test.get(key) for key in wanted} == wanted for test in tests)
+    tests = (record.get("test") or {} for record in decisions(registry, name))
+    return sum(test.get("fingerprint") == fingerprint and test.get("split") == split for test in tests)

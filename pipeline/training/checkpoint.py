@@ -1,8 +1,11 @@
-"""What a training run leaves in a checkpoint folder, and how it comes back.
+"""The files of a checkpoint, written and read.
 
-``model.safetensors`` (what a bundle takes over: averaged weights where there are any), ``state.pt`` (the
-rest: raw weights, optimiser, RNG; read with ``weights_only``), ``progress.json``, and one
-``ledger-<rank>.npy`` a rank. All ranks write into the same checkpoint; whoever restarts unites the ledgers.
+- ``model.safetensors``: the weights that a bundle takes over: averaged ones where there are any
+- ``state.pt``: raw weights and optimiser, the averaged weights too; read with ``weights_only``
+- ``progress.json``: how far the run has come
+- ``ledger-<rank>.npy``, ``rng-<rank>.pt``: the rows that a rank has used, and its random state
+
+All ranks write into the same checkpoint; a restart unites the ledgers, whatever the number of ranks then.
 """
 
 import json
@@ -32,13 +35,24 @@ def save(
     optimizer: torch.optim.Optimizer,
     progress: dict[str, Any],
 ) -> None:
-    """Write this rank's part; rank 0 writes the shared files too."""
+    """Write this rank's part; rank 0 writes the shared files too.
+
+    Args:
+        folder: Where.
+        rank: Of this worker.
+        ledger: The rows that it has used.
+        model: The bare module with the raw weights.
+        average: The averaged weights, if there are any.
+        optimizer: Its state is saved.
+        progress: Content of progress.json.
+    """
     (folder / f"ledger-{rank}.npy").write_bytes(ledger.to_bytes())
-    torch.save(_rng(), folder / f"rng-{rank}.pt")
+    torch.save(_random_state(), folder / f"rng-{rank}.pt")
+    # The weights are the same on every rank, so one of them writes the rest.
     if rank:
         return
-    best = model if average is None else average.module
-    save_file({k: v.contiguous() for k, v in best.state_dict().items()}, folder / MODEL)
+    bundled = model if average is None else average.module
+    save_file({name: tensor.contiguous() for name, tensor in bundled.state_dict().items()}, folder / MODEL)
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
     if average is not None:
         state["average"] = {"weights": average.module.state_dict(), "updates": average.updates}
@@ -49,25 +63,26 @@ def save(
 def load(
     folder: Path, rank: int, *, model: nn.Module, average: Ema | None, optimizer: torch.optim.Optimizer
 ) -> dict[str, Any]:
-    """Restore in place; returns the progress that was saved."""
+    """Restore model, average, optimiser and random state in place; returns the progress that was saved."""
     state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     if average is not None:
         average.module.load_state_dict(state["average"]["weights"])
         average.updates = state["average"]["updates"]
+    # A group with more workers than before has ranks without a random state of their own: they keep their seed's.
     rng = folder / f"rng-{rank}.pt"
     if rng.exists():
-        _set_rng(torch.load(rng, weights_only=True))
+        _set_random_state(torch.load(rng, weights_only=True))
     return json.loads((folder / PROGRESS).read_text())
 
 
-def _rng() -> dict[str, Any]:
+def _random_state() -> dict[str, Any]:
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     return {"torch": torch.get_rng_state(), "cuda": cuda}
 
 
-def _set_rng(state: dict[str, Any]) -> None:
+def _set_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
@@ -75,9 +90,9 @@ def _set_rng(state: dict[str, Any]) -> None:
 
 def seed_all(seed: int, rank: int) -> None:
     """Seed what draws at random outside the augmentation (initial weights, dropout)."""
-    mixed = int(np.random.SeedSequence([seed, rank]).generate_state(1)[0])
-    random.seed(mixed)
-    torch.manual_seed(mixed)
+    rank_seed = int(np.random.SeedSequence([seed, rank]).generate_state(1)[0])
+    random.seed(rank_seed)
+    torch.manual_seed(rank_seed)
 
 
 def latest(run_uri: str) -> str | None:
@@ -95,9 +110,9 @@ def latest(run_uri: str) -> str | None:
 
 
 def read_ledger(checkpoint_uri: str) -> Ledger:
-    """All ranks' ledgers of a checkpoint in one."""
+    """The union of all ranks' ledgers of a checkpoint."""
     ledger = Ledger()
-    found = [f.path for f in storage.list_files(checkpoint_uri, (".npy",)) if f.path.startswith("ledger-")]
-    for name in found:
+    files = storage.list_files(checkpoint_uri, (".npy",))
+    for name in [file.path for file in files if file.path.startswith("ledger-")]:
         ledger = ledger.union(Ledger.from_bytes(storage.read_bytes(storage.join(checkpoint_uri, name))))
     return ledger

@@ -1,174 +1,106 @@
-"""The training loop on tensors: step, validate, judge; one loop for both tasks.
+"""The training loop on tensors: step, validate, checkpoint; one loop for both tasks.
 
 Knows no Ray: a list of batches drives it in a test. ``pipeline.training.ray_train`` runs it inside Ray Train workers.
 """
 
 import contextlib
-from collections.abc import Callable, Generator, Iterable
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Generator, Iterable
+from typing import Protocol
 
 import pyarrow as pa
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
-from pipeline import losses, models
-from pipeline.augment import Augment
-from pipeline.datasets.dataset import DatasetInfo
-from pipeline.errors import InputError
+from pipeline import losses
 from pipeline.images.batch import Batch
-from pipeline.images.gpu_decode import DeviceDecoder
 from pipeline.models import transfer
-from pipeline.models.device import Compiled, autocast, to_device_channels_last, use_fused_kernels, wants_compile
 from pipeline.runtime.progress import Progress
-from pipeline.stream import batches as batches_module
-from pipeline.stream import run_stream
-from pipeline.stream.batches import Step
+from pipeline.stream.batches import DecodedBatch, Step, augmented_batches, decode_batches, group_into_steps, prefetch
 from pipeline.tasks.base import Task
-from pipeline.training import checkpoint
 from pipeline.training.loss_readback import PendingLosses
-from pipeline.training.optimizer import Ema, add_penalties, build_optimizer, clip_gradients, set_lr
+from pipeline.training.optimizer import add_penalties, clip_gradients, set_lr
 from pipeline.training.run_state import RunState, StepReport, StepSchedule
 from pipeline.training.step_timer import StepTimer
-from pipeline.training.train_config import Scale, TrainConfig
+from pipeline.training.worker import Worker
 
 
-@dataclass
-class Worker:
-    """Everything one data-parallel process holds."""
+class TrainHooks(Protocol):
+    """What the loop leaves to its caller: where checkpoints go, who hears of steps, when a machine will be taken away.
 
-    config: TrainConfig
-    info: DatasetInfo
-    task: Task
-    module: nn.Module
-    model: nn.Module
-    """``module``, or DDP around it."""
-    train_forward: Any
-    """``model``, or its compiled call."""
-    average: Ema | None
-    """Exponential moving average of the weights, if asked for."""
-    optimizer: torch.optim.Optimizer
-    augment: Augment
-    eval_augment: Augment
-    device: torch.device
-    decoder: DeviceDecoder | None = None
-    """Decodes on the device; None: the task's CPU threads do."""
-    rank: int = 0
-    world: int = 1
-    ledger: run_stream.Ledger = field(default_factory=run_stream.Ledger)
+    ``validate``, ``preempted`` and ``save`` are called on every rank after the same steps, so they may communicate.
+    """
 
-    @property
-    def evaluated_module(self) -> nn.Module:
-        """The bare module that is validated and bundled."""
-        return self.module if self.average is None else self.average.module
+    def validate(self, worker: Worker, state: RunState) -> None:
+        """Validate, record the result in ``state`` and save a checkpoint; the losses of all steps are read before."""
+        ...
 
-    def forward_pass(self, model: Any, view: Batch) -> Any:
-        """Raw outputs of a model for a batch, in the run's precision."""
-        with autocast(self.device, self.config.train.precision):
-            return self.task.forward(model, view)
+    def preempted(self, step: int) -> bool:
+        """Whether a machine of any rank will soon be taken away; the same answer on every rank."""
+        ...
 
-    @property
-    def scale(self) -> Scale:
-        """What a step of this worker group is."""
-        return self.config.train.scaled(self.world)
+    def save(self, worker: Worker, state: RunState) -> None:
+        """Save a checkpoint without validating; called once a start, after the first ``preempted`` that is True."""
+        ...
+
+    def on_step(self, report: StepReport) -> None:
+        """Hear of an optimiser step that has been done; called after each."""
+        ...
 
 
-def build_worker(
-    config: TrainConfig,
-    info: DatasetInfo,
-    device: torch.device,
-    *,
-    rank: int = 0,
-    world: int = 1,
-    threads: int = 1,
-) -> Worker:
-    """Model, optimiser, task and augmentation of one process; the same weights on every rank."""
-    if device.index is not None and device.type == "cuda":
-        torch.cuda.set_device(device)  # of streams and pinned memory that name none
-    checkpoint.seed_all(config.seed, 0)
-    module = config.model_for(info).build(config.num_outputs(info))
-    transfer.load_pretrained(config.transfer, module)
-    module = to_device_channels_last(module, device)
-    task = config.build_task(info, threads, multiple=int(module.stride))  # type: ignore[arg-type]
-    if config.train.sync_batch_norm:
-        if device.type == "cpu":
-            raise InputError("train.sync_batch_norm needs GPUs; set it to false, or use the model's norm: group")
-        module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
-    checkpoint.seed_all(config.seed, rank + 1)
-    ids = [device.index] if device.type == "cuda" else None
-    model = DistributedDataParallel(module, device_ids=ids) if world > 1 else module
-    fast = wants_compile(device, config.train.compile, config.num_steps(info))
-    # A two-stage detector asks its tensors for numbers on the way: nothing to be gained by compiling it.
-    whole = fast and not getattr(module, "takes_targets", False)
-    worker = Worker(
-        config=config, info=info, task=task, module=module, model=model,
-        train_forward=Compiled(model) if whole else model,
-        average=Ema(module, config.optim.ema) if config.optim.ema else None,
-        optimizer=build_optimizer(config.optim, module, models.backbone_layers(module)),
-        augment=Augment(config.augment, config.input, config.seed, config.passes(info), compile=fast),
-        eval_augment=Augment(None, config.input, config.seed, compile=fast),
-        device=device, decoder=_decoder(config, device, threads), rank=rank, world=world,
-    )  # fmt: skip
-    use_fused_kernels(worker.optimizer, device)
-    return worker
-
-
-def _decoder(config: TrainConfig, device: torch.device, threads: int) -> DeviceDecoder | None:
-    """What ``stream.decode`` comes to on this device."""
-    if config.stream.decode == "device" and device.type != "cuda":
-        raise InputError(
-            f"stream.decode: device wants a GPU in every worker, and this one has {device.type}; set it to host or auto"
-        )
-    wanted = device.type == "cuda" and config.stream.decode in ("auto", "device")
-    return DeviceDecoder(device, threads) if wanted else None
-
-
-def all_sum(values: Tensor, world: int) -> Tensor:
+def all_sum(values: Tensor, world_size: int) -> Tensor:
     """Sum over all ranks, in place."""
-    if world > 1:
+    if world_size > 1:
         dist.all_reduce(values)
     return values
 
 
-def global_counts(task: Task, batches: list[Batch], world: int) -> dict[str, Tensor]:
+def global_counts(task: Task, batches: list[Batch], world_size: int) -> dict[str, Tensor]:
     """What each loss term divides by: counts of the targets over ranks and accumulation, before any backward."""
-    each = [task.counts(batch) for batch in batches]
-    names = sorted(each[0])
-    total = torch.stack([torch.stack([counts[name].double() for counts in each]).sum() for name in names])
-    return dict(zip(names, all_sum(total, world).unbind(), strict=True))
+    batch_counts = [task.counts(batch) for batch in batches]
+    names = sorted(batch_counts[0])
+    # One tensor for all terms, so that the ranks reduce once.
+    totals = torch.stack([torch.stack([counts[name].double() for counts in batch_counts]).sum() for name in names])
+    return dict(zip(names, all_sum(totals, world_size).unbind(), strict=True))
 
 
-def train_step(worker: Worker, views: list[Batch], lr: float) -> Tensor:
+def train_step(worker: Worker, batches: list[Batch], lr: float) -> Tensor:
     """One optimiser step over accumulated augmented batches; returns this rank's share of the loss, detached."""
-    counts = global_counts(worker.task, views, worker.world)
+    # The counts of the whole step come first: each batch's loss is divided by them, so that the gradients of batches
+    # and ranks add up to that of one large batch.
+    counts = global_counts(worker.task, batches, worker.world_size)
     worker.model.train()
     transfer.keep_frozen_eval(worker.config.transfer, worker.module)
-    parts = []
-    for i, view in enumerate(views):
-        last = i == len(views) - 1
-        wait = contextlib.nullcontext() if last or worker.world == 1 else worker.model.no_sync()  # type: ignore[operator]
-        with wait:
-            loss = losses.total(
-                worker.task.loss(worker.forward_pass(worker.train_forward, view), view), counts, worker.world
-            )
+
+    # Forward and backward of each batch; DDP reduces gradients over the ranks in the last backward only.
+    batch_losses = []
+    for number, batch in enumerate(batches):
+        reduces = number == len(batches) - 1
+        synchronisation = (
+            contextlib.nullcontext() if reduces or worker.world_size == 1 else worker.model.no_sync()  # type: ignore[operator]
+        )
+        with synchronisation:
+            outputs = worker.forward_pass(worker.train_forward, batch)
+            loss = losses.total(worker.task.loss(outputs, batch), counts, worker.world_size)
             loss.backward()
-        parts.append(loss.detach())
+        batch_losses.append(loss.detach())
+
+    # Penalties and clipping act on the whole gradient, so they wait until it is summed.
     add_penalties(worker.config.optim, worker.module)
     if worker.config.optim.clip:
         clip_gradients(worker.config.optim, worker.module.parameters())
     set_lr(worker.optimizer, lr)
     worker.optimizer.step()
     worker.optimizer.zero_grad(set_to_none=True)
+    # The average follows the weights, so it is updated after they have moved.
     if worker.average is not None:
         worker.average.update(worker.module)
-    return torch.stack(parts).sum()
+    return torch.stack(batch_losses).sum()
 
 
 def share_buffers(worker: Worker) -> None:
-    """Give every rank the buffers of rank 0, whose model is kept: running statistics differ by what each saw."""
-    if worker.world > 1:
+    """Give every rank the buffers of rank 0, whose model is kept: running statistics differ with each rank's rows."""
+    if worker.world_size > 1:
         for module in dict.fromkeys([worker.module, worker.evaluated_module]):
             for buffer in module.buffers():
                 dist.broadcast(buffer, 0)
@@ -185,47 +117,54 @@ def validate(worker: Worker, tables: Iterable[pa.Table]) -> dict[str, float]:
     weights: list[float] = []
     sums = torch.zeros(0, 2, dtype=torch.float64)
     images = 0
-    batches = batches_module.decode_batches(
-        worker.task, tables, train=False, seed=worker.config.seed, decoder=worker.decoder
-    )
-    for table, view in batches_module.augmented_batches(batches, worker.eval_augment, worker.device):
-        terms = worker.task.loss(worker.forward_pass(module, view), view)
+    decoded = decode_batches(worker.task, tables, train=False, seed=worker.config.seed, decoder=worker.decoder)
+    for table, batch in augmented_batches(decoded, worker.eval_augment, worker.device):
+        terms = worker.task.loss(worker.forward_pass(module, batch), batch)
         names = sorted(terms)
         weights = [float(terms[name][0]) for name in names]
         # Summed on the device: reading each batch's loss would hold up the next.
-        rows = torch.stack([torch.stack([part.double() for part in terms[name][1:]]) for name in names])
-        sums = sums + rows if len(sums) else rows
+        batch_sums = torch.stack([torch.stack([value.double() for value in terms[name][1:]]) for name in names])
+        sums = sums + batch_sums if len(sums) else batch_sums
         images += table.num_rows
     columns = torch.tensor(weights, dtype=torch.float64)[:, None], sums.cpu()
     return _merge_validation(worker, names, torch.cat(columns, 1) if names else torch.zeros(0, 3), images)
 
 
 def _merge_validation(worker: Worker, names: list[str], sums: Tensor, images: int) -> dict[str, float]:
-    """Add up over ranks; a rank without a row adds zeros, its terms are named by the task."""
+    """The validation metrics over all ranks.
+
+    Args:
+        worker: This process.
+        names: Of the loss terms, sorted; empty on a rank without rows.
+        sums: (T, 3) weight, numerator and denominator of each term over this rank's rows.
+        images: Number of this rank's rows.
+    """
+    # A rank without a row takes part in the reduction with zeros, under the names that its task gives.
     names = names or sorted(worker.task.loss_terms)
     sums = sums if len(sums) else torch.zeros(len(names), 3, dtype=torch.float64)
     flat = torch.cat([sums[:, 1:].reshape(-1), torch.tensor([float(images)], dtype=torch.float64)])
     weights = sums[:, 0].clone()
-    if worker.world > 1:
+    if worker.world_size > 1:
         flat, weights = flat.to(worker.device), weights.to(worker.device)
         dist.all_reduce(flat)
+        # The weights are the same wherever there are rows: their maximum passes over ranks that have none.
         dist.all_reduce(weights, op=dist.ReduceOp.MAX)
-    each = (flat[:-1].reshape(-1, 2)[:, 0] / flat[:-1].reshape(-1, 2)[:, 1].clamp(min=1)).cpu()
-    out = {f"val_{name}": float(value) for name, value in zip(names, each, strict=True)}
-    return {"val_loss": float((weights.cpu() * each).sum()), **out, "val_images": int(flat[-1])}
+    means = (flat[:-1].reshape(-1, 2)[:, 0] / flat[:-1].reshape(-1, 2)[:, 1].clamp(min=1)).cpu()
+    term_losses = {f"val_{name}": float(mean) for name, mean in zip(names, means, strict=True)}
+    return {"val_loss": float((weights.cpu() * means).sum()), **term_losses, "val_images": int(flat[-1])}
 
 
-def steps_of(worker: Worker, tables: Iterable[pa.Table], prefetch: int = 0) -> Generator[Step, None, None]:
-    """Optimiser steps out of the stream's tables, decoded ``prefetch`` batches ahead of the model (0: in step)."""
+def steps_of(worker: Worker, tables: Iterable[pa.Table], num_ahead: int = 0) -> Generator[Step, None, None]:
+    """Optimiser steps out of the stream's tables, decoded ``num_ahead`` batches ahead of the model (0: in step)."""
     settings, seed = worker.config.train, worker.config.seed
     decoder = None if worker.config.stream.frames else worker.decoder
 
-    def collated() -> Generator[batches_module.DecodedBatch, None, None]:
-        return batches_module.decode_batches(worker.task, tables, train=True, seed=seed, decoder=decoder)
+    def decode() -> Generator[DecodedBatch, None, None]:
+        return decode_batches(worker.task, tables, train=True, seed=seed, decoder=decoder)
 
-    batches = batches_module.prefetch(collated, prefetch) if prefetch else collated()
-    return batches_module.group_into_steps(
-        batches_module.augmented_batches(batches, worker.augment, worker.device),
+    decoded = prefetch(decode, num_ahead) if num_ahead else decode()
+    return group_into_steps(
+        augmented_batches(decoded, worker.augment, worker.device),
         settings.batch_size,
         worker.scale.accumulate,
     )
@@ -234,58 +173,82 @@ def steps_of(worker: Worker, tables: Iterable[pa.Table], prefetch: int = 0) -> G
 def run_steps(
     worker: Worker,
     steps: Iterable[Step],
-    journal: RunState,
-    plan: StepSchedule,
+    state: RunState,
+    schedule: StepSchedule,
     progress: Progress,
-    look: Callable[[Worker, RunState], None],
-    warned: Callable[[int], bool] = lambda step: False,
-    keep: Callable[[Worker, RunState], None] = lambda worker, journal: None,
-    heard: Callable[[StepReport], None] = lambda made: None,
+    hooks: TrainHooks,
 ) -> None:
     """Train until the steps end, or the validation loss stops falling.
 
     Args:
-        worker: This process; its ledger grows only after the optimiser step that used the rows.
+        worker: This process; its ledger grows.
         steps: What ``steps_of`` yields.
-        journal: Where the run stands; updated.
-        plan: How long it is.
-        progress: Told of every step.
-        look: Validates, judges and saves; called on every rank at the same steps, all flags read before.
-        warned: Given the number of each step: whether this machine, or another rank's, will soon be taken away. The
-            same on every rank.
-        keep: Saves without validating, all flags read before; called once, when a warning comes.
-        heard: Told of every step: what it took.
+        state: Where the run stands; updated.
+        schedule: How long the run is, when it validates and at which rates it learns.
+        progress: Advanced by every step.
+        hooks: Validation, checkpoints and reports.
 
     Raises:
         NonFiniteLossError: A loss is NaN or infinite; what it was computed of is in the error.
     """
-    flags, settings, pace, kept = PendingLosses(), worker.config.train, StepTimer(worker.device), False
-    for step in pace.timed(steps):
-        if step.resumed_from != plan.resumed_from:
-            raise RuntimeError(f"the stream goes on from '{step.resumed_from}', this worker from '{plan.resumed_from}'")
-        lr = plan.lr(worker.config.optim, journal.step) * worker.scale.lr
+    settings, pending, timer = worker.config.train, PendingLosses(), StepTimer(worker.device)
+    saved_for_preemption = False
+    # Next batch: the timer asks for it, so that waiting for data is measured.
+    for step in timer.timed(steps):
+        _require_same_checkpoint(step, schedule)
+
+        # Forward, backward and optimiser step; the rate is that of the nominal step which the run has reached.
+        lr = schedule.lr(worker.config.optim, state.step) * worker.scale.lr
         loss = train_step(worker, step.batches, lr)
+        # The ledger grows only now: rows count as used once the weights have learned from them, so a run that dies
+        # in between trains on them after its restart.
         for positions in step.positions:
             worker.ledger.add(positions)
-        journal.step += 1
-        looks = plan.validates_at(journal.step)
-        saves = not kept and warned(journal.step)
-        arrived = [*flags.push(journal.step, loss, step.batches), *(flags.wait_all() if looks or saves else ())]
-        own = sum(len(positions) for positions in step.positions)
-        made = StepReport(journal.step, own, pace.finish_step(worker.scale.images), pace.take_wait_s(), lr, arrived)
-        heard(made)
-        due = [(at, value) for at, value in arrived if at % settings.log_every == 0]
-        speed = pace.take_images_per_s() if due else 0.0
-        for at, value in due:
-            rate = plan.lr(worker.config.optim, at - 1) * worker.scale.lr
-            journal.log_row(at, loss=value, lr=rate, step_s=made.seconds, images_s=speed)
+        state.step += 1
+
+        # What follows the step is decided before its loss is read. All ranks ask at the same steps, because asking
+        # for a preemption is a barrier; once a checkpoint was saved for one, nobody asks again.
+        validates = schedule.validates_at(state.step)
+        saves = not saved_for_preemption and hooks.preempted(state.step)
+
+        # Losses arrive some steps late, so that the device never waits. Before a checkpoint all of them are read: a
+        # loss that is NaN stops the run here, and weights spoiled by it are never validated nor saved.
+        arrived = list(pending.push(state.step, loss, step.batches))
+        if validates or saves:
+            arrived += pending.wait_all()
+        num_images = sum(len(positions) for positions in step.positions)
+        step_s = timer.finish_step(worker.scale.images)
+        report = StepReport(state.step, num_images, step_s, timer.take_wait_s(), lr, arrived)
+
+        # Log: metrics, the history and the progress bar, each before a checkpoint that holds the history.
+        hooks.on_step(report)
+        _log_losses(worker, state, schedule, report, timer)
         progress.advance(1)
-        if looks:
+
+        # Validate, or save ahead of a preemption; a validation saves too. Buffers are shared first, so that every
+        # rank evaluates the model that rank 0 writes.
+        if validates:
             share_buffers(worker)
-            look(worker, journal)
-            if settings.patience and journal.stale >= settings.patience:
+            hooks.validate(worker, state)
+            if state.stops_early(settings.patience):
                 break
         elif saves:
             share_buffers(worker)
-            keep(worker, journal)
-        kept = kept or saves
+            hooks.save(worker, state)
+        saved_for_preemption = saved_for_preemption or saves
+
+
+def _require_same_checkpoint(step: Step, schedule: StepSchedule) -> None:
+    """The rows of a step were chosen by the ledger of a checkpoint: it must be the one that this worker restored."""
+    if step.resumed_from != schedule.resumed_from:
+        raise RuntimeError(f"the stream goes on from '{step.resumed_from}', this worker from '{schedule.resumed_from}'")
+
+
+def _log_losses(worker: Worker, state: RunState, schedule: StepSchedule, report: StepReport, timer: StepTimer) -> None:
+    """A row of the history for every ``log_every``-th step whose loss has arrived, with that step's learning rate."""
+    due = [(step, loss) for step, loss in report.losses if step % worker.config.train.log_every == 0]
+    # Taking the rate resets it, so it is taken only where it is logged: it is of all steps since the last row.
+    images_s = timer.take_images_per_s() if due else 0.0
+    for step, loss in due:
+        lr = schedule.lr(worker.config.optim, step - 1) * worker.scale.lr
+        state.log_row(step, loss=loss, lr=lr, step_s=report.seconds, images_s=images_s)

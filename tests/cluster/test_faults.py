@@ -32,12 +32,12 @@ def test_nothing_is_lost():
 
 
 def test_a_driver_keeps_no_ids():
-    said = program("ids", "--ids", "40000")
+    said = program("scale.ten_million_ids", "--ids", "40000")
     whole = said["figures"]["whole"]
     assert (whole["lost"], whole["doubled"], whole["rows"]) == (0, 0, 40000)
     assert whole["scored"] == 4
 
 
 def test_scaling():
-    said = program("scaling", "--small", "--images", "24")
+    said = program("scale.scaling", "--small", "--images", "24")
     assert set(said["figures"]) == {"training epoch", "batch inference"}

@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 JOB = """
 import json, sys, time, ray
-from pipeline import pools, preflight
+from pipeline.runtime import resources
+from pipeline.scoring import actor_pool
 from pipeline.errors import InputError
 
 deadline = time.monotonic() + 60
@@ -36,16 +37,16 @@ def count():
     return [ray.cluster_resources().get(kind, 0) for kind in ("CPU", "GPU")]
 
 said = {"asleep": count()}
-preflight.cpus(1, "an actor")
+resources.require_cpus(1, "an actor")
 said["cpus"] = count()
-preflight.wake(gpus=8)
+resources.wait_for_cluster(gpus=8)
 said["woken"] = count()
-said["gpu"] = preflight.gpus(2)
-said["pool"] = pools.plan(100, None, None, pools.free_cpus()).gpus
+said["gpu"] = resources.claim_gpus(2)
+said["pool"] = actor_pool.plan_actor_pool(100, None, None, actor_pool.free_cpus()).gpus
 start = time.monotonic()
 for name, refused in {
-    "too many": lambda: preflight.cpus(4, "4 workers"),
-    "too many gpus": lambda: preflight.gpus(3),
+    "too many": lambda: resources.require_cpus(4, "4 workers"),
+    "too many gpus": lambda: resources.claim_gpus(3),
 }.items():
     try:
         refused()

@@ -139,7 +139,7 @@ def test_bins_of_many_rows_come_from_an_even_sample(tmp_path: Path, monkeypatch:
     rng = np.random.default_rng(2)
     one, two = (folder(tmp_path / str(n), rng.normal(size=20_000), {}) for n in range(2))
     exact = drift.measure_drift(settings(one, two))["groups"]["all"]
-    monkeypatch.setattr(drift, "MOST", 2000)
+    monkeypatch.setattr(drift, "MAX_SAMPLE", 2000)
     thinned = drift.measure_drift(settings(one, two))["groups"]["all"]
     assert thinned["reference"] == exact["reference"] == 20_000
     assert thinned["psi"] == pytest.approx(exact["psi"], abs=3e-3)

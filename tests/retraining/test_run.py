@@ -12,7 +12,9 @@ from pipeline.datasets import ingest as ingest_module
 from pipeline.datasets.diff import digests
 from pipeline.errors import InputError
 from pipeline.models import bundle
-from pipeline.retraining import registry, run
+from pipeline.retraining import challenger, registry, run, stored_metrics
+from pipeline.retraining.reason import RetrainReason, newest_dataset
+from pipeline.retraining.settings import RetrainConfig
 from tests.support import tiny
 
 RECIPE = {
@@ -45,12 +47,12 @@ def ingest(root: Path, version: str) -> str:
     return out
 
 
-def config(root: Path, **changes: Any) -> run.RetrainConfig:
+def config(root: Path, **changes: Any) -> RetrainConfig:
     tree = {
         "name": "cells", "registry": str(root / "registry"), "work": str(root / "work"),
         "data": str(root / "datasets"), "recipe": RECIPE, "judge": LOOSE, **changes,
     }  # fmt: skip
-    return run.RetrainConfig.parse(tree, "test")
+    return RetrainConfig.parse(tree, "test")
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +62,8 @@ def grown(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for n in range(60):
         write_square(root, n)
     ingest(root, "2026-11-01")
-    made = run.retrain(config(root))
-    assert made.kind == "promoted", made.said
+    outcome = run.retrain(config(root))
+    assert outcome.kind == "promoted", outcome.messages
     return root
 
 
@@ -92,19 +94,19 @@ def test_the_first_run_makes_a_champion_and_keeps_what_it_saw(grown: Path):
 
 def test_without_new_data_nothing_is_done(grown: Path):
     before = sorted(path for path in (grown / "work").rglob("*"))
-    made = run.retrain(config(grown))
-    assert made.kind == "nothing"
-    assert "0 new, 0 changed and 0 removed images since the champion's data, 0 to learn from" in made.said
+    outcome = run.retrain(config(grown))
+    assert outcome.kind == "nothing"
+    assert "0 new, 0 changed and 0 removed images since the champion's data, 0 to learn from" in outcome.messages
     assert sorted(path for path in (grown / "work").rglob("*")) == before
 
 
 def test_too_little_new_data_waits_unless_doubt_drifted_or_it_is_forced(grown: Path, tmp_path: Path):
     root = copy_of(grown, tmp_path, more=range(60, 64))
     settings = config(root, least_new=5)
-    made = run.retrain(settings)
-    assert made.kind == "nothing"
-    assert "4 new, 0 changed and 0 removed images since the champion's data, 4 to learn from" in made.said
-    assert "nothing to do (least_new = 5)" in made.said
+    outcome = run.retrain(settings)
+    assert outcome.kind == "nothing"
+    assert "4 new, 0 changed and 0 removed images since the champion's data, 4 to learn from" in outcome.messages
+    assert "nothing to do (least_new = 5)" in outcome.messages
     assert run.retrain(settings, dry_run=True, force=True).kind == "dry run"
     for name, brightness in (("then", 0), ("now", 100)):
         for n in range(20):
@@ -118,22 +120,22 @@ def test_too_little_new_data_waits_unless_doubt_drifted_or_it_is_forced(grown: P
         assert entry is not None
         predict(entry.bundle, str(tmp_path / name), str(tmp_path / f"{name}-out"))
     drift = {"reference": str(tmp_path / "then-out"), "recent": str(tmp_path / "now-out"), "least": 10}
-    made = run.retrain(config(root, least_new=5, drift=drift), dry_run=True)
-    assert made.kind == "dry run", made.said
-    assert any(sentence.startswith("doubt drifted") for sentence in made.said)
+    outcome = run.retrain(config(root, least_new=5, drift=drift), dry_run=True)
+    assert outcome.kind == "dry run", outcome.messages
+    assert any(sentence.startswith("doubt drifted") for sentence in outcome.messages)
 
 
 def test_of_a_folder_of_datasets_the_last_that_is_whole_counts(grown: Path, tmp_path: Path):
     root = copy_of(grown, tmp_path)
     (root / "datasets" / "2027-unfinished" / "data").mkdir(parents=True)
-    assert run.newest_dataset(str(root / "datasets")) == str(root / "datasets" / "2026-11-01")
+    assert newest_dataset(str(root / "datasets")) == str(root / "datasets" / "2026-11-01")
     one = str(root / "datasets" / "2026-11-01")
-    assert run.newest_dataset(one) == one
+    assert newest_dataset(one) == one
     for name in ("v9", "v10"):
         shutil.copytree(one, root / "numbered" / name)
-    assert run.newest_dataset(str(root / "numbered")) == str(root / "numbered" / "v10")
+    assert newest_dataset(str(root / "numbered")) == str(root / "numbered" / "v10")
     with pytest.raises(InputError, match="is no dataset and holds none; write one there with dubito ingest"):
-        run.newest_dataset(str(root / "work"))
+        newest_dataset(str(root / "work"))
 
 
 @pytest.mark.long
@@ -148,9 +150,9 @@ def test_a_run_that_ended_anywhere_is_finished_by_the_next(grown: Path, tmp_path
         raise KeyboardInterrupt
 
     for where, name in (
-        (run.stored_metrics, "metrics_on_split"),
-        (run.registry, "record_decision"),
-        (run.registry, "add"),
+        (stored_metrics, "metrics_on_split"),
+        (registry, "record_decision"),
+        (registry, "add"),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(where, name, broken)
@@ -159,8 +161,8 @@ def test_a_run_that_ended_anywhere_is_finished_by_the_next(grown: Path, tmp_path
         entry = registry.champion(settings.registry, "cells")
         assert entry is not None
         assert entry.number == 1, "no half champion"
-    made = run.retrain(settings)
-    assert made.kind == "promoted", made.said
+    outcome = run.retrain(settings)
+    assert outcome.kind == "promoted", outcome.messages
     runs = list((root / "work" / "cells").iterdir())
     assert len(runs) == 2, "the champion's and one more"
     assert len(registry.decisions(settings.registry, "cells")) == 2
@@ -180,10 +182,10 @@ def test_somebody_else_promoted_meanwhile(grown: Path, tmp_path: Path, monkeypat
         return decide(*args[:3], {**args[3], "promote": True})
 
     with monkeypatch.context() as patch:
-        patch.setattr(run.registry, "record_decision", decides)
-        made = run.retrain(settings)
-    assert made.kind == "overtaken"
-    assert "was made by run promote-" in made.said[-1]
+        patch.setattr(registry, "record_decision", decides)
+        outcome = run.retrain(settings)
+    assert outcome.kind == "overtaken"
+    assert "was made by run promote-" in outcome.messages[-1]
     assert [entry.kind for entry in registry.entries(settings.registry, "cells")] == ["promotion", "manual"]
 
 
@@ -200,10 +202,10 @@ def test_many_looks_at_one_test_are_warned_of(grown: Path, tmp_path: Path, monke
     for n in range(60, 70):
         write_square(root, n)
     ingest(root, "2026-11-02")
-    made = run.retrain(config(root))
-    assert any(sentence.startswith("1 decisions looked at this frozen test before") for sentence in made.said)
-    assert made.decision is not None
-    assert made.decision["test"]["looks_before"] == 1
+    outcome = run.retrain(config(root))
+    assert any(sentence.startswith("1 decisions looked at this frozen test before") for sentence in outcome.messages)
+    assert outcome.decision is not None
+    assert outcome.decision["test"]["looks_before"] == 1
 
 
 @pytest.mark.long
@@ -212,19 +214,19 @@ def test_one_that_knows_less_what_it_knows_is_refused_though_as_accurate(grown: 
     root = copy_of(grown, tmp_path, more=range(60, 70))
     settings = config(root, judge={"tolerance": 0.01})
 
-    def flattened(config: Any, news: run.RetrainReason, name: str, sink: Any) -> str:
-        assert news.champion is not None
-        source = bundle.open_bundle(news.champion.bundle)
+    def flattened(config: Any, reason: RetrainReason, out: str, sink: Any) -> str:
+        assert reason.champion is not None
+        source = bundle.open_bundle(reason.champion.bundle)
         flat = {"kind": "temperature", "parameters": {"temperature": 30.0}, "fitted_on": "nothing", "n": 0}
         changed = bundle.with_changes(source, calibration=flat)
         return bundle.write_bundle(str(tmp_path / "flat"), changed.manifest, bundle.member_uris(source)).uri
 
-    monkeypatch.setattr(run, "_train", flattened)
-    made = run.retrain(settings)
-    assert made.kind == "refused"
-    assert made.decision is not None
-    assert made.decision["gain"]["over_champion"]["difference"] == pytest.approx(0, abs=1e-6)
-    failed = {each["name"] for each in made.decision["conditions"] if not each["holds"]}
+    monkeypatch.setattr(challenger, "train_challenger", flattened)
+    outcome = run.retrain(settings)
+    assert outcome.kind == "refused"
+    assert outcome.decision is not None
+    assert outcome.decision["gain"]["over_champion"]["difference"] == pytest.approx(0, abs=1e-6)
+    failed = {each["name"] for each in outcome.decision["conditions"] if not each["holds"]}
     assert {"NLL", "calibration error"} <= failed
     assert registry.entries(settings.registry, "cells")[-1].number == 1
 

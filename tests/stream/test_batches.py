@@ -18,8 +18,9 @@ from pipeline.images.batch import Batch
 from pipeline.images.gpu_decode import DeviceDecoder
 from pipeline.stream import batches
 from pipeline.training import loop
+from pipeline.training.worker import build_worker
 from tests.images.test_gpu_decode import picture
-from tests.training.test_loop import SIZE, rows, tree, view_of, worker_of
+from tests.support.train_cases import SIZE, rows, tree, view_of, worker_of
 
 AUGMENT = {"hflip": 0.5, "rotate": 10, "brightness": 0.2}
 
@@ -173,7 +174,7 @@ def test_nothing_in_a_step_reads_the_device(task, model, monkeypatch):
 def test_on_a_gpu_nothing_waits_and_the_batches_are_those_of_the_cpu(task, compiled):
     train = {"steps": 8, "batch_size": 4, "compile": compiled}
     config = tree(task, augment=AUGMENT, train=train)
-    worker = loop.build_worker(config, worker_of(config).info, torch.device("cuda", 0))
+    worker = build_worker(config, worker_of(config).info, torch.device("cuda", 0))
     assert worker.decoder is not None
     tables = [jpegs(4, start=4 * n, progressive=(1,)) for n in range(8)]
     host = worker_of(config)

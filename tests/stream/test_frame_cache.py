@@ -20,7 +20,7 @@ from pipeline.stream.run_stream import ExpandUnits, Ledger
 from pipeline.tasks.collate import FAULT, FRAME
 from tests.images.test_gpu_decode import jpeg, picture
 from tests.stream.test_batches import same
-from tests.training.test_loop import tree, worker_of
+from tests.support.train_cases import tree, worker_of
 
 COLUMNS = ["image_id", "image", "height", "width", "mask", "boxes"]
 
