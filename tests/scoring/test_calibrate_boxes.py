@@ -99,7 +99,7 @@ def test_copies_joined_are_an_ordinary_ensemble(tmp_path: Path, detector: str):
     made = bundles.write_bundle(str(tmp_path / "twice"), manifest, weights)
     assert made.same_model
     assert made.members == 4
-    assert Predictor(made, "cpu", threads=1).task.alike
+    assert Predictor(made, "cpu", threads=1).task.same_model
 
 
 def test_members_may_be_normalised_each_in_its_own_way(tmp_path: Path, detector: str):

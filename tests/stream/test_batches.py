@@ -103,7 +103,7 @@ def test_an_image_that_cannot_be_read_is_named(decoder, prefetch):
 
 def test_a_step_holds_its_accumulated_batches_and_their_positions():
     worker = worker_of(tree("segmentation", train={"steps": 2, "batch_size": 4, "accumulate": 2}))
-    found = list(loop.steps_of(worker, [rows(4, start=4 * n) for n in range(4)], prefetch=1))
+    found = list(loop.steps_of(worker, [rows(4, start=4 * n) for n in range(4)], num_ahead=1))
     assert [np.concatenate(step.positions).tolist() for step in found] == [list(range(8)), list(range(8, 16))]
     with pytest.raises(RuntimeError, match="ended within a step: 1 batches"):
         list(loop.steps_of(worker, [rows(4)] * 3))
@@ -179,7 +179,7 @@ def test_on_a_gpu_nothing_waits_and_the_batches_are_those_of_the_cpu(task, compi
     tables = [jpegs(4, start=4 * n, progressive=(1,)) for n in range(8)]
     host = worker_of(config)
     losses = []
-    for table, step in zip(tables, loop.steps_of(worker, tables, prefetch=2), strict=True):
+    for table, step in zip(tables, loop.steps_of(worker, tables, num_ahead=2), strict=True):
         (view,) = step.batches
         assert (view.images.cpu() - view_of(host, table).images).abs().mean() < 0.1
         loop.train_step(worker, [view], 0.01)  # compiles, warms up
