@@ -15,6 +15,7 @@ from PIL import Image, UnidentifiedImageError
 from pipeline.errors import one_line
 from pipeline.images import jpeg
 from pipeline.images.buffer_pool import Buffers
+from pipeline.images.jpeg_markers import ORIENTATION_TAG, START_OF_IMAGE, count_scans, may_be_turned
 
 IMAGE_SUFFIXES: tuple[str, ...] = (
     ".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"
@@ -26,7 +27,6 @@ MAX_PIXELS = 100_000_000
 
 _FORMATS = ("JPEG", "PNG", "BMP", "DIB", "GIF", "TIFF", "WEBP", "PPM")
 """Only what images are kept in: Pillow would also run Ghostscript on an EPS. JPEG includes MPO."""
-_ORIENTATION_TAG = 0x0112
 _AT_A_TIME = 8
 """Images that a thread takes at once."""
 
@@ -92,7 +92,7 @@ def _plain(data: bytes, wanted: Callable[[Size], Size] | None, buffers: Buffers 
     size = jpeg.plain_size(data) if len(data) <= MAX_BYTES else None
     if size is None or size[0] * size[1] > MAX_PIXELS:
         return None
-    orientation = _info(_open(data)).orientation if jpeg.may_be_turned(data) else 1
+    orientation = _info(_open(data)).orientation if may_be_turned(data) else 1
     upright = size if orientation < 5 else (size[1], size[0])
     factor = 1 if wanted is None else jpeg.reduction(upright, wanted(upright))
     pixels = jpeg.decode(data, size, factor, buffers)
@@ -190,8 +190,8 @@ def decode_map(data: bytes) -> np.ndarray:
 def _open(data: bytes) -> Image.Image:
     if len(data) > MAX_BYTES:
         raise DecodeError("error", f"image file has {len(data)} bytes; at most {MAX_BYTES} are read")
-    if data[:2] == b"\xff\xd8" and (found := jpeg.scans(data)) > jpeg.MAX_SCANS:
-        raise DecodeError("error", f"JPEG of {found} scans; at most {jpeg.MAX_SCANS} are decoded")
+    if data.startswith(START_OF_IMAGE) and (num_scans := count_scans(data)) > jpeg.MAX_SCANS:
+        raise DecodeError("error", f"JPEG of {num_scans} scans; at most {jpeg.MAX_SCANS} are decoded")
     _silence_pillow()
     try:
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
@@ -225,7 +225,7 @@ _PILLOW = r"PIL\."
 def _info(image: Image.Image) -> ImageInfo:
     try:
         # The base method: PNG's own reads the whole file first, in search of a trailing EXIF chunk.
-        orientation = int(Image.Image.getexif(image).get(_ORIENTATION_TAG, 1))
+        orientation = int(Image.Image.getexif(image).get(ORIENTATION_TAG, 1))
     except Exception:  # broken EXIF is no reason to lose the image; then it counts as upright
         orientation = 1
     orientation = orientation if 1 <= orientation <= 8 else 1
