@@ -13,7 +13,7 @@ from pipeline.augment import effects, mix
 from pipeline.augment.colour import colour_matrix
 from pipeline.augment.draw import draw_mix_partners, draw_parameters
 from pipeline.augment.geometry import Geometry, centre_crop, visible_boxes
-from pipeline.augment.pixels import Compiled, Pair, copy_to_device, in_row_chunks, normalise, render, sample
+from pipeline.augment.pixels import BatchFunctions, Pair, copy_to_device, in_row_chunks, normalise, render, sample
 from pipeline.augment.settings import AugmentSettings
 from pipeline.errors import InputError
 from pipeline.images.affine import invert_affine, sampling_theta
@@ -51,14 +51,14 @@ class Augment:
         self._effects: Counter[str] = Counter()
         self._device: torch.device | None = None
         self._norm = torch.tensor([input.mean, input.std])
-        self._run = Compiled(compile)
+        self._run = BatchFunctions(compile)
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Batch:
         """Augment and normalise a batch on its own device; nothing of it waits for that device.
 
         Args:
-            batch: ``images`` (N, 3, H, W) uint8 from ``frame``, in any layout.
+            batch: ``images`` (N, 3, H, W) uint8 canvases, in any layout.
 
         Returns:
             A new Batch: ``images`` (N, 3, *size) float32 normalised; ``masks``, ``boxes`` (clipped),
@@ -183,7 +183,7 @@ class Augment:
 def _cut_matrix(canvas: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
     """(3, 3) canvas -> its centre of ``size``, by whole pixels."""
     if min(canvas[0] - size[0], canvas[1] - size[1]) < 0:
-        raise ValueError(f"Augment wants canvases of at least {size}, found {canvas}: frame() makes them so")
+        raise ValueError(f"Augment wants canvases of at least {size}, found {canvas}; use lay_out with train=True")
     matrix = np.eye(3)
     matrix[:2, 2] = centre_crop(canvas, size)
     return matrix

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.augment.pixels import Compiled
+from pipeline.augment.pixels import BatchFunctions
 from pipeline.augment.settings import AugmentSettings
 
 
@@ -42,7 +42,7 @@ def apply(
     settings: AugmentSettings,
     std: Tensor,
     calls: Counter[str],
-    compiled: Compiled,
+    compiled: BatchFunctions,
 ) -> Tensor:
     """All effects, in place where that is possible.
 

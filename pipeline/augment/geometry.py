@@ -10,11 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.augment.pixels import resample, sampling_grid
 from pipeline.augment.settings import AugmentSettings
 from pipeline.images import affine
 from pipeline.images import boxes as box_ops
-from pipeline.images.affine import sampling_theta
 
 
 def _translation(x: float, y: float, like: Tensor) -> Tensor:
@@ -100,19 +98,6 @@ def affine_parameters(values: dict[str, Tensor], canvas: tuple[int, int], size: 
 def centre_crop(canvas: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
     """Whole-pixel shift (x, y) that brings the centre of a canvas (H, W) to an output of ``size`` (H, W)."""
     return -((canvas[1] - size[1]) // 2), -((canvas[0] - size[0]) // 2)
-
-
-def warp(images: Tensor, masks: Tensor | None, matrices: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
-    """One bilinear resampling of the images and one nearest of the masks.
-
-    Args:
-        images: (N, 3, H, W) float32 with the colour wanted outside the image subtracted: outside is 0.
-        masks: (N, H, W) uint8 or None; outside is VOID.
-        matrices: (N, 3, 3), canvas -> output in continuous edges.
-        size: Height and width of the output.
-    """
-    theta = sampling_theta(affine.invert_affine(matrices), (images.shape[-2], images.shape[-1]), size)
-    return resample(images, masks, sampling_grid(theta.float(), size))
 
 
 def visible_boxes(

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import grid_sample
 
 from pipeline.augment.colour import apply_colour
+from pipeline.runtime.compiled import CompileFallback, compile_static
 from pipeline.schema import VOID
 
 log = logging.getLogger(__name__)
@@ -188,8 +189,8 @@ def _empty_like(part: Tensor, count: int) -> Tensor:
     return torch.empty(count, *part.shape[1:], dtype=part.dtype, device=part.device, memory_format=layout)
 
 
-class Compiled:
-    """Runs pure functions of whole batches: compiled on a GPU; elsewhere, and where compiling fails, ``by_rows``."""
+class BatchFunctions:
+    """Runs pure functions of whole batches: compiled on a GPU; elsewhere, and if that fails, in row chunks."""
 
     def __init__(self, enabled: bool = True, backend: str = "inductor", devices: tuple[str, ...] = ("cuda",)) -> None:
         """``enabled``: false never compiles; ``devices``: types of those where it gains.
@@ -197,15 +198,22 @@ class Compiled:
         A CPU is none of them: by rows an image took 3.4 ms there, compiled 15.6 (one thread, 512 x 512, torch 2.14),
         since its compiler has no vector instructions for reading scattered pixels.
         """
-        self.backend, self.devices = backend, devices if enabled else ()
+        self.backend = backend
+        self._devices = devices if enabled else ()
+        self._fallback = CompileFallback("augmentation", log)
         self._shapes: dict[Callable[..., Any], set[tuple[Any, ...]]] = {}
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """Types of the devices on which functions are compiled; none once compiling has failed."""
+        return () if self._fallback.failed else self._devices
 
     def wants_whole_batch(self, images: Tensor) -> bool:
         """Whether to leave batches whole and their shapes as they are, since a kernel is compiled for them."""
         return not images.is_cpu or images.device.type in self.devices
 
     def __call__(self, function: Callable[..., Any], *rows: Tensor | None, **shared: Any) -> Any:
-        """As ``by_rows``."""
+        """What ``in_row_chunks`` gives for the same arguments."""
         first = next(row for row in rows if row is not None)
         if first.device.type not in self.devices:
             return in_row_chunks(function, *rows, **shared)
@@ -214,19 +222,16 @@ class Compiled:
         shape = tuple(None if row is None else (row.shape, row.stride(), row.dtype) for row in rows)
         if shape not in shapes and len(shapes) >= MAX_SHAPES:
             return in_row_chunks(function, *rows, **shared)
-        try:
-            out = _compiled(function, self.backend)(*rows, **shared)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # whatever the compiler throws, the function itself still works
-            self.devices = ()
-            said = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
-            log.warning("augmentation runs uncompiled, and slower, since torch.compile failed: %s", said)
-            return in_row_chunks(function, *rows, **shared)
+        output = self._fallback.run(
+            lambda: _compiled(function, self.backend)(*rows, **shared),
+            lambda: in_row_chunks(function, *rows, **shared),
+        )
+        # Noted after the call: a shape that ran out of memory was not compiled.
         shapes.add(shape)
-        return out
+        return output
 
 
 @functools.cache
 def _compiled(function: Callable[..., Any], backend: str) -> Callable[..., Any]:
-    return torch.compile(function, dynamic=False, fullgraph=True, backend=backend)
+    """One compiled copy of a function for all users in the process."""
+    return compile_static(function, backend, fullgraph=True)

@@ -33,7 +33,7 @@ class Placement(NamedTuple):
 def letterbox_placement(size: tuple[int, int], target: tuple[int, int]) -> Placement:
     """The largest copy of an image of ``size`` (H, W) that fits ``target`` (H, W), centred.
 
-    Rounded to whole pixels, so that the image resized to it and the matrix of ``letterbox`` agree exactly.
+    Rounded to whole pixels, so that the image resized to it and ``placement_matrix`` agree exactly.
     """
     scale = min(target[0] / size[0], target[1] / size[1])
     height = min(target[0], max(1, round(size[0] * scale)))
@@ -46,19 +46,6 @@ def placement_matrix(size: tuple[int, int], placement: Placement) -> Tensor:
     scale_x, scale_y = placement.width / size[1], placement.height / size[0]
     rows = [[scale_x, 0.0, placement.left], [0.0, scale_y, placement.top], [0.0, 0.0, 1.0]]
     return torch.tensor(rows, dtype=torch.float64)
-
-
-def letterbox(size: tuple[int, int], target: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Matrix from an image of ``size`` (H, W) to a letterboxed canvas ``target`` (H, W), and its inverse.
-
-    The identity when the sizes are equal. Width and height are scaled by what the rounding to whole pixels
-    made of them, so the two factors may differ a little.
-
-    Returns:
-        Two 3x3 float64 tensors.
-    """
-    matrix = placement_matrix(size, letterbox_placement(size, target))
-    return matrix, invert_affine(matrix)
 
 
 def invert_affine(matrix: Tensor) -> Tensor:

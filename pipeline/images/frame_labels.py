@@ -1,4 +1,4 @@
-"""Framing on the CPU: decoded images and labels into one canvas."""
+"""Labels of images in the canvases that the images were laid out in: masks, boxes, matrices."""
 
 from collections.abc import Sequence
 from typing import TypedDict
@@ -9,9 +9,8 @@ from torch import Tensor
 
 from pipeline.images import affine
 from pipeline.images.decode import Size
-from pipeline.images.host_frames import in_threads, paste_images, paste_nearest
-from pipeline.images.input_settings import InputSettings
-from pipeline.images.layout import Layout, lay_out
+from pipeline.images.host_frames import in_threads, paste_nearest
+from pipeline.images.layout import Layout
 from pipeline.schema import VOID
 
 
@@ -24,32 +23,6 @@ class FramedLabels(TypedDict):
     crowd: Tensor | None
     matrices: Tensor
     sizes: Tensor
-
-
-class Frame(FramedLabels):
-    """All of them."""
-
-    images: Tensor
-
-
-def frame(
-    images: Sequence[np.ndarray],
-    masks: Sequence[np.ndarray | None] | None,
-    boxes: Sequence[np.ndarray | None] | None,
-    labels: Sequence[np.ndarray | None] | None,
-    crowd: Sequence[np.ndarray | None] | None,
-    input: InputSettings,
-    *,
-    train: bool,
-    offsets: np.ndarray | None = None,
-    multiple: int = 32,
-    threads: int = 1,
-) -> Frame:
-    """Lay N images of any size, with their labels, into one canvas: ``lay_out``, and all that it is for."""
-    sizes = [(image.shape[0], image.shape[1]) for image in images]
-    layout = lay_out(sizes, input, train=train, offsets=offsets, multiple=multiple)
-    framed = frame_labels(sizes, layout, masks, boxes, labels, crowd, threads)
-    return {"images": paste_images(images, layout, input, threads), **framed}
 
 
 def frame_labels(

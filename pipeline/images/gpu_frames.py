@@ -21,7 +21,7 @@ def frame_on_device(
     input: InputSettings,
     device: torch.device,
 ) -> Tensor:
-    """What ``frame`` does to images, on a device; nothing of it waits for that device.
+    """What ``host_frames.paste_images`` does, on a device; nothing of it waits for that device.
 
     Resizing is bilinear with antialiasing, as on the host, but in float32 where that one uses integer weights: a value
     may differ by 1.

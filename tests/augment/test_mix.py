@@ -13,10 +13,10 @@ from pipeline.augment import Augment, AugmentSettings, InputSettings, draw_mix_p
 from pipeline.augment.mix import most_boxes
 from pipeline.errors import InputError
 from pipeline.images.batch import Batch
-from pipeline.images.frame_labels import frame
 from tests.support.augment_cases import (
     EVERYTHING,
     batch_of,
+    frame,
     make_batch,
     painted_batch,
     present,
