@@ -55,10 +55,10 @@ def invert_affine(matrix: Tensor) -> Tensor:
     """
     a, b, c = matrix[..., 0, 0], matrix[..., 0, 1], matrix[..., 0, 2]
     d, e, f = matrix[..., 1, 0], matrix[..., 1, 1], matrix[..., 1, 2]
-    scale = 1 / (a * e - b * d)
+    inverse_determinant = 1 / (a * e - b * d)
     zero, one = torch.zeros_like(a), torch.ones_like(a)
-    first = [e * scale, -b * scale, (b * f - c * e) * scale]
-    second = [-d * scale, a * scale, (c * d - a * f) * scale]
+    first = [e * inverse_determinant, -b * inverse_determinant, (b * f - c * e) * inverse_determinant]
+    second = [-d * inverse_determinant, a * inverse_determinant, (c * d - a * f) * inverse_determinant]
     return torch.stack([*first, *second, zero, zero, one], -1).unflatten(-1, (3, 3))
 
 

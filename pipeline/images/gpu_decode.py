@@ -33,7 +33,7 @@ _SAMPLINGS = frozenset({0x11, 0x21, 0x22, 0x12})
 """4:4:4, 4:2:2, 4:2:0 and 4:4:0."""
 _TRAILER_BYTES = 64
 """Within so many last bytes the end marker must stand."""
-_FEW = 4
+_TRUSTED_FAILURES = 4
 """Files of which all may be bad; of more, a decoder that takes none does not work here."""
 
 
@@ -93,21 +93,21 @@ class DeviceDecoder:
 
     def __call__(self, items: Sequence[bytes | None]) -> list[Pixels | DecodeError]:
         """As ``decode.decode_many``, in order; the host's verdict counts for what the device refused."""
-        out: list[Pixels | DecodeError | None] = [None] * len(items)
+        images: list[Pixels | DecodeError | None] = [None] * len(items)
         sizes = [None if item is None or not self._works else baseline_size(item) for item in items]
-        plain = [n for n, size in enumerate(sizes) if size is not None]
-        decoded = self._decode([items[n] for n in plain])  # type: ignore[misc]
-        for n, image in zip(plain, decoded, strict=True):
+        baseline = [n for n, size in enumerate(sizes) if size is not None]
+        decoded = self._decode_on_device([items[n] for n in baseline])  # type: ignore[misc]
+        for n, image in zip(baseline, decoded, strict=True):
             if image is not None and tuple(image.shape) == (3, *sizes[n]):  # type: ignore[misc]
-                out[n] = image
-        rest = [n for n, image in enumerate(out) if image is None]
+                images[n] = image
+        rest = [n for n, image in enumerate(images) if image is None]
         for n, image in zip(rest, decode_many([items[n] for n in rest], self.threads), strict=True):
             assert not isinstance(image, Reduced), "nobody asked for less than the whole"
-            out[n] = image
-        self._judge([out[n] for n in plain])
-        return out  # type: ignore[return-value]
+            images[n] = image
+        self._give_up_if_useless([images[n] for n in baseline])
+        return images  # type: ignore[return-value]
 
-    def _decode(self, files: list[bytes]) -> list[Tensor | None]:
+    def _decode_on_device(self, files: list[bytes]) -> list[Tensor | None]:
         """None in the place of what the device refused: it gives all or nothing, so halves are tried."""
         if not files:
             return []
@@ -123,14 +123,14 @@ class DeviceDecoder:
             if len(files) == 1:
                 return [None]
             half = len(files) // 2
-            return self._decode(files[:half]) + self._decode(files[half:])
+            return self._decode_on_device(files[:half]) + self._decode_on_device(files[half:])
 
-    def _judge(self, found: list[Pixels | DecodeError | None]) -> None:
+    def _give_up_if_useless(self, images: list[Pixels | DecodeError | None]) -> None:
         """Give the device up, with one warning, if it took none of many files that the host could read."""
-        if self._works and len(found) > _FEW and all(isinstance(image, np.ndarray) for image in found):
+        if self._works and len(images) > _TRUSTED_FAILURES and all(isinstance(image, np.ndarray) for image in images):
             self._works = False
             log.warning(
                 "%s decodes no JPEGs here (none of %d, all of which the host decoded): decoding goes on, "
                 "slower, on the host; set stream.decode to host to be rid of this message",
-                self.device, len(found),
+                self.device, len(images),
             )  # fmt: skip

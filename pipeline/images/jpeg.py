@@ -12,7 +12,7 @@ import simplejpeg
 from pipeline.images.buffer_pool import Buffers
 from pipeline.images.jpeg_markers import START_OF_IMAGE, count_scans
 
-GAP: Final = 1.5
+MIN_REDUCTION_MARGIN: Final = 1.5
 """An image is decoded at a reduced size that is at least this many times what is wanted of it: then resizing it further
 differs from resizing the whole by 0.4 of 255 in the mean, with 1.0 by 0.8 (measured on photographs)."""
 _REDUCTIONS: Final = (8, 4, 2)
@@ -33,7 +33,7 @@ def plain_size(data: bytes) -> tuple[int, int] | None:
     return (int(height), int(width)) if colours in _COLOURS else None
 
 
-def reduction(size: tuple[int, int], wanted: tuple[int, int]) -> int:
+def reduction(size: tuple[int, int], target: tuple[int, int]) -> int:
     """1, 2, 4 or 8: by how much an image of ``size`` may be reduced while it is decoded.
 
     Args:
@@ -41,7 +41,7 @@ def reduction(size: tuple[int, int], wanted: tuple[int, int]) -> int:
         wanted: Height and width to which it will be resized.
     """
     for factor in _REDUCTIONS:
-        if all(-(-full // factor) >= GAP * small for full, small in zip(size, wanted, strict=True)):
+        if all(-(-full // factor) >= MIN_REDUCTION_MARGIN * small for full, small in zip(size, target, strict=True)):
             return factor
     return 1
 
@@ -56,10 +56,10 @@ def decode(data: bytes, size: tuple[int, int], factor: int = 1, buffers: Buffers
         buffers: Where the memory comes from.
     """
     height, width = (-(-length // factor) for length in size)
-    memory = None if buffers is None else buffers.take(height, width, 3)
-    least = (0, 0) if factor == 1 else (height, width)
+    buffer = None if buffers is None else buffers.take(height, width, 3)
+    min_size = (0, 0) if factor == 1 else (height, width)
     try:
-        pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=least[0], min_width=least[1], buffer=memory)
+        pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=min_size[0], min_width=min_size[1], buffer=buffer)
     except ValueError:  # truncated, or odd enough for a warning
         return None
     return pixels if pixels.shape == (height, width, 3) else None

@@ -48,7 +48,7 @@ class FrameRows:
         if self.input.fit == "crop":
             offsets = crop_offsets(self.seed, *(table[name].to_numpy() for name in ("epoch", "position")))
         paster = Paster(rows, self.input, train=True, offsets=offsets)
-        found = usable(decode_many(table["image"].to_pylist(), 1, paster.wanted, then=paster), stored_sizes(table))
+        found = usable(decode_many(table["image"].to_pylist(), 1, paster.target_size, then=paster), stored_sizes(table))
         frames = paster.frames.reshape(rows, -1).numpy()
         faults: list[str | None] = [None] * table.num_rows
         for row, reason, detail in found.failures:

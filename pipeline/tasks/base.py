@@ -164,7 +164,7 @@ class Task(ABC):
         # Inference mode is a matter of threads: those that decode may not write to tensors made inside it.
         with torch.inference_mode(False):
             paster = Paster(len(items), self.input, train=train, offsets=offsets, buffers=self.buffers)
-        return decode_many(items, self.threads, paster.wanted, self.buffers, paster), paster
+        return decode_many(items, self.threads, paster.target_size, self.buffers, paster), paster
 
     def _batch(self, table: pa.Table, found: Usable, paster: Paster | None, *, train: bool, seed: int) -> Batch:
         ids = table["image_id"].to_pylist()
