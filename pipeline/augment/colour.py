@@ -27,11 +27,11 @@ def _chroma_bases(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Ten
         [_V * (1 - red), -_V * green, -_V * blue],
     ]
     to_yuv = torch.tensor(forward, dtype=torch.float64)
-    back = torch.linalg.inv(to_yuv)
+    to_rgb = torch.linalg.inv(to_yuv)
     keep_luma = torch.diag(torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64))
     same = torch.diag(torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64))
     crossed = torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.0, -1.0], [0.0, 1.0, 0.0]], dtype=torch.float64)
-    bases = torch.stack([back @ part @ to_yuv for part in (keep_luma, same, crossed)])
+    bases = torch.stack([to_rgb @ part @ to_yuv for part in (keep_luma, same, crossed)])
     luma, cosine, sine = bases.to(dtype).to(device, non_blocking=True)
     return luma, cosine, sine
 
@@ -93,8 +93,13 @@ def apply_colour(images: Tensor, matrix: Tensor, offset: Tensor, low: Tensor, hi
 def by_planes(images: Tensor, matrix: Tensor, offset: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """``apply_colour`` without a matrix product: compiled it is part of one kernel, and no TF32 rounds it."""
     red, green, blue = images.unbind(1)
-    m, planes = matrix[..., None, None], []
-    for c in range(3):
-        plane = red * m[:, c, 0] + green * m[:, c, 1] + blue * m[:, c, 2] + offset[:, c, None, None]
-        planes.append(plane.clamp(low[c], high[c]))
+    coefficients, planes = matrix[..., None, None], []
+    for channel in range(3):
+        plane = (
+            red * coefficients[:, channel, 0]
+            + green * coefficients[:, channel, 1]
+            + blue * coefficients[:, channel, 2]
+            + offset[:, channel, None, None]
+        )
+        planes.append(plane.clamp(low[channel], high[channel]))
     return torch.stack(planes, 1)

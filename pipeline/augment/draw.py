@@ -26,19 +26,19 @@ _STREAMS: Final = {
         ]
     )
 }  # fmt: skip
-_GOLDEN: Final = 0x9E3779B97F4A7C15
-_WORD: Final = 2**64 - 1
-_STEPS: Final = np.array([((index + 1) * _GOLDEN) & _WORD for index in _STREAMS.values()], np.uint64)
+_GOLDEN_RATIO: Final = 0x9E3779B97F4A7C15
+_MAX_WORD: Final = 2**64 - 1
+_STREAM_STEPS: Final = np.array([((index + 1) * _GOLDEN_RATIO) & _MAX_WORD for index in _STREAMS.values()], np.uint64)
 
 
-def _mix(words: np.ndarray) -> np.ndarray:
+def _mix_bits(words: np.ndarray) -> np.ndarray:
     """The finaliser of SplitMix64 (Steele, Lea and Flood 2014, OOPSLA)."""
     words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return words ^ (words >> np.uint64(31))
 
 
-class _Keyed:
+class _KeyedDraw:
     """Uniform numbers for N keys."""
 
     def __init__(self, seed: int, epochs: ArrayLike, positions: ArrayLike) -> None:
@@ -49,14 +49,14 @@ class _Keyed:
         state = np.zeros(epochs.shape, np.uint64)
         # Mixed after every word: sums of unmixed words would give (seed 8, epoch 0) the draws of (7, 1).
         for word in (
-            np.array(seed & _WORD, np.uint64),
+            np.array(seed & _MAX_WORD, np.uint64),
             epochs.astype(np.uint64),
             positions.astype(np.uint64),
         ):
-            state = _mix((state ^ word) + np.uint64(_GOLDEN))
+            state = _mix_bits((state ^ word) + np.uint64(_GOLDEN_RATIO))
         self._state = state
         # All streams at once: for the few rows of a batch, numpy's calls cost more than the numbers.
-        self._words = _mix(state + _STEPS[:, None])
+        self._words = _mix_bits(state + _STREAM_STEPS[:, None])
         self._units = (self._words >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
     def word(self, stream: str) -> np.ndarray:
@@ -71,14 +71,14 @@ class _Keyed:
         """(N,) bool, true with the given probability."""
         return self.uniform(stream) < probability
 
-    def others(self, stream: str) -> np.ndarray:
+    def other_rows(self, stream: str) -> np.ndarray:
         """(N, N - 1) int64: for each row all other rows in a random order.
 
         Sorted by a hash of both rows' keys, so that the order in the batch plays no part, and a row that
         comes or goes leaves the order of the others alone (Thaler and Ravishankar 1998, rendezvous hashing).
         """
-        words = _mix(self.word(stream)[:, None] ^ self._state[None, :])
-        np.fill_diagonal(words, _WORD)
+        words = _mix_bits(self.word(stream)[:, None] ^ self._state[None, :])
+        np.fill_diagonal(words, _MAX_WORD)
         order = np.argsort(words, axis=1, kind="stable")
         count = len(words)
         return order[order != np.arange(count)[:, None]].reshape(count, max(count - 1, 0))
@@ -92,7 +92,7 @@ def crop_offsets(seed: int, epochs: ArrayLike, positions: ArrayLike) -> np.ndarr
         epochs: (N,) epoch of each row.
         positions: (N,) place of each row within its epoch.
     """
-    keyed = _Keyed(seed, epochs, positions)
+    keyed = _KeyedDraw(seed, epochs, positions)
     return np.stack([keyed.uniform("crop_y"), keyed.uniform("crop_x")], -1)
 
 
@@ -115,18 +115,18 @@ def draw_parameters(
         deviation, 0 = none), ``noise_key`` (32-bit), ``erase`` (N, 4: x1, y1, x2, y2 as fractions of the
         input; all 0 = none).
     """
-    keyed = _Keyed(seed, epochs, positions)
+    keyed = _KeyedDraw(seed, epochs, positions)
 
     def around(stream: str, centre: float, reach: float) -> np.ndarray:
         return keyed.uniform(stream, centre - reach, centre + reach)
 
-    turned = keyed.chosen("turn", settings.quarter_turns)
+    is_turned = keyed.chosen("turn", settings.quarter_turns)
     sigma = keyed.uniform("blur_sigma", *settings.blur_sigma)
     shift = [around("translate_x", 0, settings.translate), around("translate_y", 0, settings.translate)]
     return {
         "hflip": keyed.chosen("hflip", settings.hflip),
         "vflip": keyed.chosen("vflip", settings.vflip),
-        "turns": np.where(turned, 1 + np.floor(keyed.uniform("turns", 0, 3)), 0).astype(np.int64),
+        "turns": np.where(is_turned, 1 + np.floor(keyed.uniform("turns", 0, 3)), 0).astype(np.int64),
         "angle": around("rotate", 0, settings.rotate),
         "translate": np.stack(shift, -1),
         "scale": np.exp(keyed.uniform("scale", *np.log(settings.scale))),
@@ -138,12 +138,12 @@ def draw_parameters(
         "blur": np.where(keyed.chosen("blur", settings.blur), sigma, 0),
         "noise": np.where(keyed.chosen("noise", settings.noise), keyed.uniform("noise_std", 0, settings.noise_std), 0),
         "noise_key": (keyed.word("noise_key") >> np.uint64(32)).astype(np.int64),
-        "erase": _erased(settings, keyed),
+        "erase": _erase_rectangles(settings, keyed),
     }
 
 
 def draw_mix_partners(
-    settings: AugmentSettings, seed: int, epochs: ArrayLike, positions: ArrayLike, last: float = np.inf
+    settings: AugmentSettings, seed: int, epochs: ArrayLike, positions: ArrayLike, mix_until: float = np.inf
 ) -> dict[str, np.ndarray]:
     """Which of N rows are mixed, how, and with which other rows of these N.
 
@@ -154,7 +154,7 @@ def draw_mix_partners(
         seed: Of the run or member.
         epochs: (N,) epoch of each row.
         positions: (N,) place of each row within its epoch.
-        last: Rows of this epoch and later are not mixed.
+        mix_until: Rows of this epoch and later are not mixed.
 
     Returns:
         Arrays of N rows: ``mosaic`` (bool), ``sources`` (N, 4: the rows seen top left, top right, bottom left,
@@ -163,31 +163,31 @@ def draw_mix_partners(
     """
     from scipy.special import betaincinv  # here, since scipy is slow to import
 
-    keyed = _Keyed(seed, epochs, positions)
+    keyed = _KeyedDraw(seed, epochs, positions)
     count = len(np.atleast_1d(epochs))
-    open_ = (np.atleast_1d(epochs) < last) & (count > 1)
-    own = np.arange(count)
-    sources, partner = np.repeat(own[:, None], 4, 1), own
-    place = np.floor(keyed.uniform("mosaic_place", 0, 4)).astype(np.int64)
+    may_mix = (np.atleast_1d(epochs) < mix_until) & (count > 1)
+    row_numbers = np.arange(count)
+    sources, partner = np.repeat(row_numbers[:, None], 4, 1), row_numbers
+    own_quadrant = np.floor(keyed.uniform("mosaic_place", 0, 4)).astype(np.int64)
     if count > 1:
-        others = keyed.others("mosaic_partner")
+        other_rows = keyed.other_rows("mosaic_partner")
         # A batch of fewer than four shows an image twice.
-        taken = np.concatenate([own[:, None], others[:, np.arange(3) % (count - 1)]], 1)
-        sources = np.take_along_axis(taken, (np.arange(4) - place[:, None]) % 4, 1)
-        partner = keyed.others("mixup_partner")[:, 0]
+        shown_rows = np.concatenate([row_numbers[:, None], other_rows[:, np.arange(3) % (count - 1)]], 1)
+        sources = np.take_along_axis(shown_rows, (np.arange(4) - own_quadrant[:, None]) % 4, 1)
+        partner = keyed.other_rows("mixup_partner")[:, 0]
     centre = [keyed.uniform(stream, *settings.mosaic_centre) for stream in ("mosaic_x", "mosaic_y")]
     return {
-        "mosaic": keyed.chosen("mosaic", settings.mosaic) & open_,
+        "mosaic": keyed.chosen("mosaic", settings.mosaic) & may_mix,
         "sources": sources,
-        "place": place,
+        "place": own_quadrant,
         "centre": np.stack(centre, -1),
-        "mixup": keyed.chosen("mixup", settings.mixup) & open_,
+        "mixup": keyed.chosen("mixup", settings.mixup) & may_mix,
         "partner": partner,
         "ratio": betaincinv(settings.mixup_alpha, settings.mixup_alpha, keyed.uniform("mixup_ratio")),
     }
 
 
-def _erased(settings: AugmentSettings, keyed: _Keyed) -> np.ndarray:
+def _erase_rectangles(settings: AugmentSettings, keyed: _KeyedDraw) -> np.ndarray:
     """(N, 4) rectangles as fractions; the aspect is drawn evenly in its logarithm (Zhong et al. 2017)."""
     area = keyed.uniform("erase_area", *settings.erase_area)
     aspect = np.exp(keyed.uniform("erase_aspect", np.log(0.3), -np.log(0.3)))

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.augment.pixels import Compiled
+from pipeline.augment.pixels import BatchFunctions
 from pipeline.augment.settings import AugmentSettings
 
 
@@ -37,36 +37,38 @@ def device_arguments(
 
 def apply(
     images: Tensor,
-    given: dict[str, np.ndarray],
-    sent: dict[str, Tensor],
+    arguments: dict[str, np.ndarray],
+    on_device: dict[str, Tensor],
     settings: AugmentSettings,
     std: Tensor,
     calls: Counter[str],
-    compiled: Compiled,
+    functions: BatchFunctions,
 ) -> Tensor:
     """All effects, in place where that is possible.
 
     Args:
         images: (N, 3, H, W).
-        given: Of ``parcel``, to know on the host what there is to do.
-        sent: The same on the device.
+        arguments: From ``device_arguments``, on the host: which rows get which effect.
+        on_device: The same arrays on the device of the images.
         settings: What may happen.
         std: (3,) of the normalisation.
         calls: Kornia's functions by name, counted.
-        compiled: What runs functions of whole batches.
+        functions: What runs functions of whole batches.
     """
-    if len(given["blur_rows"]):
-        images = blur(images, sent["blur_rows"].long(), sent["blur_kernel"].float(), calls)
-    if compiled.wants_whole_batch(images):
+    if len(arguments["blur_rows"]):
+        images = blur(images, on_device["blur_rows"].long(), on_device["blur_kernel"].float(), calls)
+    if functions.wants_whole_batch(images):
         # All rows, touched or not, so that shapes never change: it is one kernel.
         if settings.noise or settings.erase:
-            images = compiled(noise_and_erase, images, sent["noise_std"], sent["noise_key"], sent["erase"], std=std)
+            images = functions(
+                noise_and_erase, images, on_device["noise_std"], on_device["noise_key"], on_device["erase"], std=std
+            )
         return images
-    for row in given["noise_rows"]:
-        some = slice(row, row + 1)  # one at a time: its planes stay in the cache
-        images[some] += noise(sent["noise_std"][some], sent["noise_key"][some], std, images.shape)
-    for row in np.flatnonzero(given["erase"].any(-1)):
-        x1, y1, x2, y2 = given["erase"][row].astype(int)
+    for row in arguments["noise_rows"]:
+        one_row = slice(row, row + 1)  # one at a time: its planes stay in the cache
+        images[one_row] += noise(on_device["noise_std"][one_row], on_device["noise_key"][one_row], std, images.shape)
+    for row in np.flatnonzero(arguments["erase"].any(-1)):
+        x1, y1, x2, y2 = arguments["erase"][row].astype(int)
         images[row, :, y1:y2, x1:x2] = 0
     return images
 

@@ -10,11 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.augment.pixels import resample, sampling_grid
 from pipeline.augment.settings import AugmentSettings
 from pipeline.images import affine
 from pipeline.images import boxes as box_ops
-from pipeline.images.affine import sampling_theta
 
 
 def _translation(x: float, y: float, like: Tensor) -> Tensor:
@@ -23,7 +21,7 @@ def _translation(x: float, y: float, like: Tensor) -> Tensor:
     return matrix
 
 
-def _edges(matrix: Tensor) -> Tensor:
+def _to_continuous_edges(matrix: Tensor) -> Tensor:
     """Kornia's pixel-centre matrices (N, 3, 3) as matrices of continuous edges."""
     return _translation(0.5, 0.5, matrix) @ matrix @ _translation(-0.5, -0.5, matrix)
 
@@ -61,22 +59,22 @@ class Geometry:
         shape = {"forward_input_shape": torch.tensor([count, 3, *canvas])}
         total = torch.eye(3, device=angle.device, dtype=angle.dtype).expand(count, 3, 3)
         if settings.hflip:
-            total = self._where(values["hflip"], self._call(self._hflip, image, shape), total) @ total
+            total = self._matrix_where(values["hflip"], self._kornia_matrix(self._hflip, image, shape), total) @ total
         if settings.vflip:
-            total = self._where(values["vflip"], self._call(self._vflip, image, shape), total) @ total
+            total = self._matrix_where(values["vflip"], self._kornia_matrix(self._vflip, image, shape), total) @ total
         if settings.quarter_turns:
             times = values["turns"] if size[0] == size[1] else 2.0 * (values["turns"] > 0)
-            total = self._call(self._turn, image, {"times": times.to(angle.dtype)}) @ total
+            total = self._kornia_matrix(self._turn, image, {"times": times.to(angle.dtype)}) @ total
         if settings.affine:
-            total = self._call(self._affine, image, affine_parameters(values, canvas, size)) @ total
-        return _translation(*centre_crop(canvas, size), total) @ _edges(total)
+            total = self._kornia_matrix(self._affine, image, affine_parameters(values, canvas, size)) @ total
+        return _translation(*centre_crop(canvas, size), total) @ _to_continuous_edges(total)
 
-    def _call(self, op: Any, image: Tensor, params: dict[str, Tensor]) -> Tensor:
+    def _kornia_matrix(self, op: Any, image: Tensor, params: dict[str, Tensor]) -> Tensor:
         self.calls[type(op).__name__] += 1
         return op.compute_transformation(image, params, op.flags)
 
     @staticmethod
-    def _where(chosen: Tensor, matrix: Tensor, total: Tensor) -> Tensor:
+    def _matrix_where(chosen: Tensor, matrix: Tensor, total: Tensor) -> Tensor:
         identity = torch.eye(3, device=total.device, dtype=total.dtype)
         return torch.where(chosen.bool()[:, None, None], matrix, identity)
 
@@ -100,19 +98,6 @@ def affine_parameters(values: dict[str, Tensor], canvas: tuple[int, int], size: 
 def centre_crop(canvas: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
     """Whole-pixel shift (x, y) that brings the centre of a canvas (H, W) to an output of ``size`` (H, W)."""
     return -((canvas[1] - size[1]) // 2), -((canvas[0] - size[0]) // 2)
-
-
-def warp(images: Tensor, masks: Tensor | None, matrices: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
-    """One bilinear resampling of the images and one nearest of the masks.
-
-    Args:
-        images: (N, 3, H, W) float32 with the colour wanted outside the image subtracted: outside is 0.
-        masks: (N, H, W) uint8 or None; outside is VOID.
-        matrices: (N, 3, 3), canvas -> output in continuous edges.
-        size: Height and width of the output.
-    """
-    theta = sampling_theta(affine.invert_affine(matrices), (images.shape[-2], images.shape[-1]), size)
-    return resample(images, masks, sampling_grid(theta.float(), size))
 
 
 def visible_boxes(
@@ -147,8 +132,8 @@ def cut_boxes(
     """``visible_boxes`` where it is known already what is ``seen`` of the whole ``boxes``: (..., B, 4) both."""
     hull = affine.transform_boxes(seen, matrices)
     clipped = box_ops.clip(hull, size)
-    kept = _share(seen, boxes) * _share(clipped, hull)
-    keep = (labels >= 0) & (box_ops.area(clipped) > 0) & ((kept >= min_visible) | crowd)
+    visible_share = _share(seen, boxes) * _share(clipped, hull)
+    keep = (labels >= 0) & (box_ops.area(clipped) > 0) & ((visible_share >= min_visible) | crowd)
     return clipped * keep[..., None], labels.where(keep, -1), crowd & keep
 
 

@@ -33,7 +33,7 @@ class Mosaic:
     """(M,) int64: which rows."""
     sources: Tensor
     """(M, 4) int64: the row that each quadrant shows."""
-    place: Tensor
+    own_quadrant: Tensor
     """(M,) int64: the quadrant that shows the row itself."""
     centre: Tensor
     """(M, 2): x and y where the quadrants meet, whole pixels of the plane."""
@@ -43,28 +43,32 @@ class Mosaic:
     """(M, 4, 4): what each quadrant can show of its source's canvas, as a box."""
 
     @classmethod
-    def of(cls, batch: Batch, sent: dict[str, Tensor]) -> Self | None:
+    def from_arguments(cls, batch: Batch, on_device: dict[str, Tensor]) -> Self | None:
         """The mosaics of a ``parcel``, on the device; None: not one."""
-        if not len(sent["mosaic_rows"]):
+        if not len(on_device["mosaic_rows"]):
             return None
         canvas = (batch.images.shape[-2], batch.images.shape[-1])
-        sources, quadrants = sent["mosaic_sources"].long(), torch.arange(4, device=batch.images.device)
-        anchors, windows = _corners(batch, canvas)
+        sources, quadrants = on_device["mosaic_sources"].long(), torch.arange(4, device=batch.images.device)
+        anchors, windows = _anchors_and_windows(batch, canvas)
         return cls(
-            sent["mosaic_rows"].long(), sources, sent["mosaic_place"].long(), sent["mosaic_centre"].to(anchors.dtype),
-            anchors[sources, quadrants], windows[sources, quadrants],
-        )  # fmt: skip
+            on_device["mosaic_rows"].long(),
+            sources,
+            on_device["mosaic_place"].long(),
+            on_device["mosaic_centre"].to(anchors.dtype),
+            anchors[sources, quadrants],
+            windows[sources, quadrants],
+        )
 
-    def matrices(self, matrices: Tensor) -> Tensor:
+    def source_matrices(self, matrices: Tensor) -> Tensor:
         """(M, 4, 3, 3), canvas of each source -> output, from the (N, 3, 3) of plane -> output."""
         matrices = matrices.index_select(0, self.rows)[:, None].repeat(1, 4, 1, 1)
         shift = (self.centre[:, None] - self.anchors).to(matrices.dtype)
         matrices[..., :2, 2:] += matrices[..., :2, :2] @ shift[..., None]
         return matrices
 
-    def own(self, each: Tensor) -> Tensor:
+    def own_matrices(self, source_matrices: Tensor) -> Tensor:
         """(M, 3, 3): of ``each`` (M, 4, 3, 3) that of the row's own image."""
-        return each[torch.arange(len(each), device=each.device), self.place]
+        return source_matrices[torch.arange(len(source_matrices), device=source_matrices.device), self.own_quadrant]
 
 
 @dataclass(frozen=True)
@@ -79,11 +83,11 @@ class Blend:
     """(K,) share of ``rows`` in the blend."""
 
     @classmethod
-    def of(cls, sent: dict[str, Tensor]) -> Self | None:
+    def from_arguments(cls, on_device: dict[str, Tensor]) -> Self | None:
         """The blends of a ``parcel``, on the device; None: not one."""
-        if not len(sent["mixup_rows"]):
+        if not len(on_device["mixup_rows"]):
             return None
-        return cls(sent["mixup_rows"].long(), sent["mixup_partner"].long(), sent["mixup_ratio"])
+        return cls(on_device["mixup_rows"].long(), on_device["mixup_partner"].long(), on_device["mixup_ratio"])
 
 
 def device_arguments(
@@ -104,7 +108,7 @@ def device_arguments(
     }
 
 
-def _corners(batch: Batch, canvas: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def _anchors_and_windows(batch: Batch, canvas: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """For all N rows ``anchors`` (N, 4, 2) and ``windows`` (N, 4, 4) of a ``Mosaic``."""
     height, width = batch.sizes.to(batch.matrices).unbind(1)
     zero = torch.zeros_like(height)
@@ -136,37 +140,37 @@ def mosaic_images(
     count, _, height, width = images.shape
     # All canvases under one another as one tall image, a row of nothing after each: a grid can then point from
     # any output to any image, without a copy of any of them.
-    tall = torch.zeros(3, count, height + 1, width, device=images.device)
-    tall[:, :, :height].copy_(images.transpose(0, 1)).sub_(mean[:, None, None, None])
-    column = None
+    tall_image = torch.zeros(3, count, height + 1, width, device=images.device)
+    tall_image[:, :, :height].copy_(images.transpose(0, 1)).sub_(mean[:, None, None, None])
+    tall_masks = None
     if masks is not None:
-        column = torch.zeros(count, height + 1, width, device=masks.device)
-        column[:, :height] = void_is_zero(masks)[:, 0]
-        column = column.flatten(0, 1)
+        tall_masks = torch.zeros(count, height + 1, width, device=masks.device)
+        tall_masks[:, :height] = void_is_zero(masks)[:, 0]
+        tall_masks = tall_masks.flatten(0, 1)
     inverse = affine.invert_affine(matrices.index_select(0, mosaic.rows))
     return in_row_chunks(
-        _mosaics, inverse, mosaic.centre, mosaic.anchors, mosaic.sources,
-        tall=tall.flatten(1, 2), column=column, canvas=(height, width), size=size,
+        _sample_mosaics, inverse, mosaic.centre, mosaic.anchors, mosaic.sources,
+        tall=tall_image.flatten(1, 2), column=tall_masks, canvas=(height, width), size=size,
     )  # fmt: skip
 
 
-def _mosaics(
+def _sample_mosaics(
     inverse: Tensor,
     centre: Tensor,
     anchors: Tensor,
     sources: Tensor,
-    tall: Tensor,
-    column: Tensor | None,
+    tall_image: Tensor,
+    tall_masks: Tensor | None,
     canvas: tuple[int, int],
     size: tuple[int, int],
 ) -> Pair:
     """Some mosaics out of the tall image and its masks."""
-    grid = _grid(inverse, centre, anchors, sources, (canvas[0], canvas[1], tall.shape[1]), size)
-    images, _ = resample(tall.expand(len(grid), -1, -1, -1), None, grid)
-    return images, None if column is None else nearest(column.expand(len(grid), 1, -1, -1), grid)
+    grid = _mosaic_grid(inverse, centre, anchors, sources, (canvas[0], canvas[1], tall_image.shape[1]), size)
+    images, _ = resample(tall_image.expand(len(grid), -1, -1, -1), None, grid)
+    return images, None if tall_masks is None else nearest(tall_masks.expand(len(grid), 1, -1, -1), grid)
 
 
-def _grid(
+def _mosaic_grid(
     inverse: Tensor,
     centre: Tensor,
     anchors: Tensor,
@@ -214,88 +218,90 @@ Labels = tuple[Tensor, Tensor, Tensor]
 """Boxes (N, B, 4), labels (N, B), crowd (N, B)."""
 
 
-def mosaic_labels(given: Labels, mosaic: Mosaic, each: Tensor, size: tuple[int, int], min_visible: float) -> Labels:
-    """Boxes of M mosaics, cut off at their quadrant first; (M, 4 B) of what ``given`` has (N, B).
+def mosaic_labels(
+    canvas_labels: Labels, mosaic: Mosaic, source_matrices: Tensor, size: tuple[int, int], min_visible: float
+) -> Labels:
+    """Boxes of M mosaics, cut off at their quadrant first; (M, 4 B) of what ``canvas_labels`` has (N, B).
 
     Only a box that sticks out of its image is cut by a quadrant; that part counts as invisible, as does what lies
     beyond the output.
 
     Args:
-        given: Of the whole batch, in its canvases.
+        canvas_labels: Labels of the whole batch, in its canvases.
         mosaic: Which rows are made of which.
-        each: (M, 4, 3, 3), canvas of each source -> output.
+        source_matrices: (M, 4, 3, 3), canvas of each source -> output.
         size: Height and width of the output.
         min_visible: Of the whole box; crowds are kept however little is left of them.
     """
-    boxes, labels, crowd = (part[mosaic.sources] for part in given)
+    boxes, labels, crowd = (part[mosaic.sources] for part in canvas_labels)
     low, high = mosaic.windows[:, :, None].to(boxes).split(2, -1)
     seen = torch.minimum(torch.maximum(boxes, low.repeat(1, 1, 1, 2)), high.repeat(1, 1, 1, 2))
-    boxes, labels, crowd = cut_boxes(boxes, seen, labels, crowd, each, size, min_visible)
+    boxes, labels, crowd = cut_boxes(boxes, seen, labels, crowd, source_matrices, size, min_visible)
     return boxes.flatten(1, 2), labels.flatten(1), crowd.flatten(1)
 
 
 def mix_labels(
-    given: Labels,
-    plain: Labels,
+    canvas_labels: Labels,
+    unmixed: Labels,
     mosaic: Mosaic | None,
-    pairs: Blend | None,
+    blend: Blend | None,
     matrices: Tensor,
     size: tuple[int, int],
     min_visible: float,
-    most: int,
+    max_boxes: int,
 ) -> Labels:
-    """What a mixed batch is labelled with: (N, at most ``most``), kept boxes in front.
+    """What a mixed batch is labelled with: (N, at most ``max_boxes``), kept boxes in front.
 
     Args:
-        given: Of the canvases, (N, B).
-        plain: Of the output, (N, B), were no row mixed.
+        canvas_labels: Labels in the canvases, (N, B).
+        unmixed: Labels in the output, (N, B), as they are where no row is mixed.
         mosaic: Rows that show four images.
-        pairs: Rows that are blended.
+        blend: Rows that are blended.
         matrices: (N, 3, 3), plane -> output.
         size: Height and width of the output.
         min_visible: Of the whole box.
-        most: Bound of the boxes a row, from ``most_boxes``.
+        max_boxes: Bound of the boxes a row.
     """
-    out = plain
+    mixed = unmixed
     if mosaic is not None:
-        made = mosaic_labels(given, mosaic, mosaic.matrices(matrices), size, min_visible)
-        out = _widen(out, made[1].shape[1])
-        for wide, part in zip(out, made, strict=True):
+        of_mosaics = mosaic_labels(canvas_labels, mosaic, mosaic.source_matrices(matrices), size, min_visible)
+        mixed = _widen(mixed, of_mosaics[1].shape[1])
+        for wide, part in zip(mixed, of_mosaics, strict=True):
             wide.index_copy_(0, mosaic.rows, part)
-    if pairs is not None:
-        alone, width = out, out[1].shape[1]
-        out = _widen(alone, 2 * width)
-        for wide, part in zip(out, alone, strict=True):
-            wide[:, width:].index_copy_(0, pairs.rows, part.index_select(0, pairs.partners))
-    return pack(out, most)
+    if blend is not None:
+        before_blend, width = mixed, mixed[1].shape[1]
+        mixed = _widen(before_blend, 2 * width)
+        for wide, part in zip(mixed, before_blend, strict=True):
+            wide[:, width:].index_copy_(0, blend.rows, part.index_select(0, blend.partners))
+    return pack_boxes(mixed, max_boxes)
 
 
-def _widen(given: Labels, width: int) -> Labels:
-    boxes, labels, crowd = given
+def _widen(labels_of_rows: Labels, width: int) -> Labels:
+    boxes, labels, crowd = labels_of_rows
     count, present = labels.shape
     out = boxes.new_zeros(count, width, 4), labels.new_full((count, width), -1), crowd.new_zeros(count, width)
-    for wide, part in zip(out, given, strict=True):
+    for wide, part in zip(out, labels_of_rows, strict=True):
         wide[:, :present] = part
     return out
 
 
-def blend(images: Tensor, pairs: Blend) -> Tensor:
+def blend_images(images: Tensor, blend: Blend) -> Tensor:
     """Blended in place: ``ratio`` of the row, the rest of its partner as it was before."""
-    own, other = images.index_select(0, pairs.rows), images.index_select(0, pairs.partners)
-    ratio = pairs.ratio.to(images.dtype)[:, None, None, None]
-    return images.index_copy_(0, pairs.rows, other.lerp_(own, ratio))
+    row_images, partner_images = images.index_select(0, blend.rows), images.index_select(0, blend.partners)
+    ratio = blend.ratio.to(images.dtype)[:, None, None, None]
+    return images.index_copy_(0, blend.rows, partner_images.lerp_(row_images, ratio))
 
 
-def most_boxes(counts: np.ndarray, drawn: dict[str, np.ndarray]) -> int:
+def max_boxes_per_row(counts: np.ndarray, drawn: dict[str, np.ndarray]) -> int:
     """The most boxes that a row of the mixed batch may have, from the (N,) ``counts`` before: at least 1."""
     counts = np.where(drawn["mosaic"], counts[drawn["sources"]].sum(1), counts)
     counts = np.where(drawn["mixup"], counts + counts[drawn["partner"]], counts)
     return max(1, int(counts.max()))
 
 
-def pack(given: Labels, width: int) -> Labels:
+def pack_boxes(labels_of_rows: Labels, width: int) -> Labels:
     """The boxes of each row in front, in their order, and the padding behind them cut off at ``width``."""
-    boxes, labels, crowd = given
+    boxes, labels, crowd = labels_of_rows
     if labels.device.type == "cpu":
         # Here nobody waits: no column of padding alone is left.
         width = min(width, max(1, int((labels >= 0).sum(1).max())))

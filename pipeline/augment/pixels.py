@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import grid_sample
 
 from pipeline.augment.colour import apply_colour
+from pipeline.runtime.compiled import CompileFallback, compile_static
 from pipeline.schema import VOID
 
 log = logging.getLogger(__name__)
@@ -35,25 +36,25 @@ def copy_to_device(values: dict[str, np.ndarray], device: torch.device) -> dict[
     packed = torch.empty(total, dtype=dtype, pin_memory=device.type == "cuda")
     if total:
         np.concatenate([value.reshape(-1) for value in values.values()], out=packed.numpy(), casting="unsafe")
-    parts = packed.to(device, non_blocking=True).split([value.size for value in values.values()])
-    return {name: part.view(value.shape) for (name, value), part in zip(values.items(), parts, strict=True)}
+    pieces = packed.to(device, non_blocking=True).split([value.size for value in values.values()])
+    return {name: part.view(value.shape) for (name, value), part in zip(values.items(), pieces, strict=True)}
 
 
 def less_mean(images: Tensor, mean: Tensor) -> Tensor:
     """(N, 3, H, W) uint8 as float32 less ``mean`` (3,), both on the 0..255 scale; the layout stays."""
     planes = images.float()
-    view, values = _in_rows(planes, mean)
+    view, values = _broadcast_along_rows(planes, mean)
     view.sub_(values)
     return planes
 
 
-def _channels_last(images: Tensor) -> bool:
+def _is_channels_last(images: Tensor) -> bool:
     return images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
 
 
-def _in_rows(images: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+def _broadcast_along_rows(images: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """Both (N, 3, H, W) and (3,) so viewed that they broadcast along long rows, whatever the layout."""
-    if _channels_last(images):
+    if _is_channels_last(images):
         return images.permute(0, 2, 3, 1).flatten(2), values.repeat(images.shape[-1])
     return images, values[:, None, None]
 
@@ -132,7 +133,7 @@ def normalise(images: Tensor, matrix: Tensor | None, offset: Tensor | None, norm
     """
     mean, std = norm
     if matrix is None or offset is None:
-        view, values = _in_rows(images, 1 / (255 * std))
+        view, values = _broadcast_along_rows(images, 1 / (255 * std))
         view.mul_(values)
         return images
     offset = (offset.float() - mean) / std
@@ -169,27 +170,27 @@ def in_row_chunks(function: Callable[..., Any], *rows: Tensor | None, **shared: 
     if not first.is_cpu or len(first) <= step:
         return function(*rows, **shared)
     wholes: list[Tensor | None] = []
-    single = False
+    is_single = False
     for start in range(0, len(first), step):
-        some = slice(start, start + step)
-        parts = function(*(None if row is None else row[some] for row in rows), **shared)
-        single = isinstance(parts, Tensor)
-        parts = (parts,) if single else parts
-        wholes = wholes or [None if part is None else _empty_like(part, len(first)) for part in parts]
-        for whole, part in zip(wholes, parts, strict=True):
+        chunk = slice(start, start + step)
+        outputs = function(*(None if row is None else row[chunk] for row in rows), **shared)
+        is_single = isinstance(outputs, Tensor)
+        outputs = (outputs,) if is_single else outputs
+        wholes = wholes or [None if output is None else _empty_like(output, len(first)) for output in outputs]
+        for whole, output in zip(wholes, outputs, strict=True):
             if whole is not None:
-                whole[some] = part
-    return wholes[0] if single else tuple(wholes)
+                whole[chunk] = output
+    return wholes[0] if is_single else tuple(wholes)
 
 
 def _empty_like(part: Tensor, count: int) -> Tensor:
     """Room for ``count`` rows of the same shape and layout."""
-    layout = torch.channels_last if part.dim() == 4 and _channels_last(part) else torch.contiguous_format
+    layout = torch.channels_last if part.dim() == 4 and _is_channels_last(part) else torch.contiguous_format
     return torch.empty(count, *part.shape[1:], dtype=part.dtype, device=part.device, memory_format=layout)
 
 
-class Compiled:
-    """Runs pure functions of whole batches: compiled on a GPU; elsewhere, and where compiling fails, ``by_rows``."""
+class BatchFunctions:
+    """Runs pure functions of whole batches: compiled on a GPU; elsewhere, and if that fails, in row chunks."""
 
     def __init__(self, enabled: bool = True, backend: str = "inductor", devices: tuple[str, ...] = ("cuda",)) -> None:
         """``enabled``: false never compiles; ``devices``: types of those where it gains.
@@ -197,15 +198,22 @@ class Compiled:
         A CPU is none of them: by rows an image took 3.4 ms there, compiled 15.6 (one thread, 512 x 512, torch 2.14),
         since its compiler has no vector instructions for reading scattered pixels.
         """
-        self.backend, self.devices = backend, devices if enabled else ()
+        self.backend = backend
+        self._devices = devices if enabled else ()
+        self._fallback = CompileFallback("augmentation", log)
         self._shapes: dict[Callable[..., Any], set[tuple[Any, ...]]] = {}
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """Types of the devices on which functions are compiled; none once compiling has failed."""
+        return () if self._fallback.failed else self._devices
 
     def wants_whole_batch(self, images: Tensor) -> bool:
         """Whether to leave batches whole and their shapes as they are, since a kernel is compiled for them."""
         return not images.is_cpu or images.device.type in self.devices
 
     def __call__(self, function: Callable[..., Any], *rows: Tensor | None, **shared: Any) -> Any:
-        """As ``by_rows``."""
+        """What ``in_row_chunks`` gives for the same arguments."""
         first = next(row for row in rows if row is not None)
         if first.device.type not in self.devices:
             return in_row_chunks(function, *rows, **shared)
@@ -214,19 +222,16 @@ class Compiled:
         shape = tuple(None if row is None else (row.shape, row.stride(), row.dtype) for row in rows)
         if shape not in shapes and len(shapes) >= MAX_SHAPES:
             return in_row_chunks(function, *rows, **shared)
-        try:
-            out = _compiled(function, self.backend)(*rows, **shared)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # whatever the compiler throws, the function itself still works
-            self.devices = ()
-            said = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
-            log.warning("augmentation runs uncompiled, and slower, since torch.compile failed: %s", said)
-            return in_row_chunks(function, *rows, **shared)
+        output = self._fallback.run(
+            lambda: _compiled(function, self.backend)(*rows, **shared),
+            lambda: in_row_chunks(function, *rows, **shared),
+        )
+        # Noted after the call: a shape that ran out of memory was not compiled.
         shapes.add(shape)
-        return out
+        return output
 
 
 @functools.cache
 def _compiled(function: Callable[..., Any], backend: str) -> Callable[..., Any]:
-    return torch.compile(function, dynamic=False, fullgraph=True, backend=backend)
+    """One compiled copy of a function for all users in the process."""
+    return compile_static(function, backend, fullgraph=True)

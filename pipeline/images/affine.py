@@ -33,7 +33,7 @@ class Placement(NamedTuple):
 def letterbox_placement(size: tuple[int, int], target: tuple[int, int]) -> Placement:
     """The largest copy of an image of ``size`` (H, W) that fits ``target`` (H, W), centred.
 
-    Rounded to whole pixels, so that the image resized to it and the matrix of ``letterbox`` agree exactly.
+    Rounded to whole pixels, so that the image resized to it and ``placement_matrix`` agree exactly.
     """
     scale = min(target[0] / size[0], target[1] / size[1])
     height = min(target[0], max(1, round(size[0] * scale)))
@@ -48,19 +48,6 @@ def placement_matrix(size: tuple[int, int], placement: Placement) -> Tensor:
     return torch.tensor(rows, dtype=torch.float64)
 
 
-def letterbox(size: tuple[int, int], target: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Matrix from an image of ``size`` (H, W) to a letterboxed canvas ``target`` (H, W), and its inverse.
-
-    The identity when the sizes are equal. Width and height are scaled by what the rounding to whole pixels
-    made of them, so the two factors may differ a little.
-
-    Returns:
-        Two 3x3 float64 tensors.
-    """
-    matrix = placement_matrix(size, letterbox_placement(size, target))
-    return matrix, invert_affine(matrix)
-
-
 def invert_affine(matrix: Tensor) -> Tensor:
     """Inverse of affine ``(..., 3, 3)`` matrices in closed form.
 
@@ -68,10 +55,10 @@ def invert_affine(matrix: Tensor) -> Tensor:
     """
     a, b, c = matrix[..., 0, 0], matrix[..., 0, 1], matrix[..., 0, 2]
     d, e, f = matrix[..., 1, 0], matrix[..., 1, 1], matrix[..., 1, 2]
-    scale = 1 / (a * e - b * d)
+    inverse_determinant = 1 / (a * e - b * d)
     zero, one = torch.zeros_like(a), torch.ones_like(a)
-    first = [e * scale, -b * scale, (b * f - c * e) * scale]
-    second = [-d * scale, a * scale, (c * d - a * f) * scale]
+    first = [e * inverse_determinant, -b * inverse_determinant, (b * f - c * e) * inverse_determinant]
+    second = [-d * inverse_determinant, a * inverse_determinant, (c * d - a * f) * inverse_determinant]
     return torch.stack([*first, *second, zero, zero, one], -1).unflatten(-1, (3, 3))
 
 

@@ -10,9 +10,9 @@ from typing import Final
 
 import numpy as np
 
-SMALLEST: Final = 2**16
+MIN_POOLED_BYTES: Final = 2**16
 """Bytes; below, ``malloc`` keeps memory itself."""
-STEPS: Final = 4
+SIZES_PER_OCTAVE: Final = 4
 """Sizes between two powers of two, so that images of nearly one size share their memory."""
 
 
@@ -24,16 +24,16 @@ class Buffers:
     """
 
     def __init__(self, most: int = 2**29) -> None:
-        self.most, self.held = most, 0
+        self.max_bytes, self.held = most, 0
         self._lock = threading.Lock()
         self._free: dict[int, list[np.ndarray]] = {}
 
     def take(self, *shape: int) -> np.ndarray:
         """An uninitialised uint8 array, contiguous, that nobody else holds."""
         count = int(np.prod(shape, dtype=np.int64))
-        if count < SMALLEST:
+        if count < MIN_POOLED_BYTES:
             return np.empty(shape, np.uint8)
-        size = _rounded(count)
+        size = _rounded_up(count)
         with self._lock:
             held = self._free.setdefault(size, [])
             for at in range(len(held)):
@@ -43,13 +43,13 @@ class Buffers:
                     held.insert(0, held.pop(at))
                     return held[0][:count].reshape(shape)
             whole = np.empty(size, np.uint8)
-            if self.held + size <= self.most:
+            if self.held + size <= self.max_bytes:
                 self.held += size
                 held.insert(0, whole)
         return whole[:count].reshape(shape)
 
 
-def _rounded(count: int) -> int:
+def _rounded_up(count: int) -> int:
     """The next of ``STEPS`` sizes between two powers of two."""
-    step = max(SMALLEST, 1 << (count - 1).bit_length()) // (2 * STEPS)
+    step = max(MIN_POOLED_BYTES, 1 << (count - 1).bit_length()) // (2 * SIZES_PER_OCTAVE)
     return -(-count // step) * step

@@ -15,6 +15,7 @@ from PIL import Image, UnidentifiedImageError
 from pipeline.errors import one_line
 from pipeline.images import jpeg
 from pipeline.images.buffer_pool import Buffers
+from pipeline.images.jpeg_markers import ORIENTATION_TAG, START_OF_IMAGE, count_scans, may_be_turned
 
 IMAGE_SUFFIXES: tuple[str, ...] = (
     ".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"
@@ -26,8 +27,7 @@ MAX_PIXELS = 100_000_000
 
 _FORMATS = ("JPEG", "PNG", "BMP", "DIB", "GIF", "TIFF", "WEBP", "PPM")
 """Only what images are kept in: Pillow would also run Ghostscript on an EPS. JPEG includes MPO."""
-_ORIENTATION_TAG = 0x0112
-_AT_A_TIME = 8
+_SLICE_IMAGES = 8
 """Images that a thread takes at once."""
 
 
@@ -70,7 +70,7 @@ def probe(data: bytes) -> ImageInfo:
     Raises:
         DecodeError: No image, of no supported format, or beyond the limits.
     """
-    return _info(_open(data))
+    return _image_info(_open(data))
 
 
 def decode(data: bytes) -> np.ndarray:
@@ -83,27 +83,29 @@ def decode(data: bytes) -> np.ndarray:
     Raises:
         DecodeError: Corrupt, truncated, unsupported, or beyond the limits.
     """
-    found = _plain(data, None, None)
-    return _by_pillow(data) if found is None else found.pixels
+    plain_jpeg = _decode_plain_jpeg(data, None, None)
+    return _decode_by_pillow(data) if plain_jpeg is None else plain_jpeg.pixels
 
 
-def _plain(data: bytes, wanted: Callable[[Size], Size] | None, buffers: Buffers | None) -> Reduced | None:
+def _decode_plain_jpeg(
+    data: bytes, target_size: Callable[[Size], Size] | None, buffers: Buffers | None
+) -> Reduced | None:
     """What ``jpeg`` makes of the file; None: it is for Pillow."""
     size = jpeg.plain_size(data) if len(data) <= MAX_BYTES else None
     if size is None or size[0] * size[1] > MAX_PIXELS:
         return None
-    orientation = _info(_open(data)).orientation if jpeg.may_be_turned(data) else 1
+    orientation = _image_info(_open(data)).orientation if may_be_turned(data) else 1
     upright = size if orientation < 5 else (size[1], size[0])
-    factor = 1 if wanted is None else jpeg.reduction(upright, wanted(upright))
+    factor = 1 if target_size is None else jpeg.reduction(upright, target_size(upright))
     pixels = jpeg.decode(data, size, factor, buffers)
     if pixels is None:
         return None
-    return Reduced(np.ascontiguousarray(_upright(pixels, orientation)), upright)
+    return Reduced(np.ascontiguousarray(apply_orientation(pixels, orientation)), upright)
 
 
-def _by_pillow(data: bytes) -> np.ndarray:
+def _decode_by_pillow(data: bytes) -> np.ndarray:
     image = _open(data)
-    orientation = _info(image).orientation
+    orientation = _image_info(image).orientation
     try:
         pixels = _rgb(image)
     except DecodeError:
@@ -112,13 +114,13 @@ def _by_pillow(data: bytes) -> np.ndarray:
         raise DecodeError("error", "MemoryError: the decoded image does not fit into this process's memory") from None
     except Exception as error:  # hostile bytes make decoders raise almost anything
         raise DecodeError("corrupt", f"image cannot be decoded: {_text(error)}") from None
-    return np.ascontiguousarray(_upright(pixels, orientation))
+    return np.ascontiguousarray(apply_orientation(pixels, orientation))
 
 
 def decode_many(
     items: Sequence[bytes | None],
     threads: int,
-    wanted: Callable[[Size], Size] | None = None,
+    target_size: Callable[[Size], Size] | None = None,
     buffers: Buffers | None = None,
     then: Callable[[int, np.ndarray | Reduced], Reduced] | None = None,
 ) -> list[np.ndarray | Reduced | DecodeError]:
@@ -127,20 +129,20 @@ def decode_many(
     Args:
         items: Encoded images.
         threads: Images decoded at a time.
-        wanted: Size of an upright image -> the size to which it will be resized. A JPEG much larger than that is
+        target_size: Size of an upright image -> the size to which it will be resized. A JPEG much larger than that is
             decoded at 1/2, 1/4 or 1/8 of its size, and comes as ``Reduced``.
         buffers: Where the memory of JPEGs comes from.
         then: Given an item's number and image, in the thread that decoded it and while it is in that core's cache;
             what it returns takes the image's place.
     """
 
-    def one(number: int) -> np.ndarray | Reduced | DecodeError:
+    def decode_one(number: int) -> np.ndarray | Reduced | DecodeError:
         data = items[number]
         try:
             if data is None:
                 return DecodeError("missing", "no image bytes")
-            found = _plain(data, wanted, buffers)
-            image = _by_pillow(data) if found is None else found
+            plain_jpeg = _decode_plain_jpeg(data, target_size, buffers)
+            image = _decode_by_pillow(data) if plain_jpeg is None else plain_jpeg
         except DecodeError as error:
             return error
         if isinstance(image, Reduced) and image.pixels.shape[:2] == image.size:
@@ -149,11 +151,15 @@ def decode_many(
 
     count = len(items)
     if threads <= 1 or count <= 1:
-        return [one(number) for number in range(count)]
+        return [decode_one(number) for number in range(count)]
     # Some at a time: handing over a single one costs a twentieth of decoding it.
-    step = max(1, min(_AT_A_TIME, count // (2 * threads)))
-    parts = [range(start, min(start + step, count)) for start in range(0, count, step)]
-    return [item for part in pool(threads).map(lambda part: [one(number) for number in part], parts) for item in part]
+    step = max(1, min(_SLICE_IMAGES, count // (2 * threads)))
+    slices = [range(start, min(start + step, count)) for start in range(0, count, step)]
+    return [
+        item
+        for part in pool(threads).map(lambda part: [decode_one(number) for number in part], slices)
+        for item in part
+    ]
 
 
 def pool(threads: int) -> ThreadPoolExecutor:
@@ -190,21 +196,21 @@ def decode_map(data: bytes) -> np.ndarray:
 def _open(data: bytes) -> Image.Image:
     if len(data) > MAX_BYTES:
         raise DecodeError("error", f"image file has {len(data)} bytes; at most {MAX_BYTES} are read")
-    if data[:2] == b"\xff\xd8" and (found := jpeg.scans(data)) > jpeg.MAX_SCANS:
-        raise DecodeError("error", f"JPEG of {found} scans; at most {jpeg.MAX_SCANS} are decoded")
+    if data.startswith(START_OF_IMAGE) and (num_scans := count_scans(data)) > jpeg.MAX_SCANS:
+        raise DecodeError("error", f"JPEG of {num_scans} scans; at most {jpeg.MAX_SCANS} are decoded")
     _silence_pillow()
     try:
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
     except UnidentifiedImageError:
-        what = "empty file" if not data else "not an image of a supported format"
-        raise DecodeError("corrupt", what) from None
+        fault = "empty file" if not data else "not an image of a supported format"
+        raise DecodeError("corrupt", fault) from None
     except Image.DecompressionBombError:
         raise DecodeError("error", f"image has more than {MAX_PIXELS} pixels") from None
     except Exception as error:  # as in decode
         raise DecodeError("corrupt", f"image header cannot be read: {_text(error)}") from None
     if image.width * image.height > MAX_PIXELS:
-        found = f"{image.width}x{image.height}"
-        raise DecodeError("error", f"image of {found} has more than {MAX_PIXELS} pixels")
+        found_size = f"{image.width}x{image.height}"
+        raise DecodeError("error", f"image of {found_size} has more than {MAX_PIXELS} pixels")
     return image
 
 
@@ -214,18 +220,18 @@ def _silence_pillow() -> None:
     Not by ``catch_warnings``, which is not safe in threads. Asked for anew each time, since whoever resets
     the filters (a test runner) would turn a harmless warning into a corrupt image.
     """
-    first = warnings.filters[0] if warnings.filters else None
-    if first is None or first[0] != "ignore" or getattr(first[3], "pattern", None) != _PILLOW:
+    newest = warnings.filters[0] if warnings.filters else None
+    if newest is None or newest[0] != "ignore" or getattr(newest[3], "pattern", None) != _PILLOW:
         warnings.filterwarnings("ignore", module=_PILLOW)
 
 
 _PILLOW = r"PIL\."
 
 
-def _info(image: Image.Image) -> ImageInfo:
+def _image_info(image: Image.Image) -> ImageInfo:
     try:
         # The base method: PNG's own reads the whole file first, in search of a trailing EXIF chunk.
-        orientation = int(Image.Image.getexif(image).get(_ORIENTATION_TAG, 1))
+        orientation = int(Image.Image.getexif(image).get(ORIENTATION_TAG, 1))
     except Exception:  # broken EXIF is no reason to lose the image; then it counts as upright
         orientation = 1
     orientation = orientation if 1 <= orientation <= 8 else 1
@@ -250,7 +256,7 @@ def _rgb(image: Image.Image) -> np.ndarray:
     return np.array(image.convert("RGB"))
 
 
-def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+def apply_orientation(pixels: np.ndarray, orientation: int) -> np.ndarray:
     """Undo EXIF orientation (CIPA DC-008, tag 0x0112): how row 0 and column 0 of the file are seen."""
     if orientation in (2, 7):
         pixels = pixels[:, ::-1] if orientation == 2 else pixels[::-1, ::-1].swapaxes(0, 1)

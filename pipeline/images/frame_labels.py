@@ -1,4 +1,4 @@
-"""Framing on the CPU: decoded images and labels into one canvas."""
+"""Labels of images in the canvases that the images were laid out in: masks, boxes, matrices."""
 
 from collections.abc import Sequence
 from typing import TypedDict
@@ -9,9 +9,8 @@ from torch import Tensor
 
 from pipeline.images import affine
 from pipeline.images.decode import Size
-from pipeline.images.host_frames import in_threads, paste_images, paste_nearest
-from pipeline.images.input_settings import InputSettings
-from pipeline.images.layout import Layout, lay_out
+from pipeline.images.host_frames import in_threads, paste_nearest
+from pipeline.images.layout import Layout
 from pipeline.schema import VOID
 
 
@@ -24,32 +23,6 @@ class FramedLabels(TypedDict):
     crowd: Tensor | None
     matrices: Tensor
     sizes: Tensor
-
-
-class Frame(FramedLabels):
-    """All of them."""
-
-    images: Tensor
-
-
-def frame(
-    images: Sequence[np.ndarray],
-    masks: Sequence[np.ndarray | None] | None,
-    boxes: Sequence[np.ndarray | None] | None,
-    labels: Sequence[np.ndarray | None] | None,
-    crowd: Sequence[np.ndarray | None] | None,
-    input: InputSettings,
-    *,
-    train: bool,
-    offsets: np.ndarray | None = None,
-    multiple: int = 32,
-    threads: int = 1,
-) -> Frame:
-    """Lay N images of any size, with their labels, into one canvas: ``lay_out``, and all that it is for."""
-    sizes = [(image.shape[0], image.shape[1]) for image in images]
-    layout = lay_out(sizes, input, train=train, offsets=offsets, multiple=multiple)
-    framed = frame_labels(sizes, layout, masks, boxes, labels, crowd, threads)
-    return {"images": paste_images(images, layout, input, threads), **framed}
 
 
 def frame_labels(
@@ -85,12 +58,12 @@ def frame_labels(
 
         in_threads(paste, len(sizes), threads)
     matrices = [affine.placement_matrix(size, place) for size, place in zip(sizes, layout.places, strict=True)]
-    moved = _pad_boxes(boxes, labels, crowd, matrices, layout.canvas)
+    padded = _pad_boxes(boxes, labels, crowd, matrices, layout.canvas)
     return {
         "masks": out_masks,
-        "boxes": moved[0],
-        "labels": moved[1],
-        "crowd": moved[2],
+        "boxes": padded[0],
+        "labels": padded[1],
+        "crowd": padded[2],
         "matrices": torch.stack(matrices).float() if matrices else torch.zeros(0, 3, 3),
         "sizes": torch.tensor(sizes, dtype=torch.int64).reshape(-1, 2),
     }
@@ -109,28 +82,33 @@ def _pad_boxes(
     """
     if boxes is None or labels is None:
         return None, None, None
-    each = list(zip(boxes, labels, [None] * len(boxes) if crowd is None else crowd, strict=True))
-    counts = [0 if box is None or label is None else len(box) for box, label, _ in each]
-    some = [n for n, count in enumerate(counts) if count]
-    which = np.repeat(np.arange(len(each)), counts)
+    labelled = list(zip(boxes, labels, [None] * len(boxes) if crowd is None else crowd, strict=True))
+    counts = [0 if moved is None or classes is None else len(moved) for moved, classes, _ in labelled]
+    boxed_rows = [n for n, count in enumerate(counts) if count]
+    row_of_box = np.repeat(np.arange(len(labelled)), counts)
     # All of the batch at once: a loop over images holds the interpreter's lock, and with it the decoding threads.
-    box = torch.from_numpy(_joined([each[n][0] for n in some], np.float64).reshape(-1, 4))
-    if len(which):
-        box = affine.transform_boxes(box[:, None], torch.stack(matrices)[which])[:, 0]
-    label = _joined([each[n][1] for n in some], np.int64)
-    many = _joined([np.zeros(counts[n], bool) if each[n][2] is None else each[n][2] for n in some], bool)
-    seen = ((box[:, 2:] > 0).all(1) & (box[:, 0] < canvas[1]) & (box[:, 1] < canvas[0])).numpy()
-    row = which[seen]
-    left = np.bincount(row, minlength=len(each))
-    place = np.arange(len(row)) - (np.cumsum(left) - left)[row]
-    longest = max([1, *left.tolist()])
-    out = torch.zeros(len(each), longest, 4)
-    out_labels = torch.full((len(each), longest), -1, dtype=torch.int64)
-    out_crowd = torch.zeros(len(each), longest, dtype=torch.bool)
-    out[row, place] = box[seen].float()
-    out_labels[row, place], out_crowd[row, place] = torch.from_numpy(label[seen]), torch.from_numpy(many[seen])
-    return out, out_labels, out_crowd
+    moved = torch.from_numpy(_concatenated([labelled[n][0] for n in boxed_rows], np.float64).reshape(-1, 4))
+    if len(row_of_box):
+        moved = affine.transform_boxes(moved[:, None], torch.stack(matrices)[row_of_box])[:, 0]
+    classes = _concatenated([labelled[n][1] for n in boxed_rows], np.int64)
+    is_crowd = _concatenated(
+        [np.zeros(counts[n], bool) if labelled[n][2] is None else labelled[n][2] for n in boxed_rows], bool
+    )
+    in_canvas = ((moved[:, 2:] > 0).all(1) & (moved[:, 0] < canvas[1]) & (moved[:, 1] < canvas[0])).numpy()
+    row = row_of_box[in_canvas]
+    num_kept = np.bincount(row, minlength=len(labelled))
+    column = np.arange(len(row)) - (np.cumsum(num_kept) - num_kept)[row]
+    longest = max([1, *num_kept.tolist()])
+    out_boxes = torch.zeros(len(labelled), longest, 4)
+    out_labels = torch.full((len(labelled), longest), -1, dtype=torch.int64)
+    out_crowd = torch.zeros(len(labelled), longest, dtype=torch.bool)
+    out_boxes[row, column] = moved[in_canvas].float()
+    out_labels[row, column], out_crowd[row, column] = (
+        torch.from_numpy(classes[in_canvas]),
+        torch.from_numpy(is_crowd[in_canvas]),
+    )
+    return out_boxes, out_labels, out_crowd
 
 
-def _joined(arrays: Sequence[np.ndarray | None], kind: type) -> np.ndarray:
+def _concatenated(arrays: Sequence[np.ndarray | None], kind: type) -> np.ndarray:
     return np.concatenate([np.zeros(0, kind), *(np.asarray(array, kind).ravel() for array in arrays)])

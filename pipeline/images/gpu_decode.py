@@ -9,20 +9,31 @@ import torch
 from torch import Tensor
 
 from pipeline.images.decode import MAX_BYTES, MAX_PIXELS, DecodeError, Reduced, decode_many
+from pipeline.images.jpeg_markers import (
+    APP1,
+    APP2,
+    APP14,
+    BASELINE_FRAME,
+    END_OF_IMAGE,
+    EXIF_HEADER,
+    START_OF_IMAGE,
+    START_OF_SCAN,
+    TABLES,
+    XMP_ORIENTATION,
+    exif_orientation,
+    header_segments,
+)
 
 log = logging.getLogger(__name__)
 
 Pixels = Tensor | np.ndarray
 """(3, H, W) uint8 on the device, or (H, W, 3) uint8 on the host."""
 
-_ORIENTATION_TAG = 0x0112
-_ALONE = frozenset({0x01, *range(0xD0, 0xD8)})
-"""Markers without a length."""
-_TABLES = frozenset({0xC4, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0)})
-"""Huffman and quantisation tables, restart interval, comment, application data."""
 _SAMPLINGS = frozenset({0x11, 0x21, 0x22, 0x12})
 """4:4:4, 4:2:2, 4:2:0 and 4:4:0."""
-_FEW = 4
+_TRAILER_BYTES = 64
+"""Within so many last bytes the end marker must stand."""
+_TRUSTED_FAILURES = 4
 """Files of which all may be bad; of more, a decoder that takes none does not work here."""
 
 
@@ -32,61 +43,44 @@ def baseline_size(data: bytes) -> tuple[int, int] | None:
     That is (ITU-T T.81): baseline, 8 bit, three components in YCbCr (so JFIF, or Adobe's transform 1) in one scan,
     ordinary chroma sampling, upright by its EXIF orientation, one picture in the file, and its end marker there.
     """
-    if data[:2] != b"\xff\xd8" or len(data) > MAX_BYTES or data.rfind(b"\xff\xd9", len(data) - 64) < 0:
+    ends = data.rfind(END_OF_IMAGE, len(data) - _TRAILER_BYTES) >= 0
+    if not data.startswith(START_OF_IMAGE) or len(data) > MAX_BYTES or not ends:
         return None
-    at, size = 2, None
-    while at + 4 <= len(data) and data[at] == 0xFF:
-        marker = data[at + 1]
-        if marker == 0xFF or marker in _ALONE:
-            at += 1 if marker == 0xFF else 2
-            continue
-        body = data[at + 4 : at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")]
-        at += 4 + len(body)
-        if marker == 0xC0:
-            size = _frame_size(body)
-        elif marker == 0xDA:
-            return size if body[:1] == b"\x03" else None
-        elif marker not in _TABLES or _changes_colours_or_place(marker, body):
+    size = None
+    for marker, _, payload in header_segments(data):
+        if marker == BASELINE_FRAME:
+            size = _frame_size(payload)
+        elif marker == START_OF_SCAN:
+            # One scan of all three components: what is called non-interleaved has a scan for each.
+            return size if payload[:1] == b"\x03" else None
+        elif marker not in TABLES or _changes_colours_or_place(marker, payload):
             return None
     return None
 
 
-def _frame_size(body: bytes) -> tuple[int, int] | None:
+def _frame_size(payload: bytes) -> tuple[int, int] | None:
     """Of a baseline frame header (T.81, B.2.2), if it is of the plain kind."""
-    if len(body) != 15 or body[0] != 8 or body[5] != 3:
+    if len(payload) != 15 or payload[0] != 8 or payload[5] != 3:
         return None
-    height, width = int.from_bytes(body[1:3], "big"), int.from_bytes(body[3:5], "big")
-    names = body[6], body[9], body[12]
-    chroma = body[10] == body[13] == 0x11
-    if names not in ((1, 2, 3), (0, 1, 2)) or body[7] not in _SAMPLINGS or not chroma:
+    height, width = int.from_bytes(payload[1:3], "big"), int.from_bytes(payload[3:5], "big")
+    names = payload[6], payload[9], payload[12]
+    chroma = payload[10] == payload[13] == 0x11
+    if names not in ((1, 2, 3), (0, 1, 2)) or payload[7] not in _SAMPLINGS or not chroma:
         return None
     return (height, width) if 0 < height * width <= MAX_PIXELS else None
 
 
-def _changes_colours_or_place(marker: int, body: bytes) -> bool:
+def _changes_colours_or_place(marker: int, payload: bytes) -> bool:
     """Whether application data says that the pixels are not simply upright YCbCr of one picture."""
-    if marker == 0xEE and body.startswith(b"Adobe"):
-        return body[11:12] != b"\x01"
-    if marker == 0xE2:
-        return body.startswith(b"MPF\0")
-    turned = marker == 0xE1 and body.startswith(b"Exif\0\0") and _orientation(body[6:]) != 1
-    return turned or (marker == 0xE1 and b"tiff:Orientation" in body)  # XMP, where Pillow looks too
-
-
-def _orientation(tiff: bytes) -> int:
-    """EXIF orientation out of a TIFF header and its first directory; 1 where there is none, 0 where it is odd."""
-    order = {b"II*\0": "little", b"MM\0*": "big"}.get(tiff[:4])
-    if order is None:
-        return 0
-
-    def number(at: int, length: int) -> int:
-        return int.from_bytes(tiff[at : at + length], order)  # type: ignore[arg-type]
-
-    start = number(4, 4)
-    entries = [start + 2 + 12 * n for n in range(number(start, 2))]
-    if entries and entries[-1] + 12 > len(tiff):
-        return 0
-    return next((number(at + 8, 2) for at in entries if number(at, 2) == _ORIENTATION_TAG), 1)
+    if marker == APP14 and payload.startswith(b"Adobe"):
+        return payload[11:12] != b"\x01"
+    if marker == APP2:
+        return payload.startswith(b"MPF\0")
+    if marker != APP1:
+        return False
+    # EXIF, or else XMP, where Pillow looks too.
+    turned = payload.startswith(EXIF_HEADER) and exif_orientation(payload[len(EXIF_HEADER) :]) != 1
+    return turned or XMP_ORIENTATION in payload
 
 
 class DeviceDecoder:
@@ -99,21 +93,21 @@ class DeviceDecoder:
 
     def __call__(self, items: Sequence[bytes | None]) -> list[Pixels | DecodeError]:
         """As ``decode.decode_many``, in order; the host's verdict counts for what the device refused."""
-        out: list[Pixels | DecodeError | None] = [None] * len(items)
+        images: list[Pixels | DecodeError | None] = [None] * len(items)
         sizes = [None if item is None or not self._works else baseline_size(item) for item in items]
-        plain = [n for n, size in enumerate(sizes) if size is not None]
-        decoded = self._decode([items[n] for n in plain])  # type: ignore[misc]
-        for n, image in zip(plain, decoded, strict=True):
+        baseline = [n for n, size in enumerate(sizes) if size is not None]
+        decoded = self._decode_on_device([items[n] for n in baseline])  # type: ignore[misc]
+        for n, image in zip(baseline, decoded, strict=True):
             if image is not None and tuple(image.shape) == (3, *sizes[n]):  # type: ignore[misc]
-                out[n] = image
-        rest = [n for n, image in enumerate(out) if image is None]
+                images[n] = image
+        rest = [n for n, image in enumerate(images) if image is None]
         for n, image in zip(rest, decode_many([items[n] for n in rest], self.threads), strict=True):
             assert not isinstance(image, Reduced), "nobody asked for less than the whole"
-            out[n] = image
-        self._judge([out[n] for n in plain])
-        return out  # type: ignore[return-value]
+            images[n] = image
+        self._give_up_if_useless([images[n] for n in baseline])
+        return images  # type: ignore[return-value]
 
-    def _decode(self, files: list[bytes]) -> list[Tensor | None]:
+    def _decode_on_device(self, files: list[bytes]) -> list[Tensor | None]:
         """None in the place of what the device refused: it gives all or nothing, so halves are tried."""
         if not files:
             return []
@@ -129,14 +123,14 @@ class DeviceDecoder:
             if len(files) == 1:
                 return [None]
             half = len(files) // 2
-            return self._decode(files[:half]) + self._decode(files[half:])
+            return self._decode_on_device(files[:half]) + self._decode_on_device(files[half:])
 
-    def _judge(self, found: list[Pixels | DecodeError | None]) -> None:
+    def _give_up_if_useless(self, images: list[Pixels | DecodeError | None]) -> None:
         """Give the device up, with one warning, if it took none of many files that the host could read."""
-        if self._works and len(found) > _FEW and all(isinstance(image, np.ndarray) for image in found):
+        if self._works and len(images) > _TRUSTED_FAILURES and all(isinstance(image, np.ndarray) for image in images):
             self._works = False
             log.warning(
                 "%s decodes no JPEGs here (none of %d, all of which the host decoded): decoding goes on, "
                 "slower, on the host; set stream.decode to host to be rid of this message",
-                self.device, len(found),
+                self.device, len(images),
             )  # fmt: skip

@@ -21,7 +21,7 @@ def frame_on_device(
     input: InputSettings,
     device: torch.device,
 ) -> Tensor:
-    """What ``frame`` does to images, on a device; nothing of it waits for that device.
+    """What ``host_frames.paste_images`` does, on a device; nothing of it waits for that device.
 
     Resizing is bilinear with antialiasing, as on the host, but in float32 where that one uses integer weights: a value
     may differ by 1.
@@ -35,21 +35,21 @@ def frame_on_device(
     Returns:
         (N, 3, H, W) of the canvas, uint8 on ``device``, channels last in memory.
     """
-    out = torch.empty(len(images), *layout.canvas, 3, dtype=torch.uint8, device=device).permute(0, 3, 1, 2)
+    frames = torch.empty(len(images), *layout.canvas, 3, dtype=torch.uint8, device=device).permute(0, 3, 1, 2)
     for channel, value in enumerate(input.mean):
-        out[:, channel].fill_(round(255 * value))
-    alike: dict[tuple[tuple[int, int], tuple[int, int]], list[int]] = {}
+        frames[:, channel].fill_(round(255 * value))
+    rows_by_size: dict[tuple[tuple[int, int], tuple[int, int]], list[int]] = {}
     planes = [_planes(image, device) for image in images]
     for n, (image, place) in enumerate(zip(planes, layout.places, strict=True)):
-        alike.setdefault(((image.shape[1], image.shape[2]), (place.height, place.width)), []).append(n)
-    for (size, wanted), members in alike.items():
+        rows_by_size.setdefault(((image.shape[1], image.shape[2]), (place.height, place.width)), []).append(n)
+    for (size, target), rows in rows_by_size.items():
         step = max(1, CHUNK_PIXELS // (size[0] * size[1]))
-        for start in range(0, len(members), step):
-            some = members[start : start + step]
-            resized = [planes[n] for n in some] if size == wanted else _resize([planes[n] for n in some], wanted)
-            for n, image in zip(some, resized, strict=True):
-                _paste(out[n], image, layout.places[n])
-    return out
+        for start in range(0, len(rows), step):
+            chunk = rows[start : start + step]
+            resized = [planes[n] for n in chunk] if size == target else _resize([planes[n] for n in chunk], target)
+            for n, image in zip(chunk, resized, strict=True):
+                _paste(frames[n], image, layout.places[n])
+    return frames
 
 
 def _planes(image: Tensor | np.ndarray, device: torch.device) -> Tensor:

@@ -40,14 +40,14 @@ class Paster:
         self.canvas = canvas_size([], input, train, 1)
         self.frames = _empty((count, *self.canvas, 3), buffers)
         """(N, H, W, 3) uint8, not initialised where no image was put."""
-        self._line = _line(input, self.canvas[1])
+        self._background = _background_row(input, self.canvas[1])
 
     @staticmethod
     def fits(input: InputSettings, train: bool) -> bool:
         """Whether all frames have one size, whatever the images."""
         return train or input.fit != "crop"
 
-    def wanted(self, size: Size) -> Size:
+    def target_size(self, size: Size) -> Size:
         """Height and width to which an image of ``size`` is resized; its own with ``crop``."""
         return shown_size(size, self.input)
 
@@ -56,7 +56,7 @@ class Paster:
         pixels, size = image if isinstance(image, Reduced) else (image, (image.shape[0], image.shape[1]))
         offset = None if self.offsets is None else self.offsets[number]
         place = place_image(size, self.canvas, self.input, self.train, offset)
-        _put(self.frames[number], pixels, place, self._line, self.buffers)
+        _place_on_background(self.frames[number], pixels, place, self._background, self.buffers)
         return Reduced(self.frames[number].numpy(), size)
 
     def images(self, rows: Sequence[int]) -> Tensor:
@@ -84,17 +84,21 @@ def paste_images(
     Returns:
         (N, 3, H, W) uint8 of the canvas, channels last in memory, as decoders write and resizing is fastest.
     """
-    out, line = _empty((len(images), *layout.canvas, 3), buffers), _line(input, layout.canvas[1])
-    in_threads(lambda n: _put(out[n], images[n], layout.places[n], line, buffers), len(images), threads)
-    return out.permute(0, 3, 1, 2)
+    frames, background = _empty((len(images), *layout.canvas, 3), buffers), _background_row(input, layout.canvas[1])
+    in_threads(
+        lambda n: _place_on_background(frames[n], images[n], layout.places[n], background, buffers),
+        len(images),
+        threads,
+    )
+    return frames.permute(0, 3, 1, 2)
 
 
 def paste_nearest(canvas: Tensor, mask: Tensor, place: Placement) -> None:
     """Write ``mask`` (h, w) into ``canvas`` (H, W), resized to the placement and cut at the edges."""
     if mask.shape != (place.height, place.width):
         mask = interpolate(mask[None, None], (place.height, place.width), mode="nearest-exact")[0, 0]
-    rows, columns = _inside(place, canvas)
-    canvas[rows, columns] = mask[_cut(rows, place.top), _cut(columns, place.left)]
+    rows, columns = _covered(place, canvas)
+    canvas[rows, columns] = mask[_source_slice(rows, place.top), _source_slice(columns, place.left)]
 
 
 def in_threads(work: Callable[[int], None], count: int, threads: int) -> None:
@@ -110,51 +114,53 @@ def _empty(shape: tuple[int, ...], buffers: Buffers | None) -> Tensor:
     return torch.from_numpy(np.empty(shape, np.uint8) if buffers is None else buffers.take(*shape))
 
 
-def _line(input: InputSettings, width: int) -> Tensor:
+def _background_row(input: InputSettings, width: int) -> Tensor:
     """(W, 3) of the mean colour."""
     return torch.tensor([round(255 * value) for value in input.mean], dtype=torch.uint8).repeat(width).view(-1, 3)
 
 
-def _put(out: Tensor, pixels: np.ndarray, place: Placement, line: Tensor, buffers: Buffers | None) -> None:
+def _place_on_background(
+    out: Tensor, pixels: np.ndarray, place: Placement, line: Tensor, buffers: Buffers | None
+) -> None:
     image = torch.from_numpy(np.require(pixels, requirements=["C", "W"]))
     _fill_around(out, place, line)
     _paste(out, image, place, buffers)
 
 
-def _inside(place: Placement, canvas: Tensor) -> tuple[slice, slice]:
+def _covered(place: Placement, canvas: Tensor) -> tuple[slice, slice]:
     """Rows and columns of a canvas (H, W, ...) that a placement covers."""
     rows = slice(max(place.top, 0), min(place.top + place.height, canvas.shape[0]))
     return rows, slice(max(place.left, 0), min(place.left + place.width, canvas.shape[1]))
 
 
-def _fill_around(canvas: Tensor, place: Placement, line: Tensor) -> None:
+def _fill_around(canvas: Tensor, place: Placement, background: Tensor) -> None:
     """Write the (W, 3) ``line`` wherever a placement leaves the canvas (H, W, 3) bare."""
-    rows, columns = _inside(place, canvas)
+    rows, columns = _covered(place, canvas)
     if (rows.start, columns.start, rows.stop, columns.stop) == (0, 0, *canvas.shape[:2]):
         return
-    canvas[: rows.start] = line
-    canvas[rows.stop :] = line
-    canvas[rows, : columns.start] = line[: columns.start]
-    canvas[rows, columns.stop :] = line[columns.stop :]
+    canvas[: rows.start] = background
+    canvas[rows.stop :] = background
+    canvas[rows, : columns.start] = background[: columns.start]
+    canvas[rows, columns.stop :] = background[columns.stop :]
 
 
 def _paste(canvas: Tensor, image: Tensor, place: Placement, buffers: Buffers | None) -> None:
     """Write ``image`` (h, w, 3) into ``canvas`` (H, W, 3), resized to the placement and cut at the edges."""
-    rows, columns = _inside(place, canvas)
-    part = canvas[rows, columns]
+    rows, columns = _covered(place, canvas)
+    target = canvas[rows, columns]
     if image.shape[:2] == (place.height, place.width):
-        part.copy_(image[_cut(rows, place.top), _cut(columns, place.left)])
+        target.copy_(image[_source_slice(rows, place.top), _source_slice(columns, place.left)])
         return
-    whole = part.shape[:2] == (place.height, place.width)
-    if whole and part.is_contiguous():
-        _resize(image, part)
+    whole = target.shape[:2] == (place.height, place.width)
+    if whole and target.is_contiguous():
+        _resize(image, target)
         return
     resized = _empty((place.height, place.width, 3), buffers)
     _resize(image, resized)
-    part.copy_(resized[_cut(rows, place.top), _cut(columns, place.left)])
+    target.copy_(resized[_source_slice(rows, place.top), _source_slice(columns, place.left)])
 
 
-def _cut(inside: slice, start: int) -> slice:
+def _source_slice(inside: slice, start: int) -> slice:
     return slice(inside.start - start, inside.stop - start)
 
 
@@ -163,5 +169,5 @@ def _resize(image: Tensor, out: Tensor) -> None:
 
     By the operator behind ``interpolate``, since that one always makes its result anew.
     """
-    source, wanted = image.permute(2, 0, 1)[None], out.permute(2, 0, 1)[None]
-    torch.ops.aten._upsample_bilinear2d_aa.out(source, list(wanted.shape[2:]), False, out=wanted)
+    source, target = image.permute(2, 0, 1)[None], out.permute(2, 0, 1)[None]
+    torch.ops.aten._upsample_bilinear2d_aa.out(source, list(target.shape[2:]), False, out=target)

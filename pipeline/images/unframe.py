@@ -23,20 +23,22 @@ def unframe_maps(maps: Tensor, matrices: Tensor, sizes: Tensor) -> list[Tensor]:
     Returns:
         N tensors (C, H, W) on the device of ``maps``.
     """
-    host = matrices.detach().to("cpu", torch.float64)
-    out = []
+    host_matrices = matrices.detach().to("cpu", torch.float64)
+    unframed = []
     for n, (height, width) in enumerate(sizes.tolist()):
-        place = _upright_placement(host[n], (height, width), (maps.shape[-2], maps.shape[-1]))
+        place = _upright_placement(host_matrices[n], (height, width), (maps.shape[-2], maps.shape[-1]))
         if place is None:
-            theta = sampling_theta(torch.linalg.inv(host[n])[None], (maps.shape[-2], maps.shape[-1]), (height, width))
+            theta = sampling_theta(
+                torch.linalg.inv(host_matrices[n])[None], (maps.shape[-2], maps.shape[-1]), (height, width)
+            )
             grid = affine_grid(theta.to(maps), [1, 1, height, width], align_corners=False)
             values = grid_sample(maps[n : n + 1], grid, padding_mode="border", align_corners=False)
         else:
             values = maps[n : n + 1, :, place.top : place.top + place.height, place.left : place.left + place.width]
             if (place.height, place.width) != (height, width):
                 values = interpolate(values, (height, width), mode="bilinear", align_corners=False)
-        out.append(values[0])
-    return out
+        unframed.append(values[0])
+    return unframed
 
 
 def _upright_placement(matrix: Tensor, size: tuple[int, int], canvas: tuple[int, int]) -> Placement | None:

@@ -61,12 +61,12 @@ def assign(
     # The floor keeps an order among candidates where nothing overlaps yet.
     alignment = (scores.pow(alpha) * overlap.pow(beta) + _EPS) * inside
     best = alignment.topk(min(topk, num_locations), dim=-1).indices
-    wanted = torch.zeros_like(inside).scatter_(-1, best, True) & inside
+    claimed = torch.zeros_like(inside).scatter_(-1, best, True) & inside
     # Ties at the same location: the object it overlaps most; then the smallest, as FCOS does.
     area = ((boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])).clamp(min=0)
-    claim = torch.where(wanted, overlap + _EPS / (1 + area[..., None]), -torch.ones_like(overlap))
-    index = claim.argmax(dim=1)
-    positive = wanted.any(dim=1)
+    claim_strength = torch.where(claimed, overlap + _EPS / (1 + area[..., None]), -torch.ones_like(overlap))
+    index = claim_strength.argmax(dim=1)
+    positive = claimed.any(dim=1)
     boxes_axis = torch.arange(num_boxes, device=boxes.device)[None, :, None]
     won = (boxes_axis == index[:, None, :]) & positive[:, None, :]
     share = won.float() / won.sum(dim=-1, keepdim=True).clamp(min=1)

@@ -77,8 +77,8 @@ def check_number(loss: str, low: float, high: float = math.inf, **values: Any) -
             or not low <= value <= high
             or math.isinf(value)
         ):
-            wanted = f"of at least {low:g}" if math.isinf(high) else f"from {low:g} to {high:g}"
-            raise InputError(f"loss.{loss}.{key}: wanted a number {wanted}, found {value!r}; mend the config")
+            allowed = f"of at least {low:g}" if math.isinf(high) else f"from {low:g} to {high:g}"
+            raise InputError(f"loss.{loss}.{key}: wanted a number {allowed}, found {value!r}; mend the config")
 
 
 def class_weights(loss: str, weights: Sequence[float] | None, scores: Tensor) -> Tensor | None:
@@ -96,11 +96,11 @@ def class_weights(loss: str, weights: Sequence[float] | None, scores: Tensor) ->
         )
     for number, weight in enumerate(weights):
         check_number(loss, 0, **{f"weights[{number}]": weight})
-    return _row(tuple(map(float, weights)), scores.device, scores.dtype)
+    return _weights_row(tuple(map(float, weights)), scores.device, scores.dtype)
 
 
 @lru_cache(maxsize=64)
-def _row(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+def _weights_row(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
     """Kept, since a copy to the device waits for it; usable by autograd whoever asked first."""
     with torch.inference_mode(False):
         return torch.tensor(values, device=device, dtype=dtype)

@@ -108,7 +108,7 @@ def detection(
         settings: Weights and exponents; None = defaults.
     """
     settings = settings or DetectionLoss()
-    number = counts(labels, crowd)
+    object_counts = counts(labels, crowd)
     if boxes.shape[1] == 0:
         # One padding box, so that reductions over boxes are defined.
         boxes = boxes.new_zeros((boxes.shape[0], 1, 4))
@@ -134,18 +134,18 @@ def detection(
     box = ((1 - giou) * assigned.share).sum()
     quality = torch.zeros_like(box)
     if output.quality is not None:
-        wanted = iou.detach().clamp(0, 1)
-        each = F.binary_cross_entropy_with_logits(output.quality.float(), wanted, reduction="none")
-        quality = (each * assigned.share).sum()
-    cls = _classes(output, boxes, labels, crowd, assigned, settings)
+        target_iou = iou.detach().clamp(0, 1)
+        quality_loss = F.binary_cross_entropy_with_logits(output.quality.float(), target_iou, reduction="none")
+        quality = (quality_loss * assigned.share).sum()
+    cls = _class_loss(output, boxes, labels, crowd, assigned, settings)
     return {
-        "cls": (settings.cls_weight, cls, number["cls"]),
-        "box": (settings.box_weight, box, number["box"]),
-        "quality": (settings.quality_weight, quality, number["quality"]),
+        "cls": (settings.cls_weight, cls, object_counts["cls"]),
+        "box": (settings.box_weight, box, object_counts["box"]),
+        "quality": (settings.quality_weight, quality, object_counts["quality"]),
     }
 
 
-def _classes(
+def _class_loss(
     output: Locations,
     boxes: Tensor,
     labels: Tensor,
@@ -163,11 +163,11 @@ def _classes(
     if settings.target == "hard":
         loss = loss * torch.where(target > 0, settings.balance, 1 - settings.balance)
     if crowd is not None:
-        loss = loss.masked_fill(_ignored(output, boxes, labels, crowd, assigned.positive), 0.0)
+        loss = loss.masked_fill(_in_crowd_of_class(output, boxes, labels, crowd, assigned.positive), 0.0)
     return loss.sum()
 
 
-def _ignored(output: Locations, boxes: Tensor, labels: Tensor, crowd: Tensor, positive: Tensor) -> Tensor:
+def _in_crowd_of_class(output: Locations, boxes: Tensor, labels: Tensor, crowd: Tensor, positive: Tensor) -> Tensor:
     """(N, L, K) bool: locations inside a crowd box of that class that answer for no object."""
     x, y = output.centres[:, 0], output.centres[:, 1]
     x1, y1, x2, y2 = boxes.float().unsqueeze(-1).unbind(dim=2)

@@ -40,10 +40,12 @@ def cross_entropy(
     check_number("cross_entropy", 0, 1, smoothing=smoothing)
     scores = as_float32(categorical(logits))
     weight = class_weights("cross_entropy", weights, scores)
-    each = F.cross_entropy(
+    pixel_loss = F.cross_entropy(
         scores, target.long(), weight, ignore_index=VOID, reduction="none", label_smoothing=smoothing
     )
-    return _at_boundary("cross_entropy", each, target, boundary, boundary_width).sum(), valid_pixels(target)
+    return _weighted_at_boundary("cross_entropy", pixel_loss, target, boundary, boundary_width).sum(), valid_pixels(
+        target
+    )
 
 
 def binary_cross_entropy(
@@ -69,9 +71,9 @@ def binary_cross_entropy(
     check_number(name, 0, 1, smoothing=smoothing)
     z = binary_logit(as_float32(logits), name, "cross_entropy")
     truth = (target == 0).to(z.dtype) * (1 - smoothing) + smoothing / 2
-    each = -(positive_weight * truth * F.logsigmoid(z) + (1 - truth) * F.logsigmoid(-z))
-    each = each.masked_fill(target == VOID, 0)
-    return _at_boundary(name, each, target, boundary, boundary_width).sum(), valid_pixels(target)
+    pixel_loss = -(positive_weight * truth * F.logsigmoid(z) + (1 - truth) * F.logsigmoid(-z))
+    pixel_loss = pixel_loss.masked_fill(target == VOID, 0)
+    return _weighted_at_boundary(name, pixel_loss, target, boundary, boundary_width).sum(), valid_pixels(target)
 
 
 def focal(
@@ -88,10 +90,10 @@ def focal(
     check_number("focal", 0, gamma=gamma)
     scores = as_float32(categorical(logits))
     weight = class_weights("focal", weights, scores)
-    each = _focal(-F.cross_entropy(scores, target.long(), ignore_index=VOID, reduction="none"), gamma)
+    pixel_loss = _focal_loss(-F.cross_entropy(scores, target.long(), ignore_index=VOID, reduction="none"), gamma)
     if weight is not None:
-        each = each * weight[target.masked_fill(target == VOID, 0).long()]
-    return each.sum(), valid_pixels(target)
+        pixel_loss = pixel_loss * weight[target.masked_fill(target == VOID, 0).long()]
+    return pixel_loss.sum(), valid_pixels(target)
 
 
 def binary_focal(
@@ -108,25 +110,25 @@ def binary_focal(
     check_number("binary_focal", 0, gamma=gamma)
     z = binary_logit(as_float32(logits), "binary_focal", "focal")
     positive = target == 0
-    each = _focal(F.logsigmoid(torch.where(positive, z, -z)), gamma)
+    pixel_loss = _focal_loss(F.logsigmoid(torch.where(positive, z, -z)), gamma)
     if alpha is not None:
         check_number("binary_focal", 0, 1, alpha=alpha)
-        each = torch.where(positive, alpha * each, (1 - alpha) * each)
-    return each.masked_fill(target == VOID, 0).sum(), valid_pixels(target)
+        pixel_loss = torch.where(positive, alpha * pixel_loss, (1 - alpha) * pixel_loss)
+    return pixel_loss.masked_fill(target == VOID, 0).sum(), valid_pixels(target)
 
 
-def _focal(log_p: Tensor, gamma: float) -> Tensor:
+def _focal_loss(log_p: Tensor, gamma: float) -> Tensor:
     """``-(1 - p)^gamma ln p``."""
     # The floor keeps the power's gradient finite at p = 1.
     miss = (-torch.expm1(log_p)).clamp(min=1e-7)
     return -(miss**gamma) * log_p
 
 
-def _at_boundary(loss: str, each: Tensor, target: Tensor, boundary: float, width: float) -> Tensor:
+def _weighted_at_boundary(loss: str, pixel_loss: Tensor, target: Tensor, boundary: float, width: float) -> Tensor:
     check_number(loss, 0, boundary=boundary)
     # Below a fifth of a pixel the nearest neighbours get nothing.
     check_number(loss, 0.2, MAX_WIDTH, boundary_width=width)
-    return each * boundary_weights(target, boundary, width).to(each.dtype) if boundary else each
+    return pixel_loss * boundary_weights(target, boundary, width).to(pixel_loss.dtype) if boundary else pixel_loss
 
 
 def boundary_weights(target: Tensor, boundary: float, width: float) -> Tensor:
@@ -152,16 +154,16 @@ def class_distance(target: Tensor, reach: int) -> Tensor:
     class iff its least label or its greatest differs from the pixel's.
     """
     flipped = (VOID - 1 - target).masked_fill_(target == VOID, VOID)
-    own = torch.stack([target, flipped])
+    labels = torch.stack([target, flipped])
     # VOID is the greatest byte, so it is never the least of a window that holds a label.
-    least = own
+    least = labels
     distance = torch.ones_like(target)
     for step in range(reach):
         if step % 2:
             least = torch.minimum(_least_of_three(least, -1), _least_of_three(least, -2))
         else:
             least = _least_of_three(_least_of_three(least, -1), -2)
-        distance += (least >= own).all(dim=0)
+        distance += (least >= labels).all(dim=0)
     return distance
 
 

@@ -43,7 +43,7 @@ def dice(
     check_number("dice", 0, smooth=smooth)
     overlap, predicted, area = _areas("dice", logits, target, per)
     misses = 1 - _ratio(2 * overlap + smooth, predicted + area + smooth)
-    return _mean(misses, without_classes("dice", area > 0, skip), target, per)
+    return _mean_over_classes(misses, without_classes("dice", area > 0, skip), target, per)
 
 
 def tversky(
@@ -74,7 +74,7 @@ def tversky(
     if gamma != 1:
         # The floor keeps the power's gradient finite where nothing is missed.
         misses = misses.clamp(min=_TINY) ** gamma
-    return _mean(misses, without_classes("tversky", area > 0, skip), target, per)
+    return _mean_over_classes(misses, without_classes("tversky", area > 0, skip), target, per)
 
 
 def jaccard(
@@ -92,7 +92,7 @@ def jaccard(
     check_number("jaccard", 0, smooth=smooth)
     overlap, predicted, area = _areas("jaccard", logits, target, per)
     misses = 1 - _ratio(overlap + smooth, predicted + area - overlap + smooth)
-    return _mean(misses, without_classes("jaccard", area > 0, skip), target, per)
+    return _mean_over_classes(misses, without_classes("jaccard", area > 0, skip), target, per)
 
 
 def lovasz(logits: Tensor, target: Tensor, *, skip: Sequence[int] = (), per: str = "image") -> tuple[Tensor, Tensor]:
@@ -108,12 +108,14 @@ def lovasz(logits: Tensor, target: Tensor, *, skip: Sequence[int] = (), per: str
     probabilities = as_float32(categorical(logits)).softmax(dim=1)
     truth = one_hot(target, probabilities.shape[1])
     errors = torch.where(truth, 1 - probabilities, probabilities)
-    known = (target != VOID)[:, None]
+    labelled = (target != VOID)[:, None]
     if per == "batch":
-        errors, truth, known = (each.movedim(0, 1).flatten(1)[None] for each in (errors, truth, known))
-    errors, truth, known = errors.flatten(2), truth.flatten(2), known.flatten(2)
-    enters = without_classes("lovasz", truth.any(dim=2), skip)
-    return _mean((errors * _steps(errors, truth, known, enters)).sum(dim=2), enters, target, per)
+        errors, truth, labelled = (values.movedim(0, 1).flatten(1)[None] for values in (errors, truth, labelled))
+    errors, truth, labelled = errors.flatten(2), truth.flatten(2), labelled.flatten(2)
+    counts = without_classes("lovasz", truth.any(dim=2), skip)
+    return _mean_over_classes(
+        (errors * _lovasz_slopes(errors, truth, labelled, counts)).sum(dim=2), counts, target, per
+    )
 
 
 def lovasz_hinge(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,10 +129,10 @@ def lovasz_hinge(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         InputError: More than two classes.
     """
     z = binary_logit(as_float32(logits), "lovasz_hinge", "lovasz").flatten(1)[:, None]
-    truth, known = (target == 0).flatten(1)[:, None], (target != VOID).flatten(1)[:, None]
+    truth, labelled = (target == 0).flatten(1)[:, None], (target != VOID).flatten(1)[:, None]
     errors = 1 - torch.where(truth, z, -z)
-    steps = _steps(errors, truth, known, torch.ones_like(known[..., 0]))
-    return (errors.relu() * steps).sum(), labelled_images(target)
+    slopes = _lovasz_slopes(errors, truth, labelled, torch.ones_like(labelled[..., 0]))
+    return (errors.relu() * slopes).sum(), labelled_images(target)
 
 
 def _areas(loss: str, logits: Tensor, target: Tensor, per: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -151,15 +153,15 @@ def _ratio(part: Tensor, whole: Tensor) -> Tensor:
     return part / whole.clamp(min=_TINY)
 
 
-def _mean(misses: Tensor, enters: Tensor, target: Tensor, per: str) -> tuple[Tensor, Tensor]:
+def _mean_over_classes(misses: Tensor, counts: Tensor, target: Tensor, per: str) -> tuple[Tensor, Tensor]:
     """(sum, count) from (R, C) losses, of which ``enters`` count."""
-    each = torch.where(enters, misses, 0).sum(dim=1) / enters.sum(dim=1).clamp(min=1)
+    image_loss = torch.where(counts, misses, 0).sum(dim=1) / counts.sum(dim=1).clamp(min=1)
     count = labelled_images(target)
-    return (each.sum() * count if per == "batch" else each.sum()), count
+    return (image_loss.sum() * count if per == "batch" else image_loss.sum()), count
 
 
 @torch.no_grad()
-def _steps(errors: Tensor, truth: Tensor, known: Tensor, enters: Tensor) -> Tensor:
+def _lovasz_slopes(errors: Tensor, truth: Tensor, labelled: Tensor, needed: Tensor) -> Tensor:
     """Slopes of the Lovasz extension: what ``1 - IoU`` gains as pixels turn wrong, the largest error first.
 
     Algorithm 1 of Berman et al. 2018, but each slope in closed form rather than as a difference of two numbers near
@@ -169,8 +171,8 @@ def _steps(errors: Tensor, truth: Tensor, known: Tensor, enters: Tensor) -> Tens
     Args:
         errors: (R, C, P).
         truth: (R, C, P) bool, True where the pixel is of the class.
-        known: (R, 1, P) bool, False where void.
-        enters: (R, C) bool, rows that are needed.
+        labelled: (R, 1, P) bool, False where void.
+        needed: (R, C) bool, False for rows that no loss uses.
 
     Returns:
         (R, C, P); 0 where void.
@@ -178,17 +180,19 @@ def _steps(errors: Tensor, truth: Tensor, known: Tensor, enters: Tensor) -> Tens
     slopes = torch.zeros_like(errors)
     ranks = torch.arange(errors.shape[2], device=errors.device, dtype=torch.int32)
     # One image at a time: the order alone takes 8 bytes an entry.
-    for r in range(len(errors)):
+    for row in range(len(errors)):
         # To ask which rows are needed is free on the CPU, and a wait elsewhere.
-        rows = enters[r].nonzero().squeeze(1) if errors.device.type == "cpu" else slice(None)
-        ordered, order = errors[r].masked_fill(~known[r], -torch.inf)[rows].sort(dim=1, descending=True, stable=True)
-        hit = truth[r][rows].gather(1, order)
-        found = hit.cumsum(dim=1, dtype=torch.int32) - hit.int()
+        class_rows = needed[row].nonzero().squeeze(1) if errors.device.type == "cpu" else slice(None)
+        ordered, order = (
+            errors[row].masked_fill(~labelled[row], -torch.inf)[class_rows].sort(dim=1, descending=True, stable=True)
+        )
+        hit = truth[row][class_rows].gather(1, order)
+        hits_before = hit.cumsum(dim=1, dtype=torch.int32) - hit.int()
         area = hit.sum(dim=1, keepdim=True, dtype=torch.int32)
-        union = (area + ranks - found).to(errors.dtype)
-        other = (area - found) / (union * (union + 1)).clamp(min=1)
+        union = (area + ranks - hits_before).to(errors.dtype)
+        miss_gain = (area - hits_before) / (union * (union + 1)).clamp(min=1)
         # Without a pixel of the class the first that is wrong costs everything, and the rest nothing.
-        gain = torch.where(union == 0, 1, torch.where(hit, 1 / union.clamp(min=1), other))
+        gain = torch.where(union == 0, 1, torch.where(hit, 1 / union.clamp(min=1), miss_gain))
         gain = torch.where(ordered == -torch.inf, 0, gain).to(errors.dtype)
-        slopes[r, rows] = torch.zeros_like(gain).scatter_(1, order, gain)
+        slopes[row, class_rows] = torch.zeros_like(gain).scatter_(1, order, gain)
     return slopes

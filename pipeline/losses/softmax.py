@@ -57,7 +57,7 @@ class SoftmaxLoss(BoxLoss):
             labels: (N, B) int64; -1 = padding.
             crowd: (N, B) bool, or None for no crowds.
         """
-        number = self.counts(labels, crowd)
+        object_counts = self.counts(labels, crowd)
         if boxes.shape[1] == 0:
             # One padding box, so that reductions over boxes are defined.
             boxes = boxes.new_zeros((boxes.shape[0], 1, 4))
@@ -80,32 +80,32 @@ class SoftmaxLoss(BoxLoss):
         background = log_probs.shape[-1] - 1
         classes = torch.where(assigned.positive, labels.clamp(min=0).gather(1, assigned.box), background)
         entropy = -log_probs.gather(2, classes[..., None])[..., 0]
-        ignored = assigned.positive
+        not_negative = assigned.positive
         if crowd is not None:
-            ignored = ignored | _covered(output.centres, boxes, crowd & (labels >= 0))
-        weight = assigned.share + self._mined(entropy.detach(), assigned, ignored)
+            not_negative = not_negative | _in_crowd(output.centres, boxes, crowd & (labels >= 0))
+        weight = assigned.share + self._hard_negative_weights(entropy.detach(), assigned, not_negative)
         predicted = output.boxes.float()
         matched = boxes.float().gather(1, assigned.box[..., None].expand(-1, -1, 4))
         # Elsewhere than at positives any well-formed pair does: the share there is 0.
         overlap = giou(predicted, torch.where(assigned.positive[..., None], matched, predicted.detach()))
         return {
-            "cls": (self.cls_weight, (entropy * weight).sum(), number["cls"]),
-            "box": (self.box_weight, ((1 - overlap) * assigned.share).sum(), number["box"]),
+            "cls": (self.cls_weight, (entropy * weight).sum(), object_counts["cls"]),
+            "box": (self.box_weight, ((1 - overlap) * assigned.share).sum(), object_counts["box"]),
         }
 
-    def _mined(self, entropy: Tensor, assigned: Assignment, ignored: Tensor) -> Tensor:
+    def _hard_negative_weights(self, entropy: Tensor, assigned: Assignment, ignored: Tensor) -> Tensor:
         """(N, L) weights of the hardest negatives, 0 elsewhere; of equally hard ones the first."""
         positives = assigned.positive.sum(-1, keepdim=True)
-        wanted = (self.negatives * positives.clamp(min=1)).floor()
+        num_negatives = (self.negatives * positives.clamp(min=1)).floor()
         order = entropy.masked_fill(ignored, -torch.inf).argsort(dim=-1, descending=True, stable=True)
         rank = torch.zeros_like(order).scatter_(
             1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
         )
-        each = torch.where(positives > 0, assigned.share.sum(-1, keepdim=True) / positives.clamp(min=1), 1.0)
-        return ((rank < wanted) & ~ignored) * each
+        negative_weight = torch.where(positives > 0, assigned.share.sum(-1, keepdim=True) / positives.clamp(min=1), 1.0)
+        return ((rank < num_negatives) & ~ignored) * negative_weight
 
 
-def _covered(centres: Tensor, boxes: Tensor, crowd: Tensor) -> Tensor:
+def _in_crowd(centres: Tensor, boxes: Tensor, crowd: Tensor) -> Tensor:
     """(N, L) bool: locations (L, 2) inside a crowd box; ``crowd`` (N, B)."""
     x, y = centres[:, 0], centres[:, 1]
     x1, y1, x2, y2 = boxes.float().unsqueeze(-1).unbind(dim=2)

@@ -113,30 +113,30 @@ def yolo_v1(
     """
     settings = settings or YoloV1Loss()
     num_images, num_cells, num_classes = output.classes.shape
-    each = output.confidence.shape[1] // num_cells
-    centres, stride = output.centres[::each], output.strides[0]
+    boxes_per_cell = output.confidence.shape[1] // num_cells
+    centres, stride = output.centres[::boxes_per_cell], output.strides[0]
     owners = cell_owners(centres, stride, boxes, labels, objects(labels, crowd))
     # One row a cell, one column a box of it: (N, S, b) and (N, S, b, 4).
-    confidence = output.confidence.float().reshape(num_images, num_cells, each)
-    places = output.places.float().reshape(num_images, num_cells, each, 4)
-    predicted = output.boxes.detach().float().reshape(num_images, num_cells, each, 4)
+    confidence = output.confidence.float().reshape(num_images, num_cells, boxes_per_cell)
+    places = output.places.float().reshape(num_images, num_cells, boxes_per_cell, 4)
+    predicted = output.boxes.detach().float().reshape(num_images, num_cells, boxes_per_cell, 4)
     overlap = iou(predicted, owners.boxes[:, :, None])[..., 0]
     responsible = _responsible(predicted, owners.boxes, overlap) & owners.taken[..., None]
 
-    wanted = _places(owners.boxes, centres, stride, output.unit)[:, :, None]
-    coord = (places - wanted).square().sum(-1)
-    found = (confidence - overlap).square()
-    silent = ~responsible
+    target_places = _target_places(owners.boxes, centres, stride, output.unit)[:, :, None]
+    coord = (places - target_places).square().sum(-1)
+    confidence_error = (confidence - overlap).square()
+    empty = ~responsible
     if crowd is not None:
-        silent = silent & ~_touched(centres, stride, boxes, crowd & (labels >= 0))[..., None]
+        empty = empty & ~_cells_in_crowd(centres, stride, boxes, crowd & (labels >= 0))[..., None]
     one_hot = F.one_hot(owners.labels, num_classes).float()
     cls = (output.classes.float() - one_hot).square().sum(-1)
-    number = settings.counts(labels, crowd)
+    image_counts = settings.counts(labels, crowd)
     return {
-        "coord": (settings.lambda_coord, _sum_where(responsible, coord), number["coord"]),
-        "confidence": (1.0, _sum_where(responsible, found), number["confidence"]),
-        "noobj": (settings.lambda_noobj, _sum_where(silent, confidence.square()), number["noobj"]),
-        "cls": (1.0, _sum_where(owners.taken, cls), number["cls"]),
+        "coord": (settings.lambda_coord, _sum_where(responsible, coord), image_counts["coord"]),
+        "confidence": (1.0, _sum_where(responsible, confidence_error), image_counts["confidence"]),
+        "noobj": (settings.lambda_noobj, _sum_where(empty, confidence.square()), image_counts["noobj"]),
+        "cls": (1.0, _sum_where(owners.taken, cls), image_counts["cls"]),
     }
 
 
@@ -181,7 +181,7 @@ def _responsible(predicted: Tensor, owners: Tensor, overlap: Tensor) -> Tensor:
     return F.one_hot(best, overlap.shape[-1]).bool()
 
 
-def _places(boxes: Tensor, centres: Tensor, stride: Tensor, unit: Tensor) -> Tensor:
+def _target_places(boxes: Tensor, centres: Tensor, stride: Tensor, unit: Tensor) -> Tensor:
     """What a cell should predict for its (N, S, 4) xyxy box: x, y from its corner in cells, roots in units."""
     middle, size = _centre_size(boxes).split(2, dim=-1)
     return torch.cat([(middle - centres) / stride + 0.5, (size.clamp(min=0) / unit).sqrt()], dim=-1)
@@ -194,7 +194,7 @@ def _centre_size(boxes: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _touched(centres: Tensor, stride: Tensor, boxes: Tensor, crowd: Tensor) -> Tensor:
+def _cells_in_crowd(centres: Tensor, stride: Tensor, boxes: Tensor, crowd: Tensor) -> Tensor:
     """(N, S) bool: cells that share area with a crowd region; ``crowd`` (N, B) bool, B may be 0."""
     cells = torch.cat([centres - stride / 2, centres + stride / 2], dim=-1)[:, None]
     boxes = boxes.float()[:, None]

@@ -7,6 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from pipeline.runtime.compiled import CompileFallback, compile_static
+
 log = logging.getLogger(__name__)
 
 Precision = Literal["auto", "float32", "bf16"]
@@ -61,7 +63,8 @@ class Compiled:
 
     def __init__(self, module: nn.Module, backend: Any = "inductor") -> None:
         self._module = module
-        self._run: Any = torch.compile(module, dynamic=False, backend=backend)
+        self._compiled = compile_static(module, backend)
+        self._fallback = CompileFallback("the network", log)
 
     @property
     def training(self) -> bool:
@@ -69,18 +72,8 @@ class Compiled:
         return self._module.training
 
     def __call__(self, *args: Any) -> Any:
-        """The module's outputs."""
-        if self._run is None:
-            return self._module(*args)
-        try:
-            return self._run(*args)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # whatever the compiler throws; a fault of the module's own is raised below
-            self._run = None
-            reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
-            log.warning("the network runs uncompiled, and slower, since torch.compile failed: %s", reason)
-            return self._module(*args)
+        """The module's output."""
+        return self._fallback.run(lambda: self._compiled(*args), lambda: self._module(*args))
 
 
 def use_fused_kernels(optimizer: torch.optim.Optimizer, device: torch.device) -> None:

@@ -49,7 +49,7 @@ class FrameRows:
             offsets = crop_offsets(self.seed, *(table[name].to_numpy() for name in ("epoch", "position")))
         paster = Paster(rows, self.input, train=True, offsets=offsets)
         encoded = table["image"].to_pylist()
-        decoded = usable_rows(decode_many(encoded, 1, paster.wanted, then=paster), stored_sizes(table))
+        decoded = usable_rows(decode_many(encoded, 1, paster.target_size, then=paster), stored_sizes(table))
         frames = paster.frames.reshape(rows, -1).numpy()
         faults: list[str | None] = [None] * table.num_rows
         for row, reason, detail in decoded.failures:

@@ -114,7 +114,7 @@ class Collator:
         # Inference mode is a matter of threads: those that decode may not write to tensors made inside it.
         with torch.inference_mode(False):
             paster = Paster(len(encoded), self.input, train=train, offsets=offsets, buffers=self._buffers)
-        return decode_many(encoded, self.threads, paster.wanted, self._buffers, paster), paster
+        return decode_many(encoded, self.threads, paster.target_size, self._buffers, paster), paster
 
     def _frame(self, table: pa.Table, usable: Usable, paster: Paster | None, *, train: bool, seed: int) -> Batch:
         """The Batch of ``table``, whose rows are those of ``usable``."""

@@ -14,8 +14,7 @@ from pipeline.augment import PRESETS, Augment, AugmentSettings, InputSettings, d
 from pipeline.augment.effects import normal
 from pipeline.config import parse_sets
 from pipeline.errors import InputError
-from pipeline.images.frame_labels import frame
-from tests.support.augment_cases import EVERYTHING, batch_of, make_batch, present, rows, unit, values_of
+from tests.support.augment_cases import EVERYTHING, batch_of, frame, make_batch, present, rows, unit, values_of
 
 COLOURS = {
     "brightness": (

@@ -10,10 +10,19 @@ from hypothesis import strategies as st
 from kornia import augmentation
 
 from pipeline.augment import Augment, AugmentSettings, InputSettings, draw_parameters
-from pipeline.augment.geometry import Geometry, affine_parameters, visible_boxes, warp
+from pipeline.augment.geometry import Geometry, affine_parameters, visible_boxes
 from pipeline.images.batch import Batch
-from pipeline.images.frame_labels import frame
-from tests.support.augment_cases import EVERYTHING, batch_of, make_batch, present, smooth_images, unit, values_of
+from tests.support.augment_cases import (
+    EVERYTHING,
+    batch_of,
+    frame,
+    make_batch,
+    present,
+    smooth_images,
+    unit,
+    values_of,
+    warp,
+)
 
 KORNIA_OPS = {
     "hflip": ({"hflip": 1.0}, lambda v, c: augmentation.RandomHorizontalFlip(p=1.0), lambda v, c: {}),

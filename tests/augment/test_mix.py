@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.augment import Augment, AugmentSettings, InputSettings, draw_mix_partners
-from pipeline.augment.mix import most_boxes
+from pipeline.augment.mix import max_boxes_per_row
 from pipeline.errors import InputError
 from pipeline.images.batch import Batch
-from pipeline.images.frame_labels import frame
 from tests.support.augment_cases import (
     EVERYTHING,
     batch_of,
+    frame,
     make_batch,
     painted_batch,
     present,
@@ -283,7 +283,7 @@ def test_lists_are_as_long_as_the_longest_and_kept_boxes_come_first(seed: int, c
     wanted = AugmentSettings(mosaic=0.5, mixup=0.5, scale=(0.5, 1.0))
     out, drawn = Augment(wanted, input, seed)(batch), draw_mix_partners(wanted, seed, batch.epochs, batch.positions)
     found = present(out.labels) >= 0
-    bound = most_boxes((present(batch.labels) >= 0).sum(1).numpy(), drawn)
+    bound = max_boxes_per_row((present(batch.labels) >= 0).sum(1).numpy(), drawn)
     assert found.sum(1).max() <= bound
     if (drawn["mosaic"] | drawn["mixup"]).any():
         assert found.shape[1] == max(1, found.sum(1).max())
@@ -301,7 +301,7 @@ def test_no_shape_depends_on_numbers_of_the_device():
     assert 0 < drawn["mosaic"].sum() < 6
     assert drawn["mixup"].any()
     out = Augment(wanted, input, 2)(batch.to("meta"))
-    assert present(out.boxes).shape == (6, most_boxes(np.full(6, 2), drawn), 4)
+    assert present(out.boxes).shape == (6, max_boxes_per_row(np.full(6, 2), drawn), 4)
     assert out.images.shape == (6, 3, 40, 40)
     assert out.box_counts is None
     counted, unknown = batch.to("cpu"), dataclasses.replace(batch.to("meta"), box_counts=None)

@@ -131,11 +131,11 @@ def test_whole_batches_with_effects_are_what_rows_are():
     """What a GPU does to all rows at once, against what a CPU does to the rows that want it."""
     batch, input = case("mosaics")
     rows, whole = Augment(MIXED, input, 3), Augment(MIXED, input, 3)
-    whole._run = Plain()
+    whole._functions = Plain()
     same(whole(batch), rows(batch), 1e-5)
 
 
-class Plain(pixels.Compiled):
+class Plain(pixels.BatchFunctions):
     """As on a GPU, without a compiler."""
 
     def __init__(self):
@@ -153,18 +153,18 @@ class Plain(pixels.Compiled):
 def test_compiled_functions_are_the_functions(backend: str, name: str, caplog: pytest.LogCaptureFixture):
     batch, input = case(name)
     augment = Augment(KINDS[name], input, 3)
-    augment._run = pixels.Compiled(backend=backend, devices=("cpu",))
+    augment._functions = pixels.BatchFunctions(backend=backend, devices=("cpu",))
     with caplog.at_level(logging.WARNING, "pipeline.augment"):
         out = augment(batch)
     assert not [record for record in caplog.records if record.name.startswith("pipeline")]
-    assert augment._run.devices
+    assert augment._functions.devices
     same(out, Augment(KINDS[name], input, 3)(batch))
 
 
 def test_where_compiling_fails_the_plain_way_is_taken_with_one_warning(caplog, monkeypatch):
     batch, input = case("natural")
     augment = Augment(EVERYTHING, input, 3)
-    augment._run = pixels.Compiled(devices=("cpu",))
+    augment._functions = pixels.BatchFunctions(devices=("cpu",))
 
     def broken(function, backend):
         raise RuntimeError("no compiler\nand a long trace")
@@ -186,7 +186,7 @@ def test_memory_that_runs_out_is_not_taken_for_a_broken_compiler(monkeypatch):
 
     monkeypatch.setattr(pixels, "_compiled", full)
     with pytest.raises(torch.OutOfMemoryError):
-        pixels.Compiled(devices=("cpu",))(lambda x: x, torch.ones(2))
+        pixels.BatchFunctions(devices=("cpu",))(lambda x: x, torch.ones(2))
 
 
 def test_few_shapes_are_compiled(monkeypatch):
@@ -197,11 +197,11 @@ def test_few_shapes_are_compiled(monkeypatch):
         return function
 
     monkeypatch.setattr(pixels, "_compiled", counting)
-    run = pixels.Compiled(devices=("cpu",))
+    run = pixels.BatchFunctions(devices=("cpu",))
     for size in [*range(1, 8), 1, 2]:
         assert run(torch.square, torch.full((size,), 3.0)).tolist() == [9] * size
     assert len(compiled) == pixels.MAX_SHAPES + 2
-    off = pixels.Compiled(enabled=False, devices=("cpu",))
+    off = pixels.BatchFunctions(enabled=False, devices=("cpu",))
     off(torch.square, torch.ones(2))
     assert len(compiled) == pixels.MAX_SHAPES + 2
 
@@ -230,7 +230,7 @@ def test_on_a_gpu_nothing_waits_and_the_result_is_that_of_the_cpu(name: str, com
         out = augment(moved)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert augment._run.devices == (("cuda",) if compile else ())
+    assert augment._functions.devices == (("cuda",) if compile else ())
     expected = Augment(KINDS.get(name), input, 3)(batch)
     torch.testing.assert_close(out.images.cpu(), expected.images, atol=5e-3, rtol=0)  # TF32 in the blur
     if expected.masks is not None and out.masks is not None:

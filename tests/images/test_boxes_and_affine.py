@@ -12,6 +12,7 @@ from torchvision.ops import box_iou, generalized_box_iou
 
 from pipeline.images import affine
 from pipeline.images import boxes as box_ops
+from tests.support.augment_cases import letterbox
 
 
 def some_boxes(count: int, seed: int, extent: float = 50.0) -> Tensor:
@@ -93,7 +94,7 @@ def test_letterbox_fits_touches_and_inverts(height: int, width: int, out_h: int,
     assert place.top + place.height <= out_h
     assert place.left + place.width <= out_w
     assert place.height == out_h or place.width == out_w
-    forward, inverse = affine.letterbox((height, width), (out_h, out_w))
+    forward, inverse = letterbox((height, width), (out_h, out_w))
     torch.testing.assert_close(forward @ inverse, torch.eye(3, dtype=torch.float64))
     whole = affine.transform_boxes(torch.tensor([[0.0, 0, width, height]], dtype=torch.float64), forward)
     expected = [place.left, place.top, place.left + place.width, place.top + place.height]
@@ -101,7 +102,7 @@ def test_letterbox_fits_touches_and_inverts(height: int, width: int, out_h: int,
 
 
 def test_letterbox_of_the_same_size_is_the_identity():
-    forward, inverse = affine.letterbox((48, 64), (48, 64))
+    forward, inverse = letterbox((48, 64), (48, 64))
     assert torch.equal(forward, torch.eye(3, dtype=torch.float64))
     assert torch.equal(inverse, forward)
 

@@ -6,7 +6,7 @@ import threading
 import numpy as np
 import torch
 
-from pipeline.images.buffer_pool import SMALLEST, Buffers
+from pipeline.images.buffer_pool import MIN_POOLED_BYTES, Buffers
 
 
 def address(array: np.ndarray) -> int:
@@ -51,7 +51,7 @@ def test_what_is_kept_is_bounded_and_small_arrays_are_ordinary():
     arrays = [buffers.take(2**19) for _ in range(5)]
     assert buffers.held == 2**20
     assert len({address(array) for array in arrays}) == 5
-    assert Buffers().take(SMALLEST - 1).shape == (SMALLEST - 1,)
+    assert Buffers().take(MIN_POOLED_BYTES - 1).shape == (MIN_POOLED_BYTES - 1,)
     small = Buffers()
     small.take(10, 10)
     assert small.held == 0

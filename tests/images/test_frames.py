@@ -8,10 +8,9 @@ from hypothesis import strategies as st
 
 from pipeline.augment import Augment, AugmentSettings, InputSettings
 from pipeline.images import affine
-from pipeline.images.frame_labels import frame
 from pipeline.images.unframe import unframe_boxes, unframe_maps
 from pipeline.schema import VOID
-from tests.support.augment_cases import batch_of, present, smooth_images, unit
+from tests.support.augment_cases import batch_of, frame, letterbox, present, smooth_images, unit
 
 
 @pytest.mark.parametrize("fit", ["letterbox", "stretch"])
@@ -183,7 +182,7 @@ def test_unframing_undoes_a_flip():
 def test_boxes_come_back_to_where_they_were(height: int, width: int, seed: int):
     random = np.random.default_rng(seed)
     boxes = np.sort(random.uniform(0, 1, (3, 2, 2)), 1).reshape(3, 4) * [width, height, width, height]
-    matrix, _ = affine.letterbox((height, width), (256, 320))
+    matrix, _ = letterbox((height, width), (256, 320))
     framed = affine.transform_boxes(torch.from_numpy(boxes).float(), matrix)
     back = unframe_boxes(framed[None], matrix.float()[None], torch.tensor([[height, width]]))
     assert np.abs(back[0].numpy() - boxes).max() < 1e-3 * max(1, max(height, width) / 100)

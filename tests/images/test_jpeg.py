@@ -109,7 +109,7 @@ def test_orientation_is_applied_whole_and_reduced(orientation: int):
     plain = by_pillow(data)
     upright = decode._upright(plain, orientation)
     assert np.array_equal(decode.decode(data), upright)
-    (half,) = decode_many([data], 1, wanted=lambda size: (size[0] // 3, size[1] // 3))
+    (half,) = decode_many([data], 1, target_size=lambda size: (size[0] // 3, size[1] // 3))
     assert isinstance(half, Reduced)
     assert half.size == upright.shape[:2]
     assert half.pixels.shape == (-(-upright.shape[0] // 2), -(-upright.shape[1] // 2), 3)
@@ -165,11 +165,11 @@ def test_images_put_into_their_frames_while_they_are_decoded_are_those_put_there
     items = [*data[:4], b"\xff\xd8 not an image", None, *data[4:]]
     offsets = rng.random((len(items), 2)) if fit == "crop" else None
     paster = Paster(len(items), input, train=train, offsets=offsets, buffers=Buffers())
-    found = decode_many(items, threads, paster.wanted, paster.buffers, paster)
+    found = decode_many(items, threads, paster.target_size, paster.buffers, paster)
     kept = [n for n, each in enumerate(found) if isinstance(each, Reduced)]
     assert kept == [0, 1, 2, 3, *range(6, 11)]
     assert [each.reason for each in found if isinstance(each, DecodeError)] == ["corrupt", "missing"]
-    plain = decode_many(data, 1, paster.wanted)
+    plain = decode_many(data, 1, paster.target_size)
     sizes = [each.size if isinstance(each, Reduced) else each.shape[:2] for each in plain]  # type: ignore[union-attr]
     assert [found[n].size for n in kept] == sizes  # type: ignore[union-attr]
     layout = lay_out(sizes, input, train=train, offsets=None if offsets is None else offsets[kept])

@@ -13,7 +13,7 @@ from torchvision.ops import sigmoid_focal_loss
 
 from pipeline.losses import LOSSES
 from pipeline.losses.pixel import boundary_weights, class_distance
-from pipeline.losses.region import _steps
+from pipeline.losses.region import _lovasz_slopes
 from pipeline.schema import VOID
 from tests.support.loss_cases import generator, scene
 
@@ -267,7 +267,7 @@ def test_slopes_are_as_exact_in_a_large_image():
     errors = torch.rand(1, 1, 300_000, generator=generator())
     truth = errors.gt(0.3) ^ torch.rand(errors.shape, generator=generator(1)).gt(0.9)
     known = torch.ones_like(truth)
-    found = _steps(errors, truth, known, torch.ones(1, 1, dtype=torch.bool))
+    found = _lovasz_slopes(errors, truth, known, torch.ones(1, 1, dtype=torch.bool))
     order = errors.flatten().argsort(descending=True, stable=True)
     hit = truth.flatten()[order].double()
     jaccard = 1 - (hit.sum() - hit.cumsum(0)) / (hit.sum() + (1 - hit).cumsum(0))
@@ -280,6 +280,6 @@ def test_classes_that_are_needed_do_not_depend_on_the_others():
     errors = torch.rand(2, 4, 72, generator=generator())
     truth = (target[:2, None] == torch.arange(4)[:, None, None]).flatten(2)
     known = (target[:2] != VOID).flatten(1)[:, None]
-    every = _steps(errors, truth, known, torch.ones(2, 4, dtype=torch.bool))
+    every = _lovasz_slopes(errors, truth, known, torch.ones(2, 4, dtype=torch.bool))
     some = torch.tensor([[True, False, True, False], [False] * 4])
-    torch.testing.assert_close(_steps(errors, truth, known, some), every * some[..., None])
+    torch.testing.assert_close(_lovasz_slopes(errors, truth, known, some), every * some[..., None])

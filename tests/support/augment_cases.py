@@ -1,19 +1,62 @@
 """Small batches for the tests of augmentation."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline.augment import AugmentSettings, InputSettings, crop_offsets
+from pipeline.augment.pixels import resample, sampling_grid
+from pipeline.images import affine
 from pipeline.images.batch import Batch
-from pipeline.images.frame_labels import Frame, frame
+from pipeline.images.frame_labels import FramedLabels, frame_labels
+from pipeline.images.host_frames import paste_images
+from pipeline.images.layout import lay_out
 
 EVERYTHING = AugmentSettings(
     hflip=0.5, vflip=0.5, quarter_turns=0.5, rotate=25, translate=0.1, scale=(0.7, 1.4), shear=8,
     brightness=0.1, contrast=0.2, saturation=0.3, hue=0.1, blur=0.5, noise=0.5, erase=0.5,
 )  # fmt: skip
+
+
+class Frame(FramedLabels):
+    """The fields of a Batch that framing makes."""
+
+    images: Tensor
+
+
+def frame(
+    images: Sequence[np.ndarray],
+    masks: Sequence[np.ndarray | None] | None,
+    boxes: Sequence[np.ndarray | None] | None,
+    labels: Sequence[np.ndarray | None] | None,
+    crowd: Sequence[np.ndarray | None] | None,
+    input: InputSettings,
+    *,
+    train: bool,
+    offsets: np.ndarray | None = None,
+    multiple: int = 32,
+    threads: int = 1,
+) -> Frame:
+    """N decoded images of any size in one canvas, with their labels, by the steps that collating takes."""
+    sizes = [(image.shape[0], image.shape[1]) for image in images]
+    layout = lay_out(sizes, input, train=train, offsets=offsets, multiple=multiple)
+    labels_in_canvas = frame_labels(sizes, layout, masks, boxes, labels, crowd, threads)
+    return {"images": paste_images(images, layout, input, threads), **labels_in_canvas}
+
+
+def letterbox(size: tuple[int, int], target: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """3x3 float64 matrix from an image of ``size`` (H, W) to a letterboxed canvas ``target`` (H, W); its inverse."""
+    matrix = affine.placement_matrix(size, affine.letterbox_placement(size, target))
+    return matrix, affine.invert_affine(matrix)
+
+
+def warp(images: Tensor, masks: Tensor | None, matrices: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
+    """Images (N, 3, H, W) float32 and masks (N, H, W) moved by (N, 3, 3) matrices, canvas -> output of ``size``."""
+    theta = affine.sampling_theta(affine.invert_affine(matrices), (images.shape[-2], images.shape[-1]), size)
+    return resample(images, masks, sampling_grid(theta.float(), size))
 
 
 def smooth_images(count: int, height: int, width: int, seed: int = 0) -> list[np.ndarray]:
