@@ -11,13 +11,13 @@ from typing import Literal
 import numpy as np
 
 from pipeline.errors import InputError
-from pipeline.metrics.overlap import mean_iou
+from pipeline.metrics.ratios import mean_iou
 
 Figure = Literal["iou", "nll", "brier"]
 Rows = dict[str, np.ndarray]
 
-_COLUMNS = {"iou": ("inter", "union"), "nll": ("nll", "pixels"), "brier": ("brier", "pixels")}
-_CELLS = 2**22
+_SUMMED_COLUMNS = {"iou": ("inter", "union"), "nll": ("nll", "pixels"), "brier": ("brier", "pixels")}
+_MAX_WEIGHTS = 2**22
 """Weights held at a time, in numbers."""
 
 
@@ -60,15 +60,15 @@ def paired_mean(
                 f"a paired comparison wants both tables of the same images, sorted by id: found {images} and "
                 f"{len(rows['ids'])} images, or other ids, in table {k}; evaluate both on one split"
             )
-    tables = [_columns(rows, figure) for rows in (a_rows, *b_rows)]
+    tables = [_summed_columns(rows, figure) for rows in (a_rows, *b_rows)]
     difference = _difference(np.ones((1, images)), tables, figure, background)[0]
     rng = np.random.default_rng(seed)
-    each = max(1, _CELLS // max(1, images))
-    drawn = [
-        _difference(_weights(rng, min(each, resamples - start), images), tables, figure, background)
-        for start in range(0, resamples, each)
+    chunk = max(1, _MAX_WEIGHTS // max(1, images))
+    draws = [
+        _difference(draw_weights(rng, min(chunk, resamples - start), images), tables, figure, background)
+        for start in range(0, resamples, chunk)
     ]
-    values = np.concatenate(drawn)
+    values = np.concatenate(draws)
     values = values[np.isfinite(values)]
     if not np.isfinite(difference) or not len(values):
         return {"difference": None, "low": None, "high": None}
@@ -78,7 +78,7 @@ def paired_mean(
 
 def iou_of(rows: Rows, background: int | None = None) -> Callable[[np.ndarray], np.ndarray]:
     """(D, N) weights of the images of ``rows`` -> (D,) mean over classes of the weighted dataset's IoU."""
-    inter, union = _columns(rows, "iou")
+    inter, union = _summed_columns(rows, "iou")
     return lambda weights: mean_iou(weights @ inter, weights @ union, background)
 
 
@@ -102,25 +102,25 @@ def differences(
             "or other ids; evaluate both on one split"
         )
     images, rng = len(ids[0]), np.random.default_rng(seed)
-    each = max(1, _CELLS // max(1, images))
-    out = [sides[0](np.ones((1, images))) - sides[1](np.ones((1, images)))]
-    for start in range(0, resamples, each) if images else ():
-        weights = _weights(rng, min(each, resamples - start), images)
-        out.append(sides[0](weights) - sides[1](weights))
-    return np.concatenate(out)
+    chunk = max(1, _MAX_WEIGHTS // max(1, images))
+    values = [sides[0](np.ones((1, images))) - sides[1](np.ones((1, images)))]
+    for start in range(0, resamples, chunk) if images else ():
+        weights = draw_weights(rng, min(chunk, resamples - start), images)
+        values.append(sides[0](weights) - sides[1](weights))
+    return np.concatenate(values)
 
 
-def _columns(rows: Rows, figure: Figure) -> tuple[np.ndarray, np.ndarray]:
+def _summed_columns(rows: Rows, figure: Figure) -> tuple[np.ndarray, np.ndarray]:
     """What is summed over images, as (n, 1 or C) float64: exact for counts of pixels."""
-    first, second = (np.asarray(rows[name], np.float64) for name in _COLUMNS[figure])
+    first, second = (np.asarray(rows[name], np.float64) for name in _SUMMED_COLUMNS[figure])
     return (first, second) if first.ndim == 2 else (first[:, None], second[:, None])
 
 
-def _weights(rng: np.random.Generator, resamples: int, images: int) -> np.ndarray:
+def draw_weights(rng: np.random.Generator, resamples: int, images: int) -> np.ndarray:
     """(resamples, images) float64: how often each image is drawn."""
     picks = rng.integers(0, max(1, images), (resamples, images))
-    cells = (picks + np.arange(resamples)[:, None] * images).ravel()
-    return np.bincount(cells, minlength=resamples * images).reshape(resamples, images).astype(np.float64)
+    flat_index = (picks + np.arange(resamples)[:, None] * images).ravel()
+    return np.bincount(flat_index, minlength=resamples * images).reshape(resamples, images).astype(np.float64)
 
 
 def _difference(

@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from pipeline.errors import InputError
-from pipeline.metrics.bootstrap import _weights
+from pipeline.metrics.bootstrap import draw_weights
 from pipeline.metrics.detection import DetectionMetric
 from pipeline.metrics.detection_calibration import laece, laece_sums
-from pipeline.metrics.detection_precision import average_precision, ranked
+from pipeline.metrics.detection_precision import average_precision, rank_detections
 from pipeline.metrics.detection_rows import LOW_IOU
 
 FIGURES = ("map", "map50", "laece")
@@ -41,22 +41,22 @@ def paired(
     Raises:
         InputError: The metrics are not of the same images.
     """
-    names = [[image.id for image in metric.images()] for metric in (pool, *members)]
-    for k, other in enumerate(names[1:]):
-        if other != names[0]:
+    image_ids = [[image.id for image in metric.images()] for metric in (pool, *members)]
+    for k, other in enumerate(image_ids[1:]):
+        if other != image_ids[0]:
             raise InputError(
-                f"a paired comparison wants the same images of all: found {len(names[0])} and {len(other)} images, "
+                f"a paired comparison wants the same images of all: found {len(image_ids[0])} and {len(other)} images, "
                 f"or other ids, in member {k}; evaluate all on one split"
             )
-    number = len(names[0])
-    weights = np.concatenate([np.ones((1, number)), _weights(np.random.default_rng(seed), draws, number)])
-    if not number:
+    num_images = len(image_ids[0])
+    weights = np.concatenate([np.ones((1, num_images)), draw_weights(np.random.default_rng(seed), draws, num_images)])
+    if not num_images:
         weights = np.zeros((draws + 1, 0))
-    own, *others = (figures(metric, weights) for metric in (pool, *members))
-    mean = {name: np.mean([other[name] for other in others], axis=0) for name in FIGURES}
+    pool_figures, *member_figures = (figures(metric, weights) for metric in (pool, *members))
+    mean_figures = {name: np.mean([other[name] for other in member_figures], axis=0) for name in FIGURES}
     return {
-        "over_mean_member": _intervals(own, mean),
-        "over_chosen_member": {} if chosen is None else _intervals(own, others[chosen]),
+        "over_mean_member": _intervals(pool_figures, mean_figures),
+        "over_chosen_member": {} if chosen is None else _intervals(pool_figures, member_figures[chosen]),
     }
 
 
@@ -70,23 +70,27 @@ def figures(metric: DetectionMetric, weights: np.ndarray) -> dict[str, np.ndarra
     Returns:
         (D,) float64 each; NaN where not defined.
     """
-    precision = np.stack([average_precision(rows, weights) for rows in ranked(metric.images(), metric.num_classes)])
-    sums = laece_sums(metric.judged(), LOW_IOU, by_image=True)
+    precision = np.stack(
+        [average_precision(rows, weights) for rows in rank_detections(metric.images(), metric.num_classes)]
+    )
+    sums = laece_sums(metric.matched(), LOW_IOU, by_image=True)
     gaps, counts = (np.tensordot(weights, each, 1) for each in sums)
     return {
-        "map": _mean(precision.mean(1)),
-        "map50": _mean(precision[:, 0]),
+        "map": _mean_over_classes(precision.mean(1)),
+        "map50": _mean_over_classes(precision[:, 0]),
         "laece": laece(gaps, counts),
     }
 
 
 def map_of(metric: DetectionMetric) -> Callable[[np.ndarray], np.ndarray]:
     """(D, N) weights of the images, in the order of ids -> (D,) mAP of the weighted images; boxes are sorted once."""
-    every = ranked(metric.images(), metric.num_classes)
-    return lambda weights: _mean(np.stack([average_precision(rows, weights) for rows in every]).mean(1))
+    detections = rank_detections(metric.images(), metric.num_classes)
+    return lambda weights: _mean_over_classes(
+        np.stack([average_precision(rows, weights) for rows in detections]).mean(1)
+    )
 
 
-def _mean(each: np.ndarray) -> np.ndarray:
+def _mean_over_classes(each: np.ndarray) -> np.ndarray:
     """(K, D) -> (D,) over the classes that have true boxes; NaN without."""
     known = np.isfinite(each)
     number = known.sum(0)
@@ -94,8 +98,8 @@ def _mean(each: np.ndarray) -> np.ndarray:
     return np.divide(total, number, out=np.full(len(total), np.nan), where=number > 0)
 
 
-def _intervals(own: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> dict[str, Interval]:
-    return {name: _interval(own[name] - other[name]) for name in FIGURES}
+def _intervals(minuend: dict[str, np.ndarray], subtrahend: dict[str, np.ndarray]) -> dict[str, Interval]:
+    return {name: _interval(minuend[name] - subtrahend[name]) for name in FIGURES}
 
 
 def _interval(values: np.ndarray) -> Interval:

@@ -27,7 +27,7 @@ _CHUNK = {"cpu": 2**19, "cuda": 2**25}
 """Probabilities taken at a time: what stays in a processor's cache; bounds the memory on a GPU."""
 
 
-def counts_of(num_classes: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def shapes_and_dtypes(num_classes: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shapes and types of what ``count`` gives: sums over labelled pixels.
 
     ``confusion`` (truth, prediction). ``boundary``: pixels by class in both bands, and in either.
@@ -49,7 +49,7 @@ def counts_of(num_classes: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]
     }
 
 
-def count(probabilities: Tensor, target: Tensor) -> dict[str, np.ndarray]:
+def count_pixels(probabilities: Tensor, target: Tensor) -> dict[str, np.ndarray]:
     """Count one image; memory beyond the arguments is a few bytes a pixel.
 
     Args:
@@ -71,24 +71,27 @@ def count(probabilities: Tensor, target: Tensor) -> dict[str, np.ndarray]:
         raise ValueError(f"a mask value is neither below {classes} (the classes) nor {VOID} (void)")
     confidence, predicted = probabilities.max(0)
     predicted = predicted.to(torch.uint8)
-    truth_band, said_band = bands(torch.stack([target, predicted]), valid).flatten(1).to(torch.uint8)
+    truth_band, predicted_band = boundary_bands(torch.stack([target, predicted]), valid).flatten(1).to(torch.uint8)
     # Which of the two bands a pixel is in: 3 = both.
-    band = 2 * truth_band + said_band
-    columns = [each.flatten() for each in (target, confidence, predicted, band)]
+    band = 2 * truth_band + predicted_band
+    columns = [column.flatten() for column in (target, confidence, predicted, band)]
     keep = None if valid.all() else valid.flatten().nonzero()[:, 0]
     if keep is not None:
-        columns = [each[keep] for each in columns]
-    out = {name: torch.zeros(shape, dtype=dtype, device=device) for name, (shape, dtype) in counts_of(classes).items()}
-    _add_labels(out, *columns)
+        columns = [column[keep] for column in columns]
+    counts = {
+        name: torch.zeros(shape, dtype=dtype, device=device)
+        for name, (shape, dtype) in shapes_and_dtypes(classes).items()
+    }
+    _add_labels(counts, *columns)
     truth, wrong, flat = columns[0].long(), columns[0] != columns[2], probabilities.flatten(1)
     step = max(1, _CHUNK.get(device.type, _CHUNK["cpu"]) // classes)
     for start in range(0, len(truth), step):
         part = slice(start, start + step)
-        _add_probabilities(out, flat[:, part if keep is None else keep[part]], truth[part], wrong[part])
-    return {name: value.cpu().numpy() for name, value in out.items()}
+        _add_probabilities(counts, flat[:, part if keep is None else keep[part]], truth[part], wrong[part])
+    return {name: value.cpu().numpy() for name, value in counts.items()}
 
 
-def bands(labels: Tensor, valid: Tensor) -> Tensor:
+def boundary_bands(labels: Tensor, valid: Tensor) -> Tensor:
     """Which pixels are near the boundary of their own class, for all classes at once.
 
     Those from which another class, or the image's edge, is at most d rows and columns away, ``d =
@@ -104,47 +107,52 @@ def bands(labels: Tensor, valid: Tensor) -> Tensor:
     """
     height, width = valid.shape
     distance = max(1, round(BOUNDARY * math.hypot(height, width)))
-    out = ~measures.interior(labels, valid.expand_as(labels), distance)
-    rim = slice(-distance, None)
-    out[:, :distance], out[:, rim], out[:, :, :distance], out[:, :, rim] = True, True, True, True
-    return out
+    in_band = ~measures.interior(labels, valid.expand_as(labels), distance)
+    far_edge = slice(-distance, None)
+    in_band[:, :distance], in_band[:, far_edge], in_band[:, :, :distance], in_band[:, :, far_edge] = (
+        True,
+        True,
+        True,
+        True,
+    )
+    return in_band
 
 
-def _add_labels(out: dict[str, Tensor], target: Tensor, confidence: Tensor, predicted: Tensor, band: Tensor) -> None:
+def _add_labels(counts: dict[str, Tensor], target: Tensor, confidence: Tensor, predicted: Tensor, band: Tensor) -> None:
     """Counts of n labelled pixels that need no more than labels and the highest probability; (n,) each."""
-    classes = len(out["confusion"])
+    classes = len(counts["confusion"])
     cells = (band.int() * classes + target) * classes + predicted
     cells = torch.bincount(cells, minlength=4 * classes * classes).reshape(4, classes, classes)
     both = cells[3].diagonal()
-    out["confusion"] += cells.sum(0)
-    out["boundary"] += torch.stack([both, cells[2:].sum((0, 2)) + cells[1::2].sum((0, 1)) - both])
+    counts["confusion"] += cells.sum(0)
+    counts["boundary"] += torch.stack([both, cells[2:].sum((0, 2)) + cells[1::2].sum((0, 1)) - both])
     confidence = confidence.float()
     # Wrong pixels in the first half, right ones in the second.
     bins = _probability_bins(confidence).int() + BINS * (predicted == target)
-    counts = torch.bincount(bins, minlength=2 * BINS).reshape(2, BINS)
-    out["confidence"] += torch.stack([counts.sum(0), counts[1]])
-    out["confidence_sum"] += torch.bincount(bins, confidence.double(), minlength=2 * BINS).reshape(2, BINS).sum(0)
+    bin_counts = torch.bincount(bins, minlength=2 * BINS).reshape(2, BINS)
+    counts["confidence"] += torch.stack([bin_counts.sum(0), bin_counts[1]])
+    counts["confidence_sum"] += torch.bincount(bins, confidence.double(), minlength=2 * BINS).reshape(2, BINS).sum(0)
 
 
-def _add_probabilities(out: dict[str, Tensor], probabilities: Tensor, truth: Tensor, wrong: Tensor) -> None:
+def _add_probabilities(counts: dict[str, Tensor], probabilities: Tensor, truth: Tensor, wrong: Tensor) -> None:
     """Counts of n labelled pixels that need all of their (C, n) probabilities; ``truth``, ``wrong`` (n,)."""
-    p, at = probabilities.float(), truth[None]
+    p, truth_row = probabilities.float(), truth[None]
     classes = len(p)
     # The floor bounds a pixel's share at 87.3; softmax in float32 reaches 0 at a margin of 104.
     log = p.clamp(min=torch.finfo(torch.float32).tiny).log()
-    out["nll"] -= log.gather(0, at).sum(dtype=torch.float64)
+    counts["nll"] -= log.gather(0, truth_row).sum(dtype=torch.float64)
     # Σ_c (p_c - [c = t])² = Σ p² - 2 p_t + 1
-    out["brier"] += (p.square().sum(0) - 2 * p.gather(0, at)[0] + 1).sum(dtype=torch.float64)
+    counts["brier"] += (p.square().sum(0) - 2 * p.gather(0, truth_row)[0] + 1).sum(dtype=torch.float64)
     doubt = (p * log).sum(0) / -math.log(max(2, classes))
     bins = doubt_bins(doubt) + DOUBT_BINS * wrong
-    out["doubt"] += torch.bincount(bins, minlength=2 * DOUBT_BINS).reshape(2, DOUBT_BINS)
+    counts["doubt"] += torch.bincount(bins, minlength=2 * DOUBT_BINS).reshape(2, DOUBT_BINS)
     # Bins of class c are BINS * c and following: exact in float32, and turned into integers once.
-    own = _probability_bins(p) + BINS * torch.arange(classes, device=p.device)[:, None]
-    own, shape, size = own.int(), (classes, BINS), classes * BINS
-    everything = torch.bincount(own.flatten(), minlength=size).reshape(shape)
-    of_class = torch.bincount(own.gather(0, at)[0], minlength=size).reshape(shape)
-    out["classwise"] += torch.stack([everything, of_class])
-    out["classwise_sum"] += torch.bincount(own.flatten(), p.double().flatten(), minlength=size).reshape(shape)
+    class_bins = _probability_bins(p) + BINS * torch.arange(classes, device=p.device)[:, None]
+    class_bins, shape, size = class_bins.int(), (classes, BINS), classes * BINS
+    of_all = torch.bincount(class_bins.flatten(), minlength=size).reshape(shape)
+    of_class = torch.bincount(class_bins.gather(0, truth_row)[0], minlength=size).reshape(shape)
+    counts["classwise"] += torch.stack([of_all, of_class])
+    counts["classwise_sum"] += torch.bincount(class_bins.flatten(), p.double().flatten(), minlength=size).reshape(shape)
 
 
 def _probability_bins(values: Tensor) -> Tensor:

@@ -17,27 +17,27 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import ndtr
 
-from pipeline.metrics.detection_rows import Image, Judged
+from pipeline.metrics.detection_rows import ImageDetections, MatchedDetections
 from pipeline.metrics.matching import match
-from pipeline.metrics.overlap import iou
+from pipeline.metrics.ratios import ratio
 
 STD_FLOOR = 1.0
 """Least standard deviation in pixels that a likelihood is computed with; labels are hardly better."""
-_FAINT = 0.0027
+_MIN_HEAT = 0.0027
 """Probabilities below count as 0, as in the authors' program: three standard deviations."""
-_TINY = 1e-14
+_MIN_LOG_ARGUMENT = 1e-14
 """Least probability that a logarithm is taken of, there too."""
-_POOR = 1e-8
+_MIN_QUALITY = 1e-8
 """Spatial qualities below count as 0, there too."""
-_LOW, _HIGH = 2.8, 7.7
+_OUTSIDE_REACH, _INSIDE_REACH = 2.8, 7.7
 """Standard deviations outside and inside of an edge between which its factor is neither 0 nor 1 to ``_TINY``."""
-_STEPS = 16
+_RUNS_PER_STD = 16
 """Runs per standard deviation of an edge that is less sure than so many pixels."""
 _FAR = 2**24
 """Beyond any image: where one ends whose size is not known."""
 
 
-class Quality(NamedTuple):
+class PdqSums(NamedTuple):
     """Sums over images, from which PDQ follows."""
 
     total: float
@@ -46,44 +46,44 @@ class Quality(NamedTuple):
     """Of their spatial quality."""
     label: float
     """Of their label quality."""
-    right: int
+    num_pairs: int
     """Assigned pairs: true positives."""
-    found: int
+    num_boxes: int
     """Boxes that were said."""
-    true: int
+    num_true: int
     """True boxes."""
 
 
-def pdq(images: Sequence[Image], operating: float) -> dict[str, float]:
+def pdq(images: Sequence[ImageDetections], operating_score: float) -> dict[str, float]:
     """PDQ of the boxes from the score ``operating`` on; crowds, and boxes absorbed by one, do not count.
 
     ``pdq``: Σ pPDQ / (TP + FP + FN) over the pairs of the best assignment, ``pPDQ = √(Q_S Q_L)``, Q_L the probability
     of the true class; ``pdq_spatial, pdq_label``: means of Q_S and Q_L over these pairs. NaN where a box has no
     probabilities or no standard deviations, or where there is no box at all.
     """
-    if any(not image.known.all() and len(image.std) for image in images):
+    if any(not image.provided.all() and len(image.std) for image in images):
         return dict.fromkeys(("pdq", "pdq_spatial", "pdq_label"), float("nan"))
-    parts = [_quality(image, operating) for image in images]
-    total, spatial, label, right, found, true = np.sum([Quality(0, 0, 0, 0, 0, 0), *parts], 0)
+    qualities = [_image_sums(image, operating_score) for image in images]
+    total, spatial, label, num_pairs, num_boxes, num_true = np.sum([PdqSums(0, 0, 0, 0, 0, 0), *qualities], 0)
     return {
-        "pdq": float(iou(total, found + true - right)),
-        "pdq_spatial": float(iou(spatial, right)),
-        "pdq_label": float(iou(label, right)),
+        "pdq": float(ratio(total, num_boxes + num_true - num_pairs)),
+        "pdq_spatial": float(ratio(spatial, num_pairs)),
+        "pdq_label": float(ratio(label, num_pairs)),
     }
 
 
-def _quality(image: Image, operating: float) -> Quality:
-    loud = image.scores >= operating
-    found = image.boxes[loud], image.scores[loud], image.labels[loud]
-    kept = ~match(*found, image.true_boxes, image.true_labels, image.crowd).ignored
+def _image_sums(image: ImageDetections, operating_score: float) -> PdqSums:
+    confident = image.scores >= operating_score
+    detections = image.boxes[confident], image.scores[confident], image.labels[confident]
+    kept = ~match(*detections, image.true_boxes, image.true_labels, image.crowd).ignored
     truth, true_labels = image.true_boxes[~image.crowd], image.true_labels[~image.crowd]
     height, width = np.where(image.size > 0, image.size, _FAR).tolist()
-    rows, columns, spatial = spatial_quality(found[0][kept], image.std[kept], truth, (height, width))
+    rows, columns, spatial = spatial_quality(detections[0][kept], image.std[kept], truth, (height, width))
     label = image.probabilities[kept].astype(np.float64)[rows, true_labels[columns]]
-    both = np.sqrt(spatial * label)
-    pairs = assign(rows, columns, both, (int(kept.sum()), len(truth)))
-    total, of_place, of_class = (float(each[pairs].sum()) for each in (both, spatial, label))
-    return Quality(total, of_place, of_class, len(pairs), int(kept.sum()), len(truth))
+    pair_quality = np.sqrt(spatial * label)
+    pairs = assign(rows, columns, pair_quality, (int(kept.sum()), len(truth)))
+    total, of_place, of_class = (float(quality[pairs].sum()) for quality in (pair_quality, spatial, label))
+    return PdqSums(total, of_place, of_class, len(pairs), int(kept.sum()), len(truth))
 
 
 def assign(rows: np.ndarray, columns: np.ndarray, quality: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
@@ -99,17 +99,19 @@ def assign(rows: np.ndarray, columns: np.ndarray, quality: np.ndarray, shape: tu
     from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 
     good = np.flatnonzero(quality > 0)
-    some, at = np.unique(rows[good], return_inverse=True)
+    distinct, position = np.unique(rows[good], return_inverse=True)
     if not len(good):
         return good
     # Every box may be left over to a partner of its own; the sparse method takes no cost of 0.
-    alone = np.arange(len(some))
-    cost = np.concatenate([2 - quality[good], np.full(len(some), 2.0)])
-    where = np.concatenate([at, alone]), np.concatenate([columns[good], shape[1] + alone])
-    box, true = min_weight_full_bipartite_matching(coo_array((cost, where), (len(some), shape[1] + len(some))).tocsr())
-    pair = np.full((len(some),), -1)
-    pair[box] = true
-    return good[pair[at] == columns[good]]
+    unassigned = np.arange(len(distinct))
+    cost = np.concatenate([2 - quality[good], np.full(len(distinct), 2.0)])
+    cells = np.concatenate([position, unassigned]), np.concatenate([columns[good], shape[1] + unassigned])
+    box, true = min_weight_full_bipartite_matching(
+        coo_array((cost, cells), (len(distinct), shape[1] + len(distinct))).tocsr()
+    )
+    partner = np.full((len(distinct),), -1)
+    partner[box] = true
+    return good[partner[position] == columns[good]]
 
 
 def spatial_quality(
@@ -129,9 +131,9 @@ def spatial_quality(
     Returns:
         rows (P,), columns (P,) int64 and their quality (P,), above 1e-8.
     """
-    masks = _pixels(truth)
+    masks = _pixel_masks(truth)
     area = np.prod(masks[:, 2:] - masks[:, :2], 1).astype(np.float64)
-    found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = [(_NO_ROW, _NO_ROW, np.zeros(0))]
+    pairs: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = [(_NO_ROWS, _NO_ROWS, np.zeros(0))]
     for row, (box, spread) in enumerate(
         zip(boxes.astype(np.float64), np.nan_to_num(std.astype(np.float64)), strict=True)
     ):
@@ -139,58 +141,60 @@ def spatial_quality(
         (x, in_x), (y, in_y) = profiles
         if len(x) < 2 or len(y) < 2:
             continue
-        here = (masks[:, :2] < [x[-1], y[-1]]) & (masks[:, 2:] > [x[0], y[0]])
-        at = np.flatnonzero(here.all(1))
-        if not len(at):
+        overlaps = (masks[:, :2] < [x[-1], y[-1]]) & (masks[:, 2:] > [x[0], y[0]])
+        columns_near = np.flatnonzero(overlaps.all(1))
+        if not len(columns_near):
             continue
-        inner = np.clip(masks[at], [x[0], y[0], x[0], y[0]], [x[-1], y[-1], x[-1], y[-1]])
+        inner = np.clip(masks[columns_near], [x[0], y[0], x[0], y[0]], [x[-1], y[-1], x[-1], y[-1]])
         shared = np.prod(inner[:, 2:] - inner[:, :2], 1)
         heat = in_y[:, None] * in_x
-        heat[heat < _FAINT] = 0
-        logs = np.log(np.maximum(np.stack([heat, 1 - heat]), _TINY))
+        heat[heat < _MIN_HEAT] = 0
+        logs = np.log(np.maximum(np.stack([heat, 1 - heat]), _MIN_LOG_ARGUMENT))
         logs[1] *= heat > 0
-        (inside, taken), (_, total) = _sums(x, y, logs, inner)
-        loss = inside + (area[at] - shared) * np.log(_TINY) + total - taken
-        quality = np.exp(np.minimum(loss / area[at], 0))
-        good = quality > _POOR
-        found.append((np.full(good.sum(), row), at[good], quality[good]))
-    rows, columns, values = (np.concatenate(column) for column in zip(*found, strict=True))
+        (inside, background_inside), (_, background_total) = _rectangle_sums(x, y, logs, inner)
+        loss = inside + (area[columns_near] - shared) * np.log(_MIN_LOG_ARGUMENT) + background_total - background_inside
+        quality = np.exp(np.minimum(loss / area[columns_near], 0))
+        good = quality > _MIN_QUALITY
+        pairs.append((np.full(good.sum(), row), columns_near[good], quality[good]))
+    rows, columns, values = (np.concatenate(column) for column in zip(*pairs, strict=True))
     return rows, columns, values
 
 
-def _pixels(truth: np.ndarray) -> np.ndarray:
+def _pixel_masks(truth: np.ndarray) -> np.ndarray:
     """(T, 4) int64: edges of the pixels whose centres lie in each box; at least one pixel."""
     edges = np.ceil(truth.astype(np.float64) - 0.5).astype(np.int64)
     centre = np.floor(truth[:, :2] / 2.0 + truth[:, 2:] / 2.0).astype(np.int64)
-    none = edges[:, 2:] <= edges[:, :2]
-    return np.concatenate([np.where(none, centre, edges[:, :2]), np.where(none, centre + 1, edges[:, 2:])], 1)
+    is_empty = edges[:, 2:] <= edges[:, :2]
+    return np.concatenate([np.where(is_empty, centre, edges[:, :2]), np.where(is_empty, centre + 1, edges[:, 2:])], 1)
 
 
 def _profile(edges: np.ndarray, std: np.ndarray, end: int) -> tuple[np.ndarray, np.ndarray]:
     """One axis of a heat map: ends of the runs (R + 1,) int64 inside 0..``end``, and their values (R,)."""
-    (low, high), (before, behind) = edges, std
-    first = max(0, int(np.floor(low - _LOW * before)))
-    last = min(end, int(np.ceil(high + _LOW * behind)))
+    (low, high), (before, after) = edges, std
+    first = max(0, int(np.floor(low - _OUTSIDE_REACH * before)))
+    last = min(end, int(np.ceil(high + _OUTSIDE_REACH * after)))
     if last <= first:
-        return _NO_ROW, np.zeros(0)
+        return _NO_ROWS, np.zeros(0)
     runs = [
-        np.arange(int(np.floor(start)) - 1, stop + 2, max(1, int(spread / _STEPS)))
+        np.arange(int(np.floor(start)) - 1, stop + 2, max(1, int(spread / _RUNS_PER_STD)))
         for start, stop, spread in (
-            (low - _LOW * before, min(last, low + _HIGH * before), before),
-            (max(first, high - _HIGH * behind), high + _LOW * behind, behind),
+            (low - _OUTSIDE_REACH * before, min(last, low + _INSIDE_REACH * before), before),
+            (max(first, high - _INSIDE_REACH * after), high + _OUTSIDE_REACH * after, after),
         )
     ]
     knots = np.unique(np.concatenate([[first, last], *runs]).astype(np.int64))
     knots = knots[(knots >= first) & (knots <= last)]
     middle = (knots[:-1] + knots[1:] - 1) / 2
-    return knots, _cdf(middle + 1 - low, before) * _cdf(high - middle, behind)
+    return knots, _cdf(middle + 1 - low, before) * _cdf(high - middle, after)
 
 
 def _cdf(inside: np.ndarray, std: float) -> np.ndarray:
     return ndtr(inside / std) if std > 0 else np.clip(inside, 0, 1)
 
 
-def _sums(x: np.ndarray, y: np.ndarray, tables: np.ndarray, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _rectangle_sums(
+    x: np.ndarray, y: np.ndarray, tables: np.ndarray, boxes: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Sums over rectangles of pixels of tables whose cells are runs.
 
     Args:
@@ -205,20 +209,20 @@ def _sums(x: np.ndarray, y: np.ndarray, tables: np.ndarray, boxes: np.ndarray) -
     sums = np.zeros((len(tables), len(y), len(x)))
     np.cumsum(np.cumsum(tables * (np.diff(y)[:, None] * np.diff(x)), 1), 2, out=sums[:, 1:, 1:])
     # Inside of a run sums grow evenly, so that reading between its ends is exact.
-    (column, right), (row, down) = _between(x, boxes[:, None, 0::2]), _between(y, boxes[:, 1::2, None])
+    (column, right), (row, down) = _locate(x, boxes[:, None, 0::2]), _locate(y, boxes[:, 1::2, None])
     upper = sums[:, row, column] * (1 - right) + sums[:, row, column + 1] * right
     lower = sums[:, row + 1, column] * (1 - right) + sums[:, row + 1, column + 1] * right
     corners = upper * (1 - down) + lower * down
     return corners[..., 1, 1] - corners[..., 0, 1] - corners[..., 1, 0] + corners[..., 0, 0], sums[:, -1, -1]
 
 
-def _between(knots: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _locate(knots: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(knot before each value, share of the way to the next)."""
-    at = np.minimum(np.searchsorted(knots, values, side="right") - 1, len(knots) - 2)
-    return at, (values - knots[at]) / (knots[at + 1] - knots[at])
+    before = np.minimum(np.searchsorted(knots, values, side="right") - 1, len(knots) - 2)
+    return before, (values - knots[before]) / (knots[before + 1] - knots[before])
 
 
-def edges(images: Sequence[Image], judged: Judged) -> dict[str, float]:
+def edge_likelihood(images: Sequence[ImageDetections], matched: MatchedDetections) -> dict[str, float]:
     """How well Gaussian edges foretell those of the true box, of said boxes that are right at IoU 0.5.
 
     ``nll_box``: mean of ``ln(s √(2 π)) + e² / (2 s²)`` in nats per coordinate, s at least ``STD_FLOOR``.
@@ -226,9 +230,9 @@ def edges(images: Sequence[Image], judged: Judged) -> dict[str, float]:
     10.1198/016214506000001437): the energy score of one coordinate, |e| for an edge without spread. Not known spreads
     count as 0. NaN without a right box, or where an image gave no standard deviations.
     """
-    if not len(judged.error) or any(not image.known[0] and len(image.std) for image in images):
+    if not len(matched.edge_error) or any(not image.provided[0] and len(image.std) for image in images):
         return {"nll_box": float("nan"), "crps_box": float("nan")}
-    error, std = judged.error.astype(np.float64), np.nan_to_num(judged.std.astype(np.float64))
+    error, std = matched.edge_error.astype(np.float64), np.nan_to_num(matched.edge_std.astype(np.float64))
     return {"nll_box": float(nll(error, np.maximum(std, STD_FLOOR)).mean()), "crps_box": float(crps(error, std).mean())}
 
 
@@ -245,4 +249,4 @@ def crps(error: np.ndarray, std: np.ndarray) -> np.ndarray:
     return np.where(std > 0, scale * (z * (2 * ndtr(z) - 1) + 2 * density - 1 / np.sqrt(np.pi)), np.abs(error))
 
 
-_NO_ROW = np.zeros(0, np.int64)
+_NO_ROWS = np.zeros(0, np.int64)

@@ -241,7 +241,7 @@ class Detection(Task):
             found, scores, names, std, probabilities = (each.cpu().numpy() for each in numbers)
             metric.update(
                 batch.image_ids[n], found, scores, names, boxes, labels, crowd, std=std, probabilities=probabilities,
-                doubt=self._measures(own)[self.settings.uncertainty], size=tuple(batch.sizes[n].tolist()),
+                uncertainty=self._measures(own)[self.settings.uncertainty], size=tuple(batch.sizes[n].tolist()),
             )  # fmt: skip
 
     def update_sample(self, fused: Prediction | Fused, batch: Batch, truth: pa.Table | None, sample: BoxSample) -> None:

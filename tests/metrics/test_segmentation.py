@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from pipeline.metrics import SegmentationMetric
-from pipeline.metrics.pixels import BOUNDARY, DOUBT_BINS, bands, doubt_bins
+from pipeline.metrics.pixels import BOUNDARY, DOUBT_BINS, boundary_bands, doubt_bins
 from pipeline.schema import VOID
 from tests.support.metric_cases import BACKGROUND, CLASSES, flat, pixels, segmentation
 
@@ -174,7 +174,7 @@ def test_bands_equal_the_erosion_of_each_class(shape, void):
     empty = rng.random(shape) < void
     labels[empty] = VOID
     distance = max(1, round(BOUNDARY * math.hypot(*shape)))
-    got = bands(torch.from_numpy(labels)[None], torch.from_numpy(~empty))[0].numpy()
+    got = boundary_bands(torch.from_numpy(labels)[None], torch.from_numpy(~empty))[0].numpy()
     wanted = _eroded_bands(labels, empty, distance, CLASSES)
     assert np.array_equal(got & ~empty, wanted)
     assert wanted.any()
