@@ -192,12 +192,12 @@ class DetectionMetric:
               ``map_small, map_medium, map_large``: of true boxes below 32², below 96², and from there on, square
               pixels; ``per_class``, ``per_class50``: of each class, null where it has no true box; ``pr_curves``:
               ``recall`` (101) and ``precision``, a list of as many by class, at IoU .5.
-            - Confident detections, at IoU .5: ``precision, recall, f1``; ``confusion``: K + 1 rows (truth) of K + 1 counts
-              (prediction), the last: nothing, boxes matched whatever their class; ``d_ece, nll_score``.
-            - Confident detections: ``laece`` (IoU .1), ``laece0`` (any overlap), ``lrp`` (IoU .1); ``olrp``: LRP at IoU .5 at
-              each class's best score; ``detection_calibration`` has their formulas.
-            - All detections, at IoU .5: ``auroc_tp, aupr_tp``: true against false positives by score; ``best_f1``: ``score, f1,
-              precision, recall``; ``reliability``: ``confidence, accuracy, count`` of 15 bins.
+            - Confident detections, at IoU .5: ``precision, recall, f1``; ``confusion``: K + 1 rows (truth) of K + 1
+              counts (prediction), the last: nothing, boxes matched whatever their class; ``d_ece, nll_score``.
+            - Confident detections: ``laece`` (IoU .1), ``laece0`` (any overlap), ``lrp`` (IoU .1); ``olrp``: LRP at
+              IoU .5 at each class's best score; ``detection_calibration`` has their formulas.
+            - All detections, at IoU .5: ``auroc_tp, aupr_tp``: true against false positives by score;
+              ``best_f1``: ``score, f1, precision, recall``; ``reliability``: ``confidence, accuracy, count`` of 15 bins.
             - Confident detections with standard deviations: ``nll_box``, ``crps_box``; with probabilities too: ``pdq``,
               ``pdq_spatial``, ``pdq_label``; see ``probabilistic``.
             - Of images whose uncertainty is known: ``spearman_image`` of it and F1, negative where it ranks well;
