@@ -197,7 +197,8 @@ class DetectionMetric:
             - Confident detections: ``laece`` (IoU .1), ``laece0`` (any overlap), ``lrp`` (IoU .1); ``olrp``: LRP at
               IoU .5 at each class's best score; ``detection_calibration`` has their formulas.
             - All detections, at IoU .5: ``auroc_tp, aupr_tp``: true against false positives by score;
-              ``best_f1``: ``score, f1, precision, recall``; ``reliability``: ``confidence, accuracy, count`` of 15 bins.
+              ``best_f1``: ``score, f1, precision, recall``; ``reliability``: ``confidence, accuracy, count`` of 15
+              bins.
             - Confident detections with standard deviations: ``nll_box``, ``crps_box``; with probabilities too: ``pdq``,
               ``pdq_spatial``, ``pdq_label``; see ``probabilistic``.
             - Of images whose uncertainty is known: ``spearman_image`` of it and F1, negative where it ranks well;

@@ -1,8 +1,8 @@
 """Is the difference of two detectors on the same images more than chance: paired bootstrap over images.
 
 As ``pipeline.metrics.bootstrap``: Efron 1979 (10.1214/aos/1176344552), percentile interval, the same images drawn for
-all. Detections are matched and sorted once; a draw weighs the images. Detections of equal score are ranked by image, and
-the copies of one image together, so that a draw's ties fall a little otherwise than by evaluating it anew.
+all. Detections are matched and sorted once; a draw weighs the images. Detections of equal score are ranked by image,
+and the copies of one image together, so that a draw's ties fall a little otherwise than by evaluating it anew.
 """
 
 from collections.abc import Callable, Sequence

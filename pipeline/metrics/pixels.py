@@ -12,14 +12,14 @@ from pipeline.uncertainty import measures
 BINS = 15
 """Bins of a probability for calibration errors: ``(k / 15, (k + 1) / 15]``."""
 
-DOUBT_BINS = 4096
+ENTROPY_BINS = 4096
 """Bins of an entropy v relative to ln C: 64 to each octave, of v below 1/2 down to 2^-41, and of 1 - v down to 2^-25.
 
 Fine at both ends: sure pixels differ by powers of ten, and of two classes the entropy is flat at its top.
 """
 
 _LOW_BINS, _HIGH_BINS = 2560, 1536
-"""``DOUBT_BINS`` at and below 1/2, and above it."""
+"""``ENTROPY_BINS`` at and below 1/2, and above it."""
 
 BOUNDARY = 0.02
 """Width of the boundary band as a share of the image's diagonal (Cheng et al. 2021, 2103.16562)."""
@@ -45,7 +45,7 @@ def shapes_and_dtypes(num_classes: int) -> dict[str, tuple[tuple[int, ...], torc
         "confidence_sum": ((BINS,), real),
         "classwise": ((2, c, BINS), integer),
         "classwise_sum": ((c, BINS), real),
-        "doubt": ((2, DOUBT_BINS), integer),
+        "doubt": ((2, ENTROPY_BINS), integer),
         "nll": ((), real),
         "brier": ((), real),
     }
@@ -157,8 +157,8 @@ def _add_probabilities(counts: dict[str, Tensor], probabilities: Tensor, truth: 
     counts["brier"] += (p.square().sum(0) - 2 * p.gather(0, truth_row)[0] + 1).sum(dtype=torch.float64)
     # Entropy in units of ln C, the same logarithms used again; right and wrong pixels have bins of their own.
     entropy = (p * log).sum(0) / -math.log(max(2, classes))
-    entropy_bins = doubt_bins(entropy) + DOUBT_BINS * wrong
-    counts["doubt"] += torch.bincount(entropy_bins, minlength=2 * DOUBT_BINS).reshape(2, DOUBT_BINS)
+    error_bins = entropy_bins(entropy) + ENTROPY_BINS * wrong
+    counts["doubt"] += torch.bincount(error_bins, minlength=2 * ENTROPY_BINS).reshape(2, ENTROPY_BINS)
     # Bins of class c are BINS * c and following: exact in float32, and turned into integers once.
     class_bins = _probability_bins(p) + BINS * torch.arange(classes, device=p.device)[:, None]
     class_bins = class_bins.int()
@@ -175,8 +175,8 @@ def _probability_bins(values: Tensor) -> Tensor:
     return (values * BINS).ceil_().sub_(1).nan_to_num_(0).clamp_(0, BINS - 1)
 
 
-def doubt_bins(values: Tensor) -> Tensor:
-    """Bins of ``DOUBT_BINS``, rising with float32 ``values`` in 0..1, int32.
+def entropy_bins(values: Tensor) -> Tensor:
+    """Bins of ``ENTROPY_BINS``, rising with float32 ``values`` in 0..1, int32.
 
     From the exponent and 6 bits of the mantissa: sorting a dataset's pixels is not needed to rank them.
     """
@@ -185,5 +185,5 @@ def doubt_bins(values: Tensor) -> Tensor:
     # 0x1F80 is where 1/2 begins; rounding to below 0 or above 1 sets the sign, which the clamp removes.
     step = (near.view(torch.int32) >> 17).sub_(0x1F80)
     below = (step + (_LOW_BINS - 1)).clamp_(0, _LOW_BINS - 1)
-    above = (DOUBT_BINS - 1) - step.add_(_HIGH_BINS - 1).clamp_(0, _HIGH_BINS - 1)
+    above = (ENTROPY_BINS - 1) - step.add_(_HIGH_BINS - 1).clamp_(0, _HIGH_BINS - 1)
     return torch.where(low, below, above)
