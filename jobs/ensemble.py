@@ -21,7 +21,7 @@ def run(config: str, members: int, resume: bool, sets: list[str], verb: str = "e
             made = ensemble.train_ensemble(settings, members, resume=resume, sink=terminal)
             from pipeline.report import curves
 
-            plot = curves.write(settings.out, members)
+            plot = curves.write_loss_plot(settings.out, members)
         terminal.close()
         losses = ", ".join(f"{metrics['val_loss']:.4f}" for metrics in made.manifest["metrics"])
         terminal.say(f"bundle {made.uri} (id {made.id}, {members} member(s), validation loss {losses}); curves {plot}")
