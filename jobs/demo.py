@@ -82,8 +82,8 @@ def _task(root: str, task: str, terminal: JobOutput) -> dict[str, Any]:
         (title, infos[name], storage.join(root, "predictions", f"{task}-{name}"))
         for title, name in (("test", "data"), ("shifted", "shifted"))
     ]
-    storage.write_bytes(storage.join(root, f"{task}.png"), summary.picture(task, panels))
-    figures = {**metrics["data"], **summary.doubt(tables["data"], tables["shifted"])}
+    storage.write_bytes(storage.join(root, f"{task}.png"), summary.doubtful_images(task, panels))
+    figures = {**metrics["data"], **summary.uncertainty_shift(tables["data"], tables["shifted"])}
     if task == "segmentation":
         figures |= {"nll_members": [member["nll"] for member in figures["members"]], "nll_pool": figures["nll"]}
     keys = ["miou", "nll_members", "nll_pool"] if task == "segmentation" else ["map50", "map"]

@@ -20,7 +20,7 @@ def run(config: str, members: int, resume: bool, sets: list[str], verb: str = "e
             bundle = ensemble.train_ensemble(settings, members, resume=resume, sink=terminal)
             from pipeline.report import curves
 
-            plot = curves.write(settings.out, members)
+            plot = curves.write_loss_plot(settings.out, members)
         terminal.close()
         losses = ", ".join(f"{metrics['val_loss']:.4f}" for metrics in bundle.manifest["metrics"])
         terminal.say(

@@ -28,7 +28,7 @@ def run(bundle: str, data: str, split: str, out: str, shift_data: str = "", shif
         storage.write_bytes(out, json.dumps(metrics, indent=1).encode())
         from pipeline.report import evaluation
 
-        plots = evaluation.write(out, open_bundle(where[0]), open_dataset(where[1]), split, metrics, scalars)
+        plots = evaluation.write_plots(out, open_bundle(where[0]), open_dataset(where[1]), split, metrics, scalars)
         terminal.close()
         terminal.say(evaluation.describe_evaluation(split, metrics))
         terminal.say(f"metrics {out}; plots {', '.join(plots)}")

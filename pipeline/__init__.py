@@ -1,10 +1,11 @@
 """Dubito's library: what is possible. Importing it starts nothing.
 
-storage -> formats -> datasets -> stream -> decode -> augment -> models -> losses -> train -> score
--> predictions (Parquet) -> evaluate. Imports point one way, from the right to the left of that line;
+storage -> datasets -> stream -> augment -> models, losses -> training -> scoring -> predictions (Parquet)
+-> retraining, report. Imports point one way, from the right to the left of that line;
 tests/test_architecture.py keeps it so.
 
 schema: column names, Arrow schemas, axis letters, conventions of boxes and labels
+environment: every environment variable that is read, named, documented and checked
 errors: what a person meets: what was wanted, what was found, where, what to do
 config: typed settings from YAML and ``--set a.b=c``
 storage: files by URI: atomic commits, retries, checksums, leases

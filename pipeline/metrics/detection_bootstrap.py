@@ -1,8 +1,8 @@
 """Is the difference of two detectors on the same images more than chance: paired bootstrap over images.
 
 As ``pipeline.metrics.bootstrap``: Efron 1979 (10.1214/aos/1176344552), percentile interval, the same images drawn for
-all. Boxes are matched and sorted once; a draw weighs the images. Boxes of equal score are ranked by image, and the
-copies of one image together, so that a draw's ties fall a little otherwise than by evaluating it anew.
+all. Detections are matched and sorted once; a draw weighs the images. Detections of equal score are ranked by image,
+and the copies of one image together, so that a draw's ties fall a little otherwise than by evaluating it anew.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,16 +10,15 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from pipeline.errors import InputError
-from pipeline.metrics.bootstrap import _weights
+from pipeline.metrics.bootstrap import Interval, draw_weights, percentile_interval
 from pipeline.metrics.detection import DetectionMetric
 from pipeline.metrics.detection_calibration import laece, laece_sums
-from pipeline.metrics.detection_precision import average_precision, ranked
+from pipeline.metrics.detection_precision import average_precision, rank_detections
 from pipeline.metrics.detection_rows import LOW_IOU
+from pipeline.metrics.ratios import mean_of_defined
 
 FIGURES = ("map", "map50", "laece")
 """What is compared; the smaller the better for the last."""
-
-Interval = dict[str, float | None]
 
 
 def paired(
@@ -41,22 +40,22 @@ def paired(
     Raises:
         InputError: The metrics are not of the same images.
     """
-    names = [[image.id for image in metric.images()] for metric in (pool, *members)]
-    for k, other in enumerate(names[1:]):
-        if other != names[0]:
+    image_ids = [[image.id for image in metric.images()] for metric in (pool, *members)]
+    for k, member_ids in enumerate(image_ids[1:]):
+        if member_ids != image_ids[0]:
             raise InputError(
-                f"a paired comparison wants the same images of all: found {len(names[0])} and {len(other)} images, "
-                f"or other ids, in member {k}; evaluate all on one split"
+                f"a paired comparison wants the same images of all: found {len(image_ids[0])} and {len(member_ids)} "
+                f"images, or other ids, in member {k}; evaluate all on one split"
             )
-    number = len(names[0])
-    weights = np.concatenate([np.ones((1, number)), _weights(np.random.default_rng(seed), draws, number)])
-    if not number:
-        weights = np.zeros((draws + 1, 0))
-    own, *others = (figures(metric, weights) for metric in (pool, *members))
-    mean = {name: np.mean([other[name] for other in others], axis=0) for name in FIGURES}
+    num_images = len(image_ids[0])
+    # The first row weighs the images as they are, the others are the draws: one pass gives both.
+    drawn = draw_weights(np.random.default_rng(seed), draws, num_images)
+    weights = np.concatenate([np.ones((1, num_images)), drawn])
+    pool_figures, *member_figures = (figures(metric, weights) for metric in (pool, *members))
+    mean_figures = {name: np.mean([values[name] for values in member_figures], axis=0) for name in FIGURES}
     return {
-        "over_mean_member": _intervals(own, mean),
-        "over_chosen_member": {} if chosen is None else _intervals(own, others[chosen]),
+        "over_mean_member": _intervals(pool_figures, mean_figures),
+        "over_chosen_member": {} if chosen is None else _intervals(pool_figures, member_figures[chosen]),
     }
 
 
@@ -65,43 +64,34 @@ def figures(metric: DetectionMetric, weights: np.ndarray) -> dict[str, np.ndarra
 
     Args:
         metric: Of N images.
-        weights: (D, N) float64: how often each image, in the order of ids, is there.
+        weights: (D, N) float64: how often each image counts, in the order of ids.
 
     Returns:
-        (D,) float64 each; NaN where not defined.
+        (D,) float64 by figure; NaN where not defined.
     """
-    precision = np.stack([average_precision(rows, weights) for rows in ranked(metric.images(), metric.num_classes)])
-    sums = laece_sums(metric.judged(), LOW_IOU, by_image=True)
-    gaps, counts = (np.tensordot(weights, each, 1) for each in sums)
+    by_class = rank_detections(metric.images(), metric.num_classes)
+    # (K, 10 thresholds, D)
+    precision = np.stack([average_precision(detections, weights) for detections in by_class])
+    gaps, counts = laece_sums(metric.matched(), LOW_IOU, by_image=True)
     return {
-        "map": _mean(precision.mean(1)),
-        "map50": _mean(precision[:, 0]),
-        "laece": laece(gaps, counts),
+        "map": mean_of_defined(precision.mean(1), axis=0),
+        "map50": mean_of_defined(precision[:, 0], axis=0),
+        "laece": laece(np.tensordot(weights, gaps, 1), np.tensordot(weights, counts, 1)),
     }
 
 
 def map_of(metric: DetectionMetric) -> Callable[[np.ndarray], np.ndarray]:
     """(D, N) weights of the images, in the order of ids -> (D,) mAP of the weighted images; boxes are sorted once."""
-    every = ranked(metric.images(), metric.num_classes)
-    return lambda weights: _mean(np.stack([average_precision(rows, weights) for rows in every]).mean(1))
+    by_class = rank_detections(metric.images(), metric.num_classes)
+
+    def weighted_map(weights: np.ndarray) -> np.ndarray:
+        precision = np.stack([average_precision(detections, weights) for detections in by_class])
+        return mean_of_defined(precision.mean(1), axis=0)
+
+    return weighted_map
 
 
-def _mean(each: np.ndarray) -> np.ndarray:
-    """(K, D) -> (D,) over the classes that have true boxes; NaN without."""
-    known = np.isfinite(each)
-    number = known.sum(0)
-    total = np.where(known, each, 0).sum(0)
-    return np.divide(total, number, out=np.full(len(total), np.nan), where=number > 0)
-
-
-def _intervals(own: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> dict[str, Interval]:
-    return {name: _interval(own[name] - other[name]) for name in FIGURES}
-
-
-def _interval(values: np.ndarray) -> Interval:
-    """The first value is of the images as they are, the others of draws."""
-    difference, drawn = values[0], values[1:][np.isfinite(values[1:])]
-    if not np.isfinite(difference) or not len(drawn):
-        return {"difference": None, "low": None, "high": None}
-    low, high = np.percentile(drawn, [2.5, 97.5])
-    return {"difference": float(difference), "low": float(low), "high": float(high)}
+def _intervals(minuend: dict[str, np.ndarray], subtrahend: dict[str, np.ndarray]) -> dict[str, Interval]:
+    """Of each figure the difference of two sides, (1 + draws,) each, of which the first is no draw."""
+    differences = {name: minuend[name] - subtrahend[name] for name in FIGURES}
+    return {name: percentile_interval(values[0], values[1:]) for name, values in differences.items()}

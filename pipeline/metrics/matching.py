@@ -1,4 +1,4 @@
-"""Which box found is which true one: COCO's greedy rule, for one image at a time, in numpy.
+"""Which detection is which true box: COCO's greedy rule, for one image at a time, in numpy.
 
 Boxes xyxy, continuous edges, pixels. Works on any number of boxes: the overlaps are held for some rows at a time.
 """
@@ -9,20 +9,20 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-_CELLS = 2**20
+_MAX_PAIRS = 2**20
 """Overlaps held at a time."""
 _ALMOST_ONE = 1 - 1e-10
-"""The highest overlap that is ever asked for, as COCO has it."""
+"""The highest overlap that a match can need, as COCO has it: equal boxes may fall short of 1 by rounding."""
 
 
 @dataclass(frozen=True)
 class Match:
-    """What became of the B boxes of one image."""
+    """What became of the B detections of one image."""
 
     index: np.ndarray
-    """(B,) int64: row of the true box that it is; -1: none."""
+    """(B,) int64: row of the true box; -1: none, a false positive unless ignored."""
     iou: np.ndarray
-    """(B,) float64: overlap with that one; 0 without."""
+    """(B,) float64: overlap with that true box; 0 without."""
     ignored: np.ndarray
     """(B,) bool: absorbed by a crowd, so neither right nor wrong."""
 
@@ -36,10 +36,10 @@ def match(
     crowd: ArrayLike | None = None,
     iou: float = 0.5,
 ) -> Match:
-    """COCO's rule: the best score first, each takes the free true box of its own class with the highest IoU.
+    """COCO's rule: by falling score, each detection takes the free true box of its own class with the highest IoU.
 
-    A box that finds none is ignored where ``iou`` of its own area lies in a crowd box of its class, which is not
-    used up. Of equal scores the earlier row goes first, of equal overlaps the later true row is taken, as
+    A detection without a match is ignored where a share ``iou`` of its own area lies in a crowd box of its class, which
+    is not used up. Of equal scores the earlier row goes first, of equal overlaps the later true row is taken, as
     in pycocotools; no number of boxes is cut off here.
 
     Args:
@@ -51,40 +51,52 @@ def match(
         crowd: (T,) bool; None: no crowds.
         iou: Least overlap, above 0.
     """
-    found, truth = as_boxes(boxes), as_boxes(true_boxes)
-    names, true_names = np.asarray(labels).reshape(-1), np.asarray(true_labels).reshape(-1)
-    many = np.zeros(len(truth), bool) if crowd is None else np.asarray(crowd, bool).reshape(-1)
-    out = Match(np.full(len(found), -1), np.zeros(len(found)), np.zeros(len(found), bool))
+    detected, truth = as_boxes(boxes), as_boxes(true_boxes)
+    predicted_labels = np.asarray(labels).reshape(-1)
+    target_labels = np.asarray(true_labels).reshape(-1)
+    is_crowd = np.zeros(len(truth), bool) if crowd is None else np.asarray(crowd, bool).reshape(-1)
+    matches = Match(np.full(len(detected), -1), np.zeros(len(detected)), np.zeros(len(detected), bool))
     order = np.argsort(-np.asarray(scores, np.float64).reshape(-1), kind="stable")
-    least = min(iou, _ALMOST_ONE)
-    for label in np.intersect1d(names, true_names):
-        rows, columns = order[names[order] == label], np.flatnonzero(true_names == label)
-        single, crowds = columns[~many[columns]], columns[many[columns]]
-        _take(out, rows, single, overlaps(found[rows], truth[single]), least)
-        left = rows[out.index[rows] < 0]
-        for at, shares in overlaps(found[left], truth[crowds], of_first=True):
-            out.ignored[left[at]] = (shares >= least).any(1)
-    return out
+    min_iou = min(iou, _ALMOST_ONE)
+    # Classes do not compete, so each is matched alone.
+    for label in np.intersect1d(predicted_labels, target_labels):
+        rows = order[predicted_labels[order] == label]
+        columns = np.flatnonzero(target_labels == label)
+        single, crowds = columns[~is_crowd[columns]], columns[is_crowd[columns]]
+        _assign_greedily(matches, rows, single, pairwise_iou(detected[rows], truth[single]), min_iou)
+        # Crowds come last: they take only what no single object has.
+        unmatched = rows[matches.index[rows] < 0]
+        for chunk, shares in pairwise_iou(detected[unmatched], truth[crowds], of_first=True):
+            matches.ignored[unmatched[chunk]] = (shares >= min_iou).any(1)
+    return matches
 
 
-def _take(
-    out: Match, rows: np.ndarray, columns: np.ndarray, parts: Iterator[tuple[slice, np.ndarray]], least: float
+def _assign_greedily(
+    matches: Match,
+    rows: np.ndarray,
+    columns: np.ndarray,
+    overlap_chunks: Iterator[tuple[slice, np.ndarray]],
+    min_iou: float,
 ) -> None:
-    """Give each of ``rows``, in order, the best of ``columns`` that is free."""
+    """Give each detection of ``rows``, in order, the best true box of ``columns`` that is free; fills ``matches``."""
     free = np.ones(len(columns), bool)
-    for at, each in parts:
-        asked = np.flatnonzero((each >= least).any(1)).tolist()
-        for row, overlap in zip(rows[at][asked], each[asked], strict=True):
-            overlap = np.where(free, overlap, -1)
-            best = len(columns) - 1 - int(overlap[::-1].argmax())
-            if overlap[best] >= least:
-                out.index[row], out.iou[row], free[best] = columns[best], overlap[best], False
+    for chunk, overlaps in overlap_chunks:
+        # Most detections reach no true box at all, and need no step of the loop.
+        reaching = np.flatnonzero((overlaps >= min_iou).any(1)).tolist()
+        for row, overlap in zip(rows[chunk][reaching], overlaps[reaching], strict=True):
+            free_overlap = np.where(free, overlap, -1)
+            # argmax gives the first of equals; reversed, the last.
+            best = len(columns) - 1 - int(free_overlap[::-1].argmax())
+            if free_overlap[best] >= min_iou:
+                matches.index[row] = columns[best]
+                matches.iou[row] = free_overlap[best]
+                free[best] = False
 
 
-def overlaps(first: np.ndarray, second: np.ndarray, of_first: bool = False) -> Iterator[tuple[slice, np.ndarray]]:
+def pairwise_iou(first: np.ndarray, second: np.ndarray, of_first: bool = False) -> Iterator[tuple[slice, np.ndarray]]:
     """IoU of all pairs, some rows at a time: (rows, (R, T) float64).
 
-    Rounded as pycocotools does, from corner and size, so that a threshold is passed by the same boxes.
+    Rounded as pycocotools does, from corner and size, so that the same pairs pass a threshold.
 
     Args:
         first: (B, 4).
@@ -94,19 +106,21 @@ def overlaps(first: np.ndarray, second: np.ndarray, of_first: bool = False) -> I
     Yields:
         Nothing where either side has no box.
     """
-    one, other = first.astype(np.float64), second.astype(np.float64)
-    size, other_size = one[:, 2:] - one[:, :2], other[:, 2:] - other[:, :2]
-    end, other_end = one[:, :2] + size, other[:, :2] + other_size
-    area, other_area = size.prod(1), other_size.prod(1)
-    step = max(1, _CELLS // max(1, len(other)))
-    for start in range(0, len(one) if len(other) else 0, step):
-        at = slice(start, start + step)
+    boxes, true_boxes = first.astype(np.float64), second.astype(np.float64)
+    size, true_size = boxes[:, 2:] - boxes[:, :2], true_boxes[:, 2:] - true_boxes[:, :2]
+    end, true_end = boxes[:, :2] + size, true_boxes[:, :2] + true_size
+    area, true_area = size.prod(1), true_size.prod(1)
+    step = max(1, _MAX_PAIRS // max(1, len(true_boxes)))
+    for start in range(0, len(boxes) if len(true_boxes) else 0, step):
+        rows = slice(start, start + step)
         width, height = (
-            np.minimum(end[at, None, k], other_end[:, k]) - np.maximum(one[at, None, k], other[:, k]) for k in (0, 1)
+            np.minimum(end[rows, None, axis], true_end[:, axis])
+            - np.maximum(boxes[rows, None, axis], true_boxes[:, axis])
+            for axis in (0, 1)
         )
         shared = np.where((width > 0) & (height > 0), width * height, 0)
-        whole = area[at, None] if of_first else area[at, None] + other_area - shared
-        yield at, np.divide(shared, whole, out=np.zeros_like(shared), where=shared > 0)
+        whole = area[rows, None] if of_first else area[rows, None] + true_area - shared
+        yield rows, np.divide(shared, whole, out=np.zeros_like(shared), where=shared > 0)
 
 
 def as_boxes(boxes: ArrayLike) -> np.ndarray:

@@ -4,6 +4,8 @@ A score is doubt: the higher, the more doubtful. Groups of tied rows, or bins of
 inside; what depends on one is given as its mean over all orders.
 """
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import digamma
@@ -51,6 +53,7 @@ def auroc_of_counts(negatives: np.ndarray, positives: np.ndarray) -> float:
     """``auroc`` from counts (G,) by bin, lowest score first; rows of one bin are tied."""
     low, high = np.asarray(negatives, np.float64), np.asarray(positives, np.float64)
     pairs = low.sum() * high.sum()
+    # A positive beats the negatives of all lower bins, and half of those in its own.
     return float((high * (low.cumsum() - low / 2)).sum() / pairs) if pairs else float("nan")
 
 
@@ -64,15 +67,17 @@ def average_precision_of_counts(negatives: np.ndarray, positives: np.ndarray) ->
     Returns:
         In [0, 1]; NaN without positives.
     """
-    low, found = np.asarray(negatives, np.float64)[::-1], np.asarray(positives, np.float64)[::-1]
-    number = low + found
-    before, found_before = number.cumsum() - number, found.cumsum() - found
-    if not found.sum():
+    # Turned round: precision counts from the highest score down.
+    low, high = np.asarray(negatives, np.float64)[::-1], np.asarray(positives, np.float64)[::-1]
+    number = low + high
+    before, high_before = number.cumsum() - number, high.cumsum() - high
+    if not high.sum():
         return float("nan")
-    slope = (found - 1) / np.maximum(number - 1, 1)
+    slope = (high - 1) / np.maximum(number - 1, 1)
+    # Σ_j 1 / (N0 + j), the harmonic sum over the rows of a bin.
     steps = digamma(before + number + 1) - digamma(before + 1)
-    precisions = slope * number + (found_before + 1 - slope - slope * before) * steps
-    return float((found * precisions / np.maximum(number, 1)).sum() / found.sum())
+    precisions = slope * number + (high_before + 1 - slope - slope * before) * steps
+    return float((high * precisions / np.maximum(number, 1)).sum() / high.sum())
 
 
 def aurc(counts: ArrayLike, losses: ArrayLike) -> float:
@@ -89,34 +94,34 @@ def aurc(counts: ArrayLike, losses: ArrayLike) -> float:
     Returns:
         In the unit of the losses; NaN of no rows.
     """
-    number, lost = np.asarray(counts, np.float64), np.asarray(losses, np.float64)
-    number, lost = number[number > 0], lost[number > 0]
+    number, loss_sums = np.asarray(counts, np.float64), np.asarray(losses, np.float64)
+    number, loss_sums = number[number > 0], loss_sums[number > 0]
     if not len(number):
         return float("nan")
-    before, lost_before = number.cumsum() - number, lost.cumsum() - lost
+    before, losses_before = number.cumsum() - number, loss_sums.cumsum() - loss_sums
     steps = digamma(before + number + 1) - digamma(before + 1)
-    total = lost + (lost_before - lost / number * before) * steps
+    total = loss_sums + (losses_before - loss_sums / number * before) * steps
     return float(total.sum() / number.sum())
 
 
-def excess_aurc(counts: ArrayLike, losses: ArrayLike, each: ArrayLike) -> float:
+def excess_aurc(counts: ArrayLike, losses: ArrayLike, oracle_groups: ArrayLike) -> float:
     """``aurc`` minus that of an oracle, which ranks by loss (E-AURC; Geifman et al. 2019, 1805.08206).
 
     Args:
         counts: (G,) as in ``aurc``.
         losses: (G,) as in ``aurc``.
-        each: (2, K) the same rows by loss, K groups of equal losses: their counts, and their losses' sums.
+        oracle_groups: (2, K) the same rows by loss, K groups of equal losses: their counts, and their losses' sums.
     """
-    number, lost = np.asarray(each, np.float64)
-    order = np.argsort(lost / np.maximum(number, 1))
-    # Rounding below 0 is cut off; NaN stays.
-    return float(np.maximum(aurc(counts, losses) - aurc(number[order], lost[order]), 0))
+    number, oracle_losses = np.asarray(oracle_groups, np.float64)
+    order = np.argsort(oracle_losses / np.maximum(number, 1))
+    # An oracle cannot be worse: what is below 0 is rounding, and cut off; NaN stays.
+    return float(np.maximum(aurc(counts, losses) - aurc(number[order], oracle_losses[order]), 0))
 
 
-def tied(scores: ArrayLike, losses: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+def group_ties(scores: ArrayLike, losses: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     """(counts, losses) of groups of equal scores (n,), the lowest first: what ``aurc`` takes."""
-    _, at, counts = np.unique(np.asarray(scores), return_inverse=True, return_counts=True)
-    return counts, np.bincount(at, np.asarray(losses, np.float64), minlength=len(counts))
+    _, group, counts = np.unique(np.asarray(scores), return_inverse=True, return_counts=True)
+    return counts, np.bincount(group, np.asarray(losses, np.float64), minlength=len(counts))
 
 
 def risk_coverage(scores: ArrayLike, losses: ArrayLike, points: int = 101) -> tuple[np.ndarray, np.ndarray]:
@@ -130,23 +135,49 @@ def risk_coverage(scores: ArrayLike, losses: ArrayLike, points: int = 101) -> tu
     Returns:
         (coverage, risk), coverage rising to 1; empty of no rows.
     """
-    counts, lost = tied(scores, losses)
+    counts, loss_sums = group_ties(scores, losses)
     total = int(counts.sum())
     if not total:
         return np.zeros(0), np.zeros(0)
-    kept = np.unique(np.ceil(np.linspace(total, 1, min(points, total)) - 1e-9).astype(np.int64))
+    accepted = np.unique(np.ceil(np.linspace(total, 1, min(points, total)) - 1e-9).astype(np.int64))
     ends = np.concatenate([[0], counts.cumsum()])
-    lost_ends = np.concatenate([[0.0], lost.cumsum()])
+    loss_ends = np.concatenate([[0.0], loss_sums.cumsum()])
     # Linear inside a group: its mean over orders.
-    return kept / total, np.interp(kept, ends, lost_ends) / kept
+    return accepted / total, np.interp(accepted, ends, loss_ends) / accepted
 
 
 def spearman(first: ArrayLike, second: ArrayLike) -> float:
     """Correlation of ranks, ties sharing theirs (Spearman 1904); NaN of fewer than two, or of equal values."""
-    ranks = [_ranks(np.asarray(each, np.float64)) for each in (first, second)]
-    a, b = (each - each.mean() if len(each) else each for each in ranks)
-    scale = np.sqrt((a @ a) * (b @ b))
-    return float(np.clip(a @ b / scale, -1, 1)) if scale else float("nan")
+    first_ranks, second_ranks = (_ranks(np.asarray(values, np.float64)) for values in (first, second))
+    # Pearson's correlation of the ranks, written out: centred, then scaled.
+    if len(first_ranks):
+        first_ranks = first_ranks - first_ranks.mean()
+    if len(second_ranks):
+        second_ranks = second_ranks - second_ranks.mean()
+    scale = np.sqrt((first_ranks @ first_ranks) * (second_ranks @ second_ranks))
+    return float(np.clip(first_ranks @ second_ranks / scale, -1, 1)) if scale else float("nan")
+
+
+def image_ranking(table: dict[str, np.ndarray]) -> dict[str, Any]:
+    """How well the images' scores rank their losses.
+
+    Args:
+        table: ``score`` and ``loss`` (N,) of a metric's ``images_table``; images without either are left out.
+
+    Returns:
+        ``spearman_image`` of score and 1 - loss; ``aurc_image, eaurc_image``; ``risk_coverage``: ``coverage, risk``,
+        None where no image is ranked.
+    """
+    ranked = np.isfinite(table["score"]) & np.isfinite(table["loss"])
+    scores, losses = table["score"][ranked], table["loss"][ranked]
+    counts, loss_sums = group_ties(scores, losses)
+    coverage, risk = risk_coverage(scores, losses)
+    return {
+        "spearman_image": spearman(scores, 1 - losses),
+        "aurc_image": aurc(counts, loss_sums),
+        "eaurc_image": excess_aurc(counts, loss_sums, [np.ones(len(losses)), losses]),
+        "risk_coverage": {"coverage": coverage, "risk": risk} if ranked.any() else None,
+    }
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:

@@ -7,10 +7,11 @@ import numpy as np
 from torch import Tensor
 
 from pipeline.metrics import ranking
-from pipeline.metrics.overlap import iou, mean_iou
-from pipeline.metrics.pixels import count, counts_of
+from pipeline.metrics.pixels import count_pixels, shapes_and_dtypes
+from pipeline.metrics.plain_json import plain_json
+from pipeline.metrics.ratios import mean_iou, ratio
 
-_SUMS = ("confusion", "boundary", "confidence", "confidence_sum", "classwise", "classwise_sum", "doubt")
+_SUM_NAMES = ("confusion", "boundary", "confidence", "confidence_sum", "classwise", "classwise_sum", "doubt")
 
 
 class SegmentationMetric:
@@ -22,14 +23,18 @@ class SegmentationMetric:
     """
 
     def __init__(self, num_classes: int, background: int | None = None) -> None:
-        self.num_classes, self.background = num_classes, background
-        kinds = counts_of(num_classes)
-        self._sums = {name: np.zeros(kinds[name][0], _numpy(kinds[name][1].is_floating_point)) for name in _SUMS}
+        self.num_classes = num_classes
+        self.background = background
+        self._sums: dict[str, np.ndarray] = {}
+        for name in _SUM_NAMES:
+            shape, dtype = shapes_and_dtypes(num_classes)[name]
+            self._sums[name] = np.zeros(shape, np.float64 if dtype.is_floating_point else np.int64)
         self._ids: list[str] = []
         self._scores: list[float] = []
-        # Of an image: (2 C + 1) intersections, unions, labelled pixels; (2) NLL and Brier sums.
         self._counts: list[np.ndarray] = []
+        """(2 C + 1) of each image: intersections, unions, labelled pixels."""
         self._losses: list[np.ndarray] = []
+        """(2) of each image: sums of the NLL and of the Brier score over its pixels."""
 
     def update(self, probabilities: Tensor, target: Tensor, image_id: str = "", score: float | None = None) -> None:
         """Count one image, once.
@@ -45,15 +50,15 @@ class SegmentationMetric:
         """
         if len(probabilities) != self.num_classes:
             raise ValueError(f"wanted probabilities of {self.num_classes} classes, found {len(probabilities)}")
-        found = count(probabilities, target)
-        for name in _SUMS:
-            self._sums[name] += found[name]
-        inter, union = _overlap(found["confusion"])
+        counts = count_pixels(probabilities, target)
+        for name in _SUM_NAMES:
+            self._sums[name] += counts[name]
+        inter, union = _intersection_and_union(counts["confusion"])
         self._ids.append(image_id)
         self._scores.append(math.nan if score is None else score)
-        # No image has 2^31 pixels.
-        self._counts.append(np.concatenate([inter, union, [found["confusion"].sum()]]).astype(np.int32))
-        self._losses.append(np.array([found["nll"], found["brier"]]))
+        # int32 is enough: no image has 2^31 pixels.
+        self._counts.append(np.concatenate([inter, union, [counts["confusion"].sum()]]).astype(np.int32))
+        self._losses.append(np.array([counts["nll"], counts["brier"]]))
 
     def merge(self, other: "SegmentationMetric") -> None:
         """Add what ``other`` has counted."""
@@ -80,11 +85,13 @@ class SegmentationMetric:
     def from_state(cls, state: dict[str, np.ndarray]) -> Self:
         """The inverse of ``state``."""
         background = int(state["background"])
-        out = cls(len(state["confusion"]), None if background < 0 else background)
-        out._sums = {name: np.array(state[name]) for name in _SUMS}
-        out._ids, out._scores = state["image_ids"].tolist(), state["scores"].tolist()
-        out._counts, out._losses = list(state["counts"]), list(state["losses"])
-        return out
+        metric = cls(len(state["confusion"]), None if background < 0 else background)
+        metric._sums = {name: np.array(state[name]) for name in _SUM_NAMES}
+        metric._ids = state["image_ids"].tolist()
+        metric._scores = state["scores"].tolist()
+        metric._counts = list(state["counts"])
+        metric._losses = list(state["losses"])
+        return metric
 
     def images_table(self) -> dict[str, np.ndarray]:
         """What is kept of every image, sorted by id.
@@ -94,20 +101,22 @@ class SegmentationMetric:
             background, that truth or prediction shows in the image, 0 where neither shows one, and NaN where
             no pixel is labelled; ``inter, union`` (n, C) and ``pixels`` int64; ``nll, brier``: sums over pixels.
         """
-        state, c = self.state(), self.num_classes
+        state = self.state()
+        classes = self.num_classes
         counts = state["counts"].astype(np.int64)
-        inter, union, pixels = counts[:, :c], counts[:, c : 2 * c], counts[:, 2 * c]
-        found = mean_iou(inter, union, self.background)
+        inter, union, pixels = counts[:, :classes], counts[:, classes : 2 * classes], counts[:, 2 * classes]
+        image_iou = mean_iou(inter, union, self.background)
         columns = {
             "ids": state["image_ids"],
             "score": state["scores"],
-            "loss": np.where(pixels > 0, 1 - np.where(np.isnan(found), 1, found), np.nan),
+            "loss": np.where(pixels > 0, 1 - np.where(np.isnan(image_iou), 1, image_iou), np.nan),
             "inter": inter,
             "union": union,
             "pixels": pixels,
             "nll": state["losses"][:, 0],
             "brier": state["losses"][:, 1],
         }
+        # By id, and by score and loss where ids are equal, so that the order in which images came does not show.
         order = np.lexsort((columns["loss"], columns["score"], columns["ids"]))
         return {name: value[order] for name, value in columns.items()}
 
@@ -126,52 +135,64 @@ class SegmentationMetric:
               ``ece_classwise``: mean over classes of Σ_bins share |frequency of c - mean p_c| (Kull et al. 2019).
             - Wrong pixels found by entropy: ``auroc_error, aupr_error`` (wrong = positive), ``aurc, eaurc``
               (area under risk-coverage, and its excess over an oracle's), from 4096 bins.
-            - Of images that have a score: ``spearman_image`` of score and IoU, negative where doubt is right;
+            - Of images that have a score: ``spearman_image`` of score and IoU, negative where the score ranks well;
               ``aurc_image, eaurc_image`` of ``images_table``'s loss; ``risk_coverage``: ``coverage, risk``.
             - ``images`` that have a mask, and labelled ``pixels``.
         """
         rows = self.images_table()
         pixels = int(rows["pixels"].sum())
-        return _plain(
+        return plain_json(
             {
-                **self._labels(pixels),
-                "nll": _share(rows["nll"].sum(), pixels),
-                "brier": _share(rows["brier"].sum(), pixels),
-                **self._calibration(pixels),
-                **self._errors(),
-                **_images(rows),
+                **self._overlap_figures(pixels),
+                "nll": ratio(rows["nll"].sum(), pixels),
+                "brier": ratio(rows["brier"].sum(), pixels),
+                **self._calibration_figures(pixels),
+                **self._error_detection_figures(),
+                **ranking.image_ranking(rows),
                 "images": len(rows["ids"]),
                 "pixels": pixels,
             }
         )
 
-    def _labels(self, pixels: int) -> dict[str, Any]:
+    def _overlap_figures(self, pixels: int) -> dict[str, Any]:
+        """Figures of the predicted labels alone."""
         confusion = self._sums["confusion"]
-        inter, union = _overlap(confusion)
-        each, bands = iou(inter, union), self._sums["boundary"]
+        inter, union = _intersection_and_union(confusion)
+        boundary_inter, boundary_union = self._sums["boundary"]
         return {
-            "iou": each,
+            "iou": ratio(inter, union),
             "miou": mean_iou(inter, union, None),
+            # Dice is 2 |A and B| / (|A| + |B|), and |A| + |B| is intersection plus union.
             "dice": mean_iou(2 * inter, inter + union, None),
-            "accuracy": _share(inter.sum(), pixels),
-            "boundary_iou": mean_iou(bands[0], bands[1], self.background),
-            "boundary_iou_per_class": iou(bands[0], bands[1]),
+            "accuracy": ratio(inter.sum(), pixels),
+            "boundary_iou": mean_iou(boundary_inter, boundary_union, self.background),
+            "boundary_iou_per_class": ratio(boundary_inter, boundary_union),
             "confusion": confusion,
         }
 
-    def _calibration(self, pixels: int) -> dict[str, Any]:
-        (number, right), total = self._sums["confidence"], self._sums["confidence_sum"]
-        in_bin, of_class = self._sums["classwise"]
+    def _calibration_figures(self, pixels: int) -> dict[str, Any]:
+        """How well probabilities agree with frequencies, from sums by bin."""
+        count, correct = self._sums["confidence"]
+        confidence = self._sums["confidence_sum"]
+        # A bin's share of the pixels times |frequency - mean p| is |pixels of the class - sum of p| / all pixels:
+        # the number of pixels in the bin cancels.
+        _, of_class = self._sums["classwise"]
         gaps = np.abs(of_class - self._sums["classwise_sum"]).sum(1)
         return {
-            "ece": _share(np.abs(right - total).sum(), pixels),
-            "ece_classwise": _share(gaps.mean(), pixels),
-            "reliability": {"confidence": iou(total, number), "accuracy": iou(right, number), "count": number},
+            "ece": ratio(np.abs(correct - confidence).sum(), pixels),
+            "ece_classwise": ratio(gaps.mean(), pixels),
+            "reliability": {
+                "confidence": ratio(confidence, count),
+                "accuracy": ratio(correct, count),
+                "count": count,
+            },
         }
 
-    def _errors(self) -> dict[str, Any]:
+    def _error_detection_figures(self) -> dict[str, Any]:
+        """How well a pixel's entropy tells wrong pixels from right ones."""
         right, wrong = self._sums["doubt"]
         number = right + wrong
+        # The oracle accepts all right pixels first: two groups of equal losses, 0 and 1.
         oracle = [[right.sum(), wrong.sum()], [0, wrong.sum()]]
         return {
             "auroc_error": ranking.auroc_of_counts(right, wrong),
@@ -181,40 +202,7 @@ class SegmentationMetric:
         }
 
 
-def _images(rows: dict[str, np.ndarray]) -> dict[str, Any]:
-    """How the images' scores rank their losses."""
-    known = np.isfinite(rows["score"]) & np.isfinite(rows["loss"])
-    scores, losses = rows["score"][known], rows["loss"][known]
-    counts, lost = ranking.tied(scores, losses)
-    coverage, risk = ranking.risk_coverage(scores, losses)
-    return {
-        "spearman_image": ranking.spearman(scores, 1 - losses),
-        "aurc_image": ranking.aurc(counts, lost),
-        "eaurc_image": ranking.excess_aurc(counts, lost, [np.ones(len(losses)), losses]),
-        "risk_coverage": {"coverage": coverage, "risk": risk} if known.any() else None,
-    }
-
-
-def _overlap(confusion: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _intersection_and_union(confusion: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(intersection, union) in pixels, (C,) each."""
     inter = np.diagonal(confusion)
     return inter, confusion.sum(0) + confusion.sum(1) - inter
-
-
-def _share(total: Any, pixels: int) -> float:
-    return float(total) / pixels if pixels else math.nan
-
-
-def _plain(value: Any) -> Any:
-    """Plain JSON types; what is not finite is None."""
-    if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
-    if isinstance(value, (np.ndarray, np.generic)):
-        value = value.tolist()
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _numpy(floating: bool) -> type:
-    return np.float64 if floating else np.int64

@@ -1,4 +1,4 @@
-"""The demo's figures: one table, one picture a task, one JSON file."""
+"""The demo's results: how uncertainty shifts between datasets, and a PNG of the most doubtful images."""
 
 from typing import Any
 
@@ -14,8 +14,8 @@ from pipeline.report.gallery import gallery, most_doubtful
 COLUMNS = ["image_id", "image", "height", "width", "mask", "boxes"]
 
 
-def doubt(test: pa.Table, shifted: pa.Table) -> dict[str, float]:
-    """Mean uncertainty on both, and how well it tells one from the other (AUROC, 1 = perfectly)."""
+def uncertainty_shift(test: pa.Table, shifted: pa.Table) -> dict[str, float]:
+    """Mean uncertainty of the predictions of two datasets, and how well it tells them apart (AUROC, 1 = perfectly)."""
     low, high = (_uncertainty(table) for table in (test, shifted))
     return {
         "uncertainty_test": float(low.mean()),
@@ -29,18 +29,18 @@ def _uncertainty(table: pa.Table) -> Any:
 
 
 def rows_of(info: DatasetInfo, split: str, image_ids: list[str]) -> pa.Table:
-    """Dataset rows with these ids, in their order."""
-    parts = (read_row_group(group, COLUMNS) for group in row_groups(info, split))
-    table = pa.concat_tables(part.filter(pc.field("image_id").isin(image_ids)) for part in parts)
-    at = {name: row for row, name in enumerate(table["image_id"].to_pylist())}
-    return table.take(pa.array([at[name] for name in image_ids]))
+    """Dataset rows with these ids, in the order of the ids."""
+    tables = (read_row_group(group, COLUMNS) for group in row_groups(info, split))
+    table = pa.concat_tables(part.filter(pc.field("image_id").isin(image_ids)) for part in tables)
+    row_by_id = {name: row for row, name in enumerate(table["image_id"].to_pylist())}
+    return table.take(pa.array([row_by_id[name] for name in image_ids]))
 
 
-def picture(task: str, parts: list[tuple[str, DatasetInfo, str]], each: int = 4) -> bytes:
+def doubtful_images(task: str, datasets: list[tuple[str, DatasetInfo, str]], count: int = 4) -> bytes:
     """A PNG of the ``each`` most doubtful images of every (title, dataset, predictions URI)."""
     groups = []
-    for title, info, uri in parts:
+    for title, info, uri in datasets:
         table = predictions.read(uri)
-        groups.append((title, rows_of(info, "test", most_doubtful(table, each)), table))
-    info = parts[0][1]
+        groups.append((title, rows_of(info, "test", most_doubtful(table, count)), table))
+    info = datasets[0][1]
     return gallery(groups, task, list(info.classes), info.background)

@@ -18,7 +18,8 @@ from pipeline.images import affine
 from pipeline.images import boxes as box_ops
 from pipeline.tasks.pooled_boxes import KeptBoxes, PooledImages
 from pipeline.uncertainty import measures
-from pipeline.uncertainty.box_fusion import FUSIONS, MemberBoxes
+from pipeline.uncertainty.box_clusters import MemberBoxes
+from pipeline.uncertainty.box_fusion import FUSIONS
 from pipeline.uncertainty.tta import View
 
 MEASURED_FROM = 0.01

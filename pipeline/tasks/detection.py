@@ -261,7 +261,7 @@ class Detection(Task):
             metric.update(
                 batch.image_ids[n], predicted_boxes, scores, predicted_labels, boxes, labels, crowd,
                 std=std, probabilities=probabilities,
-                doubt=self._measures(image)[self.settings.uncertainty], size=tuple(batch.sizes[n].tolist()),
+                uncertainty=self._measures(image)[self.settings.uncertainty], size=tuple(batch.sizes[n].tolist()),
             )  # fmt: skip
 
     def update_sample(self, fused: Prediction | Fused, batch: Batch, truth: pa.Table | None, sample: BoxSample) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_PAIR_ELEMENTS = 2**23
+_MAX_FLOATS = 2**23
 """Floats held at once while members are compared with one another."""
 
 
@@ -124,24 +124,24 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 
 def masked_quantile(values: Tensor, mask: Tensor, q: float) -> Tensor:
     """(N,) the smallest of the masked values that a share ``q`` of them does not exceed; NaN of none."""
-    inside = mask.sum((1, 2)).tolist()
+    counts = mask.sum((1, 2)).tolist()
     # 1e-9 keeps 0.95 * 20 at 19.
-    ranks = [max(1, -int(-(q * count - 1e-9) // 1)) for count in inside]
-    out = values.new_full((len(inside),), torch.nan)
+    ranks = [max(1, -int(-(q * count - 1e-9) // 1)) for count in counts]
+    quantiles = values.new_full((len(counts),), torch.nan)
     if values.is_cpu:
         # NumPy's selection has vector instructions: nine times as fast as kthvalue.
-        for n, (count, rank) in enumerate(zip(inside, ranks, strict=True)):
+        for image, (count, rank) in enumerate(zip(counts, ranks, strict=True)):
             if count:
-                kept = values[n].flatten() if count == values[n].numel() else values[n][mask[n]]
-                out[n] = float(np.partition(kept.numpy(), rank - 1)[rank - 1])
-        return out
+                kept = values[image].flatten() if count == values[image].numel() else values[image][mask[image]]
+                quantiles[image] = float(np.partition(kept.numpy(), rank - 1)[rank - 1])
+        return quantiles
     flat = torch.where(mask, values, -torch.inf).flatten(1)
     # Pixels outside sort first. Rows of one rank, as all frames of one size have, are one call.
-    places = [flat.shape[1] - count + rank if count else 0 for count, rank in zip(inside, ranks, strict=True)]
+    places = [flat.shape[1] - count + rank if count else 0 for count, rank in zip(counts, ranks, strict=True)]
     for place in {*places} - {0}:
-        rows = torch.tensor([n for n, own in enumerate(places) if own == place], device=values.device)
-        out[rows] = flat[rows].kthvalue(place, 1).values
-    return out
+        rows = torch.tensor([image for image, rank in enumerate(places) if rank == place], device=values.device)
+        quantiles[rows] = flat[rows].kthvalue(place, 1).values
+    return quantiles
 
 
 def max_patch_mean(values: Tensor, valid: Tensor, size: int) -> Tensor:
@@ -159,19 +159,19 @@ def max_patch_mean(values: Tensor, valid: Tensor, size: int) -> Tensor:
 def _window_sum(values: Tensor, size: int) -> Tensor:
     """Sums of (N, H, W) over all windows of ``size`` x ``size``, from those of 1, 2, 4... pixels: log2(size) passes."""
     for dim in (1, 2):
-        places = values.shape[dim] - size + 1
-        out, at, width, rest = None, 0, 1, size
-        while rest:
-            if rest & 1:
-                part = values.narrow(dim, at, places)
-                out, at = part if out is None else out + part, at + width
-            rest >>= 1
-            if rest:
+        num_windows = values.shape[dim] - size + 1
+        total, offset, width, remaining = None, 0, 1, size
+        while remaining:
+            if remaining & 1:
+                part = values.narrow(dim, offset, num_windows)
+                total, offset = part if total is None else total + part, offset + width
+            remaining >>= 1
+            if remaining:
                 length = values.shape[dim] - width
                 values = values.narrow(dim, 0, length) + values.narrow(dim, width, length)
                 width *= 2
-        assert out is not None
-        values = out
+        assert total is not None
+        values = total
     return values
 
 
@@ -181,10 +181,10 @@ def interior(labels: Tensor, valid: Tensor, radius: int) -> Tensor:
     Boundaries between classes are doubtful in any image; without them what is left tells images apart.
     """
     values = labels.to(torch.uint8)
-    high = _window_max(torch.where(valid, values, 0), radius)
+    largest = _window_max(torch.where(valid, values, 0), radius)
     # 255 is no label, so a pixel outside the image is neither the largest nor the smallest.
-    low = 255 - _window_max(torch.where(valid, 255 - values, 0), radius)
-    return valid & (high == low)
+    smallest = 255 - _window_max(torch.where(valid, 255 - values, 0), radius)
+    return valid & (largest == smallest)
 
 
 def _window_max(values: Tensor, radius: int) -> Tensor:
@@ -202,20 +202,20 @@ def _window_max(values: Tensor, radius: int) -> Tensor:
         shape[dim] = reach
         # 0 is the smallest unsigned value, so beyond the edge nothing counts.
         edge = values.new_zeros(shape)
-        out, have, want = torch.cat([edge, values, edge], dim), 1, 2 * reach + 1
-        while have < want:
-            shift = min(have, want - have)
-            rest = out.shape[dim] - shift
-            out = torch.maximum(out.narrow(dim, 0, rest), out.narrow(dim, shift, rest))
-            have += shift
-        values = out
+        windows, width, wanted_width = torch.cat([edge, values, edge], dim), 1, 2 * reach + 1
+        while width < wanted_width:
+            shift = min(width, wanted_width - width)
+            length_left = windows.shape[dim] - shift
+            windows = torch.maximum(windows.narrow(dim, 0, length_left), windows.narrow(dim, shift, length_left))
+            width += shift
+        values = windows
     return values
 
 
 def interior_mean(values: Tensor, labels: Tensor, valid: Tensor, radius: int) -> Tensor:
     """(N,) mean over ``inner`` pixels; over the whole image where every pixel is near a boundary."""
-    away = interior(labels, valid, radius)
-    means = masked_mean(values, away)
+    inside = interior(labels, valid, radius)
+    means = masked_mean(values, inside)
     return torch.where(means.isnan(), masked_mean(values, valid), means)
 
 
@@ -251,14 +251,16 @@ def pairwise_dice(maps: list[Tensor], valid: Tensor, num_classes: int, backgroun
 def _shared_areas(maps: list[Tensor], valid: Tensor, label: int) -> Tensor:
     """(N, M, M) float64: pixels where both members say ``label``; by one product for all pairs."""
     flat = valid.flatten(1)
-    out = torch.zeros(len(valid), len(maps), len(maps), dtype=torch.float64, device=valid.device)
+    shared = torch.zeros(len(valid), len(maps), len(maps), dtype=torch.float64, device=valid.device)
     # float32 counts exactly up to 2**24; the step also bounds what is held as floats.
-    step = max(1, _PAIR_ELEMENTS // (len(maps) * len(valid)))
+    step = max(1, _MAX_FLOATS // (len(maps) * len(valid)))
     for start in range(0, flat.shape[1], step):
-        part = slice(start, start + step)
-        said = torch.stack([((each.flatten(1)[:, part] == label) & flat[:, part]).float() for each in maps], 1)
-        out += said @ said.transpose(1, 2)
-    return out
+        chunk = slice(start, start + step)
+        has_label = torch.stack(
+            [((labels.flatten(1)[:, chunk] == label) & flat[:, chunk]).float() for labels in maps], 1
+        )
+        shared += has_label @ has_label.transpose(1, 2)
+    return shared
 
 
 def class_sums(labels: Tensor, mask: Tensor, num_classes: int, weights: Tensor | None = None) -> Tensor:
@@ -277,8 +279,8 @@ def class_table(labels: Tensor, mask: Tensor, num_classes: int, *weights: Tensor
     """
     images = labels.shape[0]
     # int32 holds 8 million images.
-    row = torch.arange(images, device=labels.device, dtype=torch.int32)[:, None, None] * (num_classes + 1)
-    bins, length = (row + torch.where(mask, labels.int(), num_classes)).flatten(), images * (num_classes + 1)
+    first_bin = torch.arange(images, device=labels.device, dtype=torch.int32)[:, None, None] * (num_classes + 1)
+    bins, length = (first_bin + torch.where(mask, labels.int(), num_classes)).flatten(), images * (num_classes + 1)
     sums = [torch.bincount(bins, minlength=length).double()]
-    sums += [torch.bincount(bins, each.double().flatten(), minlength=length) for each in weights]
+    sums += [torch.bincount(bins, values.double().flatten(), minlength=length) for values in weights]
     return torch.stack(sums).reshape(-1, images, num_classes + 1)[..., :num_classes]

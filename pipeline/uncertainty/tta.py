@@ -29,7 +29,7 @@ class TtaSettings(Settings):
 
     @field_validator("scales")
     @classmethod
-    def _sane(cls, scales: tuple[float, ...]) -> tuple[float, ...]:
+    def _require_sane_scales(cls, scales: tuple[float, ...]) -> tuple[float, ...]:
         if 1.0 not in scales or len(set(scales)) != len(scales) or not all(0.25 <= scale <= 4 for scale in scales):
             raise ValueError("wanted different factors from 0.25 to 4, 1.0 among them, such as [1.0, 0.75, 1.25]")
         return scales
@@ -98,9 +98,9 @@ def tta_views(settings: TtaSettings) -> list[View]:
     turns = {(False, False): [0], (True, False): [0, 2], (False, True): [0, 1, 2, 3], (True, True): [0, 1, 2, 3]}
     flips = [False, True] if settings.flips else [False]
     scales = sorted(settings.scales, key=lambda scale: scale != 1.0)
-    found = product(scales, flips, turns[settings.flips, settings.turns])
+    combinations = product(scales, flips, turns[settings.flips, settings.turns])
     # Up-down is left-right and a half turn; the four mirrored quarter turns are the other four symmetries.
-    return [View(flip, turn, scale) for scale, flip, turn in found]
+    return [View(flip, turn, scale) for scale, flip, turn in combinations]
 
 
 def inference_passes(settings: InferenceSettings) -> Iterator[tuple[int, View]]:

@@ -75,7 +75,7 @@ def test_the_interval_holds_the_truth_about_as_often_as_it_says():
 def test_many_images_are_drawn_in_parts_with_the_same_answer(monkeypatch):
     a, b = _tables(5)
     whole = bootstrap.paired(a, b, "iou", resamples=100)
-    monkeypatch.setattr(bootstrap, "_CELLS", 40 * 7)
+    monkeypatch.setattr(bootstrap, "_MAX_WEIGHTS", 40 * 7)
     assert bootstrap.paired(a, b, "iou", resamples=100) == pytest.approx(whole)
 
 

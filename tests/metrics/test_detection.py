@@ -15,7 +15,7 @@ from pipeline.errors import InputError
 from pipeline.metrics import DetectionMetric, detection_bootstrap, match
 from pipeline.metrics.coco_match import AREAS
 from pipeline.metrics.detection_bootstrap import paired
-from pipeline.metrics.detection_precision import average_precision, coco_precision, ranked
+from pipeline.metrics.detection_precision import average_precision, coco_precision, rank_detections
 from tests.support.metric_cases import box_images, check_equal, detection
 
 NOTHING = {"boxes": [], "scores": [], "labels": [], "std": np.zeros((0, 4)), "probabilities": np.zeros((0, 4))}
@@ -70,7 +70,7 @@ def test_all_three_average_precisions_agree(seed, images, classes, grid):
     wanted, _ = _pycocotools(rows, classes)
     fast = coco_precision(metric.images(), classes)
     assert np.abs(fast - wanted).max() < 1e-9
-    for label, own in enumerate(ranked(metric.images(), classes)):
+    for label, own in enumerate(rank_detections(metric.images(), classes)):
         got = average_precision(own, np.ones((1, images)))[:, 0]
         each = wanted[:, :, label, 0]
         check = np.where((each > -1).all(1), each.mean(1), np.nan)
@@ -188,7 +188,7 @@ def test_images_are_ranked_by_their_doubt():
         assert loss == pytest.approx(1 - 2 * (made.index >= 0).sum() / either if either else 0)
     assert table["ids"].tolist() == [row["image_id"] for row in rows]
     assert np.isnan(table["score"][0])
-    oracle = [row | {"doubt": float(loss)} for row, loss in zip(rows, table["loss"], strict=True)]
+    oracle = [row | {"uncertainty": float(loss)} for row, loss in zip(rows, table["loss"], strict=True)]
     got = detection(oracle, 2).compute()
     assert got["spearman_image"] == pytest.approx(-1)
     assert got["eaurc_image"] == pytest.approx(0, abs=1e-12)
@@ -247,7 +247,7 @@ def test_no_split_of_the_images_changes_anything(parts, order):
         buffer.seek(0)
         with np.load(buffer, allow_pickle=False) as state:
             total.merge(DetectionMetric.from_state(dict(state)))
-    assert total.operating == 0.4
+    assert total.operating_score == 0.4
     check_equal(total.compute(), whole.compute())
     for name, column in whole.images_table().items():
         np.testing.assert_array_equal(total.images_table()[name], column)

@@ -102,7 +102,7 @@ def test_risk_coverage_area_is_the_mean_over_orders_of_ties(groups):
 def test_ties_are_the_mean_over_all_their_orders():
     losses = [0.1, 0.9, 0.4, 0.2]
     areas = [np.mean(np.cumsum([0.3, *order, 0.8]) / np.arange(1, 7)) for order in itertools.permutations(losses)]
-    values = ranking.tied([0, 1, 1, 1, 1, 2], [0.3, *losses, 0.8])
+    values = ranking.group_ties([0, 1, 1, 1, 1, 2], [0.3, *losses, 0.8])
     assert ranking.aurc(*values) == pytest.approx(np.mean(areas))
 
 

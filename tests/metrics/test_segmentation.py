@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from pipeline.metrics import SegmentationMetric
-from pipeline.metrics.pixels import BOUNDARY, DOUBT_BINS, bands, doubt_bins
+from pipeline.metrics.pixels import BOUNDARY, ENTROPY_BINS, boundary_bands, entropy_bins
 from pipeline.schema import VOID
 from tests.support.metric_cases import BACKGROUND, CLASSES, flat, pixels, segmentation
 
@@ -139,20 +139,20 @@ def test_risk_coverage_of_pixels_is_near_the_exact_one():
     assert 0.01 < oracle < area < wrong.mean()
 
 
-def test_doubt_bins_keep_the_order_and_64_steps_an_octave_from_either_end():
+def test_entropy_bins_keep_the_order_and_64_steps_an_octave_from_either_end():
     values = torch.cat([torch.logspace(-14, 0, 9000), 1 - torch.logspace(-9, -0.1, 9000), torch.tensor([0.0, 1.0])])
     values = values.sort().values
-    bins = doubt_bins(values)
+    bins = entropy_bins(values)
     assert (bins.diff() >= 0).all()
-    assert (int(bins.min()), int(bins.max())) == (0, DOUBT_BINS - 1)
+    assert (int(bins.min()), int(bins.max())) == (0, ENTROPY_BINS - 1)
     for near, floor in ((values, 2**-40), (1 - values, 2**-22)):
         inside = (near > floor) & (near <= 0.5)
         for k in bins[inside].unique():
             one = near[inside & (bins == k)]
             assert one.max() / one.min() <= 1 + 1 / 64
-    odd = doubt_bins(torch.tensor([-1e-9, 1.0000001, math.nan]))
-    assert odd[:2].tolist() == [0, DOUBT_BINS - 1]
-    assert 0 <= odd[2] < DOUBT_BINS
+    odd = entropy_bins(torch.tensor([-1e-9, 1.0000001, math.nan]))
+    assert odd[:2].tolist() == [0, ENTROPY_BINS - 1]
+    assert 0 <= odd[2] < ENTROPY_BINS
 
 
 def _eroded_bands(labels: np.ndarray, void: np.ndarray, distance: int, classes: int) -> np.ndarray:
@@ -174,7 +174,7 @@ def test_bands_equal_the_erosion_of_each_class(shape, void):
     empty = rng.random(shape) < void
     labels[empty] = VOID
     distance = max(1, round(BOUNDARY * math.hypot(*shape)))
-    got = bands(torch.from_numpy(labels)[None], torch.from_numpy(~empty))[0].numpy()
+    got = boundary_bands(torch.from_numpy(labels)[None], torch.from_numpy(~empty))[0].numpy()
     wanted = _eroded_bands(labels, empty, distance, CLASSES)
     assert np.array_equal(got & ~empty, wanted)
     assert wanted.any()

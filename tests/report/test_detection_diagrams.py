@@ -36,9 +36,9 @@ def test_every_diagram_is_a_picture(figures):
     made, names = figures(), ["$a", "b" * 60, "_c"]
     data = [
         pictures.pr_curves(made, names, "a title with $ and 50 %"),
-        pictures.reliability(made, "a $title$"),
-        pictures.risk_coverage(made, "title"),
-        pictures.confusion(made, names, "title"),
+        pictures.box_reliability(made, "a $title$"),
+        pictures.box_risk_coverage(made, "title"),
+        pictures.box_confusion(made, names, "title"),
     ]
     for each in data:
         with Image.open(io.BytesIO(each)) as image:
@@ -51,14 +51,14 @@ def test_every_diagram_is_a_picture(figures):
 def test_any_number_of_classes_fits_a_picture(classes):
     made = _figures(classes)
     names = [f"class {k}" for k in range(classes)]
-    for data in (pictures.pr_curves(made, names), pictures.confusion(made, names)):
+    for data in (pictures.pr_curves(made, names), pictures.box_confusion(made, names)):
         with Image.open(io.BytesIO(data)) as image:
             assert max(image.size) < 2500
 
 
 def test_curves_are_drawn_where_the_figures_say(monkeypatch):
     kept = []
-    monkeypatch.setattr(pictures, "_png", lambda figure: kept.append(figure) or b"")
+    monkeypatch.setattr(pictures, "to_png", lambda figure: kept.append(figure) or b"")
     made = _figures()
     pictures.pr_curves(made, ["a", "b", "c"])
     (axis,) = kept[0].axes

@@ -30,9 +30,9 @@ def _one_image_without_score() -> dict:
 def test_every_diagram_is_a_picture(figures):
     made = figures()
     pictures = [
-        diagrams.reliability(made, "a title with $ and 50 %"),
-        diagrams.risk_coverage(made, "a $title$"),
-        diagrams.confusion(made, ["$a", "b" * 60, "_c"], "title"),
+        diagrams.reliability_diagram(made, "a title with $ and 50 %"),
+        diagrams.risk_coverage_curve(made, "a $title$"),
+        diagrams.confusion_matrix(made, ["$a", "b" * 60, "_c"], "title"),
     ]
     for data in pictures:
         with Image.open(io.BytesIO(data)) as image:
@@ -46,6 +46,6 @@ def test_a_confusion_matrix_of_any_size_fits_a_picture(classes):
     metric = SegmentationMetric(classes)
     labels = torch.arange(classes, dtype=torch.uint8).reshape(1, -1)
     metric.update(torch.eye(classes)[:, None], labels)
-    data = diagrams.confusion(metric.compute(), [f"class {k}" for k in range(classes)])
+    data = diagrams.confusion_matrix(metric.compute(), [f"class {k}" for k in range(classes)])
     with Image.open(io.BytesIO(data)) as image:
         assert max(image.size) < 2500

@@ -40,7 +40,7 @@ def scored(quality: float, confidence: float = 0.9, order: Any = None, images: i
 
 def found(jitter: float, images: int = 30, missed: float = 0.1) -> DetectionMetric:
     """A detector whose boxes are off by so many pixels, with scores that are right."""
-    metric = DetectionMetric(2, operating=0.3)
+    metric = DetectionMetric(2, operating_score=0.3)
     for n in range(images):
         rng = np.random.default_rng(n)
         corners = rng.uniform(0, 60, (4, 2))
@@ -55,7 +55,7 @@ def found(jitter: float, images: int = 30, missed: float = 0.1) -> DetectionMetr
             labels[kept],
             true,
             labels,
-            doubt=rng.random(),
+            uncertainty=rng.random(),
             size=(80, 80),
         )
     return metric
@@ -184,7 +184,7 @@ def test_detectors_are_judged_by_map():
 
 
 def test_the_log_score_of_boxes_by_hand():
-    metric = DetectionMetric(2, operating=0.2)
+    metric = DetectionMetric(2, operating_score=0.2)
     true = [[0, 0, 10, 10], [20, 0, 30, 10], [40, 0, 50, 10]]
     boxes = [[0, 0, 10, 10], [60, 0, 70, 10], [40, 0, 50, 10], [20, 0, 30, 10]]
     metric.update("a", boxes, [0.9, 0.25, 0.5, 0.1], [0, 0, 1, 0], true, [0, 0, 1])

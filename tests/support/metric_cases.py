@@ -101,7 +101,7 @@ def box_images(
                 "crowd": rng.random(true) < crowds,
                 "std": rng.uniform(0, 4, (len(found), 4)).astype(np.float32),
                 "probabilities": vectors,
-                "doubt": float(rng.random()) if n else float("nan"),
+                "uncertainty": float(rng.random()) if n else float("nan"),
             }
         )
     return out

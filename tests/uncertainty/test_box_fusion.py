@@ -12,7 +12,8 @@ from torch import Tensor
 
 from pipeline.images import boxes as box_ops
 from pipeline.uncertainty import measures
-from pipeline.uncertainty.box_fusion import DEFAULT_IOU, FUSIONS, Clusters, MemberBoxes, Rule, bsas, wbf
+from pipeline.uncertainty.box_clusters import Clusters, MemberBoxes
+from pipeline.uncertainty.box_fusion import DEFAULT_IOU, FUSIONS, Rule, bsas, wbf
 
 BOTH = pytest.mark.parametrize("fuse", FUSIONS.values(), ids=FUSIONS)
 

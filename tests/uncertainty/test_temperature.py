@@ -12,7 +12,7 @@ from torch import Tensor
 from pipeline.schema import VOID
 from pipeline.uncertainty import calibration
 from pipeline.uncertainty.calibration import PixelSample
-from pipeline.uncertainty.calibration.pixel_sample import _uniform
+from pipeline.uncertainty.calibration.pixel_sample import uniform_hash
 
 
 def overconfident(
@@ -96,11 +96,11 @@ def test_neither_order_nor_sharding_matters(order: list[int], cut: int, size: in
 
 
 def test_the_hash_is_uniform_and_differs_by_name():
-    values = _uniform(100_000, "a", torch.device("cpu")).numpy()
+    values = uniform_hash(100_000, "a", torch.device("cpu")).numpy()
     assert values.min() > 0
     assert values.max() <= 1
     assert np.abs(np.histogram(values, 20, (0, 1))[0] / 5000 - 1).max() < 0.06
-    other = _uniform(100_000, "b", torch.device("cpu")).numpy()
+    other = uniform_hash(100_000, "b", torch.device("cpu")).numpy()
     assert abs(np.corrcoef(values, other)[0, 1]) < 0.02
     assert abs(np.corrcoef(values[1:], values[:-1])[0, 1]) < 0.02
 

@@ -5,9 +5,9 @@ from typing import NamedTuple, Self
 import numpy as np
 import torch
 
-from pipeline.uncertainty.calibration.pixel_sample import _uniform
+from pipeline.uncertainty.calibration.pixel_sample import uniform_hash
 
-_COLUMNS = 15
+_NUM_COLUMNS = 15
 
 
 class BoxRows(NamedTuple):
@@ -40,7 +40,7 @@ class BoxSample:
         self.size = size
         self.images, self.boxes = 0, 0
         self._key = np.zeros(0, np.float64)
-        self._rows = np.zeros((0, _COLUMNS), np.float32)
+        self._rows = np.zeros((0, _NUM_COLUMNS), np.float32)
 
     def update(
         self,
@@ -65,11 +65,11 @@ class BoxSample:
         """
         columns = (scores[:, None], hit[:, None], overlap[:, None], std, error, size)
         rows = np.concatenate([np.asarray(column, np.float32) for column in columns], 1)
-        key = _uniform(len(rows), image_id, torch.device("cpu")).numpy()
-        known = np.isfinite(rows[:, 0])
+        key = uniform_hash(len(rows), image_id, torch.device("cpu")).numpy()
+        usable = np.isfinite(rows[:, 0])
         self.images += 1
-        self.boxes += int(known.sum())
-        self._add(key[known], rows[known])
+        self.boxes += int(usable.sum())
+        self._add(key[usable], rows[usable])
 
     def _add(self, key: np.ndarray, rows: np.ndarray) -> None:
         """Keep the ``size`` smallest keys, in their order."""
@@ -93,10 +93,10 @@ class BoxSample:
     def from_state(cls, state: dict[str, np.ndarray]) -> Self:
         """The inverse of ``state``."""
         size, images, boxes = state["counts"].tolist()
-        out = cls(size)
-        out.images, out.boxes = images, boxes
-        out._add(state["key"], state["rows"])
-        return out
+        sample = cls(size)
+        sample.images, sample.boxes = images, boxes
+        sample._add(state["key"], state["rows"])
+        return sample
 
     def rows(self) -> BoxRows:
         """The boxes that are kept, each standing for as many as any other."""

@@ -10,7 +10,7 @@ from torch import Tensor
 MIN_SLOPE = 0.01
 """The least slope of the map: scores that differ stay different, and average precision what it was."""
 _MAX_BLOCKS = 100
-_NOTHING = 1e-12
+_MIN_RELATIVE_WEIGHT = 1e-12
 """Of the largest weight: what a row must weigh more than."""
 _LIMITS = ((1e-3, 20.0), (1e-4, 1.0))
 """Of ``scale`` and ``floor``. A spread below a ten thousandth of the box is none that anybody measures."""
@@ -36,29 +36,29 @@ def fit_isotonic(scores: np.ndarray, targets: np.ndarray, weights: np.ndarray | 
     scores, targets = np.asarray(scores, np.float64), np.asarray(targets, np.float64)
     weights = np.ones(len(scores)) if weights is None else np.asarray(weights, np.float64)
     use = np.isfinite(scores) & np.isfinite(targets) & np.isfinite(weights)
-    use &= weights > _NOTHING * weights[use].max(initial=0)
+    use &= weights > _MIN_RELATIVE_WEIGHT * weights[use].max(initial=0)
     if not use.any():
         return {"x": [0.0, 1.0], "y": [0.0, 1.0]}
     from scipy.optimize import isotonic_regression  # here, since scipy is slow to import
 
     # One row a score: rows of one score must have one value, whatever their order.
-    x, at = np.unique(scores[use].clip(0, 1), return_inverse=True)
-    weight = np.bincount(at, weights[use])
-    target = np.bincount(at, weights[use] * targets[use]) / weight
-    found = isotonic_regression((target - MIN_SLOPE * x) / (1 - MIN_SLOPE), weights=weight)
-    centres, values = _merged(x, weight, found.blocks[:-1])[0], found.x[found.blocks[:-1]].clip(0, 1)
+    x, row_of_score = np.unique(scores[use].clip(0, 1), return_inverse=True)
+    weight = np.bincount(row_of_score, weights[use])
+    target = np.bincount(row_of_score, weights[use] * targets[use]) / weight
+    regression = isotonic_regression((target - MIN_SLOPE * x) / (1 - MIN_SLOPE), weights=weight)
+    centres, values = _run_means(x, weight, regression.blocks[:-1])[0], regression.x[regression.blocks[:-1]].clip(0, 1)
     if len(values) > _MAX_BLOCKS:
-        mass = np.add.reduceat(weight, found.blocks[:-1])
+        mass = np.add.reduceat(weight, regression.blocks[:-1])
         starts = np.flatnonzero(np.diff(np.floor(values * _MAX_BLOCKS), prepend=-1))
-        centres, values = _merged(centres, mass, starts)[0], _merged(values, mass, starts)[0]
+        centres, values = _run_means(centres, mass, starts)[0], _run_means(values, mass, starts)[0]
     ends_x, ends_y = np.array([0.0, *centres.clip(0, 1), 1.0]), np.array([values[0], *values, values[-1]])
     # A block's centre may be 0 or 1 itself, or within rounding of its neighbour's.
-    inside = np.flatnonzero(np.diff(np.maximum.accumulate(ends_x), prepend=-1.0) > 0)
-    knots, level = ends_x[inside], ends_y[inside]
+    kept = np.flatnonzero(np.diff(np.maximum.accumulate(ends_x), prepend=-1.0) > 0)
+    knots, level = ends_x[kept], ends_y[kept]
     return {"x": knots.tolist(), "y": (MIN_SLOPE * knots + (1 - MIN_SLOPE) * level).clip(0, 1).tolist()}
 
 
-def _merged(values: np.ndarray, weights: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _run_means(values: np.ndarray, weights: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Weighted means of runs that begin at ``starts``, and their weights."""
     total = np.add.reduceat(weights, starts)
     return np.add.reduceat(values * weights, starts) / total, total
@@ -95,7 +95,7 @@ def fit_spread(std: np.ndarray, error: np.ndarray, size: np.ndarray) -> dict[str
     Returns:
         ``{"scale": a, "floor": b}``; without a row that has a size and finite errors, the identity (1 and 0).
     """
-    std, error, size = (np.asarray(each, np.float64) for each in (std, error, size))
+    std, error, size = (np.asarray(column, np.float64) for column in (std, error, size))
     use = np.isfinite(error) & np.isfinite(size) & (size > 0)
     if not use.any():
         return {"scale": 1.0, "floor": 0.0}
@@ -103,12 +103,12 @@ def fit_spread(std: np.ndarray, error: np.ndarray, size: np.ndarray) -> dict[str
     spread = (np.where(np.isfinite(std), std, 0.0)[use] / size[use]) ** 2
     square = (error[use] / size[use]) ** 2
 
-    def goal(logs: np.ndarray) -> tuple[float, np.ndarray]:
-        own, common = math.exp(2 * logs[0]) * spread, math.exp(2 * logs[1])
-        variance = own + common
+    def objective(logs: np.ndarray) -> tuple[float, np.ndarray]:
+        scaled, common = math.exp(2 * logs[0]) * spread, math.exp(2 * logs[1])
+        variance = scaled + common
         slope = (1 - square / variance) / variance
         value = 0.5 * float(np.mean(np.log(variance) + square / variance))
-        return value, np.array([np.mean(slope * own), np.mean(slope) * common])
+        return value, np.array([np.mean(slope * scaled), np.mean(slope) * common])
 
     from scipy.optimize import minimize  # here, since scipy is slow to import
 
@@ -118,10 +118,10 @@ def fit_spread(std: np.ndarray, error: np.ndarray, size: np.ndarray) -> dict[str
     starts = [(0.0, rms - 3), (-2.0, rms), (0.0, rms)]
     best = min(
         (
-            minimize(goal, np.clip(start, *np.array(bounds).T), jac=True, method="L-BFGS-B", bounds=bounds)
+            minimize(objective, np.clip(start, *np.array(bounds).T), jac=True, method="L-BFGS-B", bounds=bounds)
             for start in starts
         ),
-        key=lambda found: found.fun,
+        key=lambda optimum: optimum.fun,
     )
     # Members who never differ say nothing of the scale.
     scale = math.exp(best.x[0]) if spread.any() else 1.0

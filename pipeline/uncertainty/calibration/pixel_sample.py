@@ -10,9 +10,9 @@ from torch import Tensor
 
 from pipeline.schema import VOID
 
-FLOOR = 1e-12
+MIN_PROBABILITY = 1e-12
 """Probabilities are floored here before the logarithm: softmax in float32 reaches 0."""
-_SMALLEST = 0.1
+_MIN_MEASURE = 0.1
 """Size measure of a pixel that is surely right. Of 0.01 to 1, the least spread of the fitted temperature on made
 data (3,000 of 28,800 pixels: 1.5 %)."""
 
@@ -49,12 +49,12 @@ class PixelSample:
         """
         flat = probabilities.float().flatten(1)
         target = target.to(flat.device).flatten()
-        log = flat.clamp(min=FLOOR).log()
+        log = flat.clamp(min=MIN_PROBABILITY).log()
         # What is no number says nothing, and would sort above everything.
         void = (target == VOID) | ~flat.isfinite().all(0)
         truth = log.gather(0, target.masked_fill(void, 0).long()[None])[0]
-        measure = (-(flat * log).sum(0) - truth).double() / math.log(max(2, self.num_classes)) + _SMALLEST
-        priority = torch.where(void, -1.0, measure / _uniform(len(target), image_id, flat.device))
+        measure = (-(flat * log).sum(0) - truth).double() / math.log(max(2, self.num_classes)) + _MIN_MEASURE
+        priority = torch.where(void, -1.0, measure / uniform_hash(len(target), image_id, flat.device))
         keep = priority.topk(min(self.size + 1, len(target))).indices
         keep = keep[priority[keep] > 0]
         self.images += 1
@@ -93,10 +93,10 @@ class PixelSample:
     def from_state(cls, state: dict[str, np.ndarray]) -> Self:
         """The inverse of ``state``."""
         classes, size, images, pixels = state["counts"].tolist()
-        out = cls(classes, size)
-        out.images, out.pixels = images, pixels
-        out._add(state["log"], state["label"], state["measure"], state["priority"])
-        return out
+        sample = cls(classes, size)
+        sample.images, sample.pixels = images, pixels
+        sample._add(state["log"], state["label"], state["measure"], state["priority"])
+        return sample
 
     def rows(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(log probabilities (n, C) float64, labels (n,) int64, weights (n,) float64 that sum to about ``pixels``)."""
@@ -107,7 +107,7 @@ class PixelSample:
         return self._log[:n].astype(np.float64), self._label[:n].astype(np.int64), weights
 
 
-def _uniform(count: int, image_id: str, device: torch.device) -> Tensor:
+def uniform_hash(count: int, image_id: str, device: torch.device) -> Tensor:
     """(count,) float64 in (0, 1], a hash of the image's name and the pixel's place, the same on every device.
 
     Two rounds of xor-shift and multiplication of the place times an odd number, seeded by the name
@@ -116,11 +116,11 @@ def _uniform(count: int, image_id: str, device: torch.device) -> Tensor:
     seed = int.from_bytes(hashlib.blake2b(image_id.encode(), digest_size=8).digest(), "little", signed=True)
     x = torch.arange(1, count + 1, device=device, dtype=torch.int64) * -7046029254386353131 + seed
     for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
-        x = (x ^ _right(x, shift)) * factor
-    x = x ^ _right(x, 31)
-    return (_right(x, 11).double() + 1) * 2.0**-53
+        x = (x ^ _shift_right(x, shift)) * factor
+    x = x ^ _shift_right(x, 31)
+    return (_shift_right(x, 11).double() + 1) * 2.0**-53
 
 
-def _right(x: Tensor, bits: int) -> Tensor:
+def _shift_right(x: Tensor, bits: int) -> Tensor:
     """Logical shift of int64 to the right."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)

@@ -27,9 +27,9 @@ from numpy.typing import ArrayLike
 
 COVERAGES = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 """Shares of the split that are tried as what is accepted."""
-MOST_REPEATS = 256
+MAX_REPEATS = 256
 """How many times the split is imagined repeated, to say which size would do."""
-MOST_IMAGES = 1_000_000
+MAX_IMAGES = 1_000_000
 """How large the repeated split may be: bounds time and memory."""
 _ORDER_SEED = 20_170_731
 """Of the order in which points are bet on: fixed, and unrelated to scores and losses."""
@@ -92,32 +92,32 @@ def fit_review_threshold(
     if not (0 < risk < 1 and 0 < delta < 1):
         raise ValueError(f"risk and delta must lie between 0 and 1, found {risk} and {delta}")
     score = np.where(np.isnan(score), np.float32(np.inf), score)
-    value = _largest(score, loss, risk, delta, method)
+    value = _largest_threshold(score, loss, risk, delta, method)
     n, mean = len(loss), float(loss.mean()) if len(loss) else 0.0
-    inside = score <= (np.float32(-np.inf) if value is None else np.float32(value))
-    share = float(inside.mean()) if n else 0.0
-    accepted_loss = float(loss[inside].mean()) if inside.any() else None
-    needed = _needed(score, loss, risk, delta, method) if value is None and explain else None
-    why = "" if value is not None else _why(needed, score, loss, risk)
-    note = _note(value, risk, delta, n, share, why)
+    is_accepted = score <= (np.float32(-np.inf) if value is None else np.float32(value))
+    share = float(is_accepted.mean()) if n else 0.0
+    accepted_loss = float(loss[is_accepted].mean()) if is_accepted.any() else None
+    needed = _images_needed(score, loss, risk, delta, method) if value is None and explain else None
+    reason = "" if value is not None else _reason(needed, score, loss, risk)
+    note = _note(value, risk, delta, n, share, reason)
     return ReviewThreshold(value, risk, delta, n, share, mean, accepted_loss, method, needed, note)
 
 
-def _note(value: float | None, risk: float, delta: float, n: int, share: float, why: str) -> str:
+def _note(value: float | None, risk: float, delta: float, n: int, share: float, reason: str) -> str:
     promise = f"mean loss at most {risk:g} with probability {1 - delta:g}"
     if value is not None:
         return f"review threshold {value:.4g}: {promise}; accepts {share:.0%} of {n} calibration images"
-    return f"no threshold keeps the promise ({promise}) on {n} calibration images, so all go to review; {why}"
+    return f"no threshold keeps the promise ({promise}) on {n} calibration images, so all go to review; {reason}"
 
 
-def _why(needed: int | None, score: np.ndarray, loss: np.ndarray, risk: float) -> str:
+def _reason(needed: int | None, score: np.ndarray, loss: np.ndarray, risk: float) -> str:
     """Why there is no threshold, and what would help."""
     if needed is not None:
         return f"about {needed} calibration images like these would do"
-    surest = _means(score, loss)
-    if not surest:
+    candidate_losses = _candidate_losses(score, loss)
+    if not candidate_losses:
         return "no image is surer than the others: the scores are missing, or all alike"
-    if min(surest) >= risk:
+    if min(candidate_losses) >= risk:
         return "nor would more images like these do: even the surest have too high a loss"
     return "far more images would be needed, or a larger risk"
 
@@ -126,15 +126,15 @@ def _candidates(score: np.ndarray) -> list[np.float32]:
     """Thresholds that are tried, largest first; those with no score below are left out."""
     ranked = np.sort(score)
     tried = [ranked[math.ceil(coverage * len(score)) - 1] for coverage in COVERAGES] if len(score) else []
-    return [each for each in tried if np.isfinite(each) and each > ranked[0]]
+    return [threshold for threshold in tried if np.isfinite(threshold) and threshold > ranked[0]]
 
 
-def _means(score: np.ndarray, loss: np.ndarray) -> list[float]:
+def _candidate_losses(score: np.ndarray, loss: np.ndarray) -> list[float]:
     """Mean loss below each candidate; repeating the split changes none of them."""
     return [float(loss[score < candidate].mean()) for candidate in _candidates(score)]
 
 
-def _largest(score: np.ndarray, loss: np.ndarray, risk: float, delta: float, method: Method) -> float | None:
+def _largest_threshold(score: np.ndarray, loss: np.ndarray, risk: float, delta: float, method: Method) -> float | None:
     """The largest threshold whose test is passed."""
     order = np.random.default_rng(_ORDER_SEED).permutation(len(score))
     score, loss = score[order], loss[order]
@@ -154,12 +154,12 @@ def p_value(losses: np.ndarray, risk: float, level: float, method: Method = "bet
     n = len(losses)
     if method == "hoeffding_bentkus":
         return _hoeffding_bentkus(float(losses.mean()), n, risk)
-    seen = np.arange(1, n + 1)
-    mean = (0.5 + np.cumsum(losses)) / (1 + seen)
-    variance = (0.25 + np.cumsum((losses - mean) ** 2)) / (1 + seen)
-    before = np.concatenate([[0.25], variance[:-1]])
+    num_seen = np.arange(1, n + 1)
+    mean = (0.5 + np.cumsum(losses)) / (1 + num_seen)
+    variance = (0.25 + np.cumsum((losses - mean) ** 2)) / (1 + num_seen)
+    variance_before = np.concatenate([[0.25], variance[:-1]])
     # Below 1 / (1 - risk), so that the capital stays positive whatever the loss is.
-    stake = np.minimum(np.sqrt(2 * math.log(1 / level) / (n * before)), 0.99 / (1 - risk))
+    stake = np.minimum(np.sqrt(2 * math.log(1 / level) / (n * variance_before)), 0.99 / (1 - risk))
     capital = np.cumsum(np.log1p(-stake * (losses - risk)))
     return float(min(1.0, math.exp(-max(0.0, capital.max()))))
 
@@ -174,19 +174,19 @@ def _hoeffding_bentkus(mean: float, n: int, risk: float) -> float:
     return min(1.0, math.exp(-n * divergence), bentkus)
 
 
-def _needed(score: np.ndarray, loss: np.ndarray, risk: float, delta: float, method: Method) -> int | None:
+def _images_needed(score: np.ndarray, loss: np.ndarray, risk: float, delta: float, method: Method) -> int | None:
     """Images that would do if they were like these: the split repeated; None if the most that is tried is too few."""
-    if min(_means(score, loss), default=1.0) >= risk:
+    if min(_candidate_losses(score, loss), default=1.0) >= risk:
         return None
-    most = min(MOST_REPEATS, MOST_IMAGES // len(loss))
+    max_repeats = min(MAX_REPEATS, MAX_IMAGES // len(loss))
 
     def passes(repeats: int) -> bool:
-        return _largest(np.tile(score, repeats), np.tile(loss, repeats), risk, delta, method) is not None
+        return _largest_threshold(np.tile(score, repeats), np.tile(loss, repeats), risk, delta, method) is not None
 
     low, high = 1, 2
-    while high <= most and not passes(high):
+    while high <= max_repeats and not passes(high):
         low, high = high, 2 * high
-    if high > most:
+    if high > max_repeats:
         return None
     while high - low > 1:
         middle = (low + high) // 2

@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.uncertainty.calibration.pixel_sample import FLOOR
+from pipeline.uncertainty.calibration.pixel_sample import MIN_PROBABILITY
 
-LIMITS = (0.05, 20.0)
+TEMPERATURE_LIMITS = (0.05, 20.0)
 """Of temperatures, and of the inverse of scales."""
-_TOWARDS_IDENTITY = 1e-4
+_IDENTITY_PENALTY = 1e-4
 """Weight of the squared distance of a vector's log scales and biases from 0, against a mean NLL: a class that
 the sample does not show would run away without."""
 
@@ -50,15 +50,17 @@ def fit_temperature(rows: tuple[np.ndarray, np.ndarray, np.ndarray], kind: Kind 
         raise ValueError("a calibration cannot be fitted on no pixel")
     weights = weights / weights.sum()
     before = _nll(log, labels, weights, np.ones(log.shape[1]), np.zeros(log.shape[1]))[0]
-    found = (
+    parameters = (
         _fit_single_temperature(log, labels, weights) if kind == "temperature" else _fit_vector(log, labels, weights)
     )
-    after = _nll(log, labels, weights, *_scale_bias(found, log.shape[1]))[0]
+    after = _nll(log, labels, weights, *_scale_bias(parameters, log.shape[1]))[0]
     if not after < before:
         classes = log.shape[1]
-        found = {"temperature": 1.0} if kind == "temperature" else {"scale": [1.0] * classes, "bias": [0.0] * classes}
+        parameters = (
+            {"temperature": 1.0} if kind == "temperature" else {"scale": [1.0] * classes, "bias": [0.0] * classes}
+        )
         after = before
-    return Calibration(kind, found, float(before), float(after))
+    return Calibration(kind, parameters, float(before), float(after))
 
 
 def _scale_bias(parameters: dict[str, Any], classes: int) -> tuple[np.ndarray, np.ndarray]:
@@ -75,48 +77,48 @@ def _nll(
     z -= z.max(1, keepdims=True)
     p = np.exp(z)
     total = p.sum(1, keepdims=True)
-    at = np.arange(len(labels))
-    value = float((weights * (np.log(total[:, 0]) - z[at, labels])).sum())
+    rows = np.arange(len(labels))
+    value = float((weights * (np.log(total[:, 0]) - z[rows, labels])).sum())
     p /= total
-    p[at, labels] -= 1
+    p[rows, labels] -= 1
     p *= weights[:, None]
     return value, (p * log).sum(0), p.sum(0)
 
 
 def _fit_single_temperature(log: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> dict[str, Any]:
-    def goal(x: np.ndarray) -> tuple[float, np.ndarray]:
+    def objective(x: np.ndarray) -> tuple[float, np.ndarray]:
         scale = np.full(log.shape[1], np.exp(-x[0]))
         value, by_scale, _ = _nll(log, labels, weights, scale, np.zeros(log.shape[1]))
         return value, np.array([-(by_scale * scale).sum()])
 
-    found = _minimum(goal, 1, [(np.log(LIMITS[0]), np.log(LIMITS[1]))])
-    return {"temperature": float(np.exp(found[0]))}
+    optimum = _minimise(objective, 1, [(np.log(TEMPERATURE_LIMITS[0]), np.log(TEMPERATURE_LIMITS[1]))])
+    return {"temperature": float(np.exp(optimum[0]))}
 
 
 def _fit_vector(log: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> dict[str, Any]:
     classes = log.shape[1]
 
-    def goal(x: np.ndarray) -> tuple[float, np.ndarray]:
+    def objective(x: np.ndarray) -> tuple[float, np.ndarray]:
         scale, bias = np.exp(x[:classes]), x[classes:]
         value, by_scale, by_bias = _nll(log, labels, weights, scale, bias)
-        gradient = np.concatenate([by_scale * scale, by_bias]) + 2 * _TOWARDS_IDENTITY * x
-        return value + _TOWARDS_IDENTITY * float((x**2).sum()), gradient
+        gradient = np.concatenate([by_scale * scale, by_bias]) + 2 * _IDENTITY_PENALTY * x
+        return value + _IDENTITY_PENALTY * float((x**2).sum()), gradient
 
-    limit = np.log(LIMITS[1])
+    limit = np.log(TEMPERATURE_LIMITS[1])
     bounds = [(-limit, limit)] * classes + [(None, None)] * classes
-    found = _minimum(goal, 2 * classes, bounds)
-    bias = found[classes:] - found[classes:].mean()
-    return {"scale": np.exp(found[:classes]).tolist(), "bias": bias.tolist()}
+    optimum = _minimise(objective, 2 * classes, bounds)
+    bias = optimum[classes:] - optimum[classes:].mean()
+    return {"scale": np.exp(optimum[:classes]).tolist(), "bias": bias.tolist()}
 
 
-def _minimum(goal: Any, size: int, bounds: Any) -> np.ndarray:
+def _minimise(objective: Any, size: int, bounds: Any) -> np.ndarray:
     """Where ``goal`` is least, from 0 on."""
     from scipy.optimize import minimize  # here, since scipy is slow to import
 
-    return minimize(goal, np.zeros(size), jac=True, method="L-BFGS-B", bounds=bounds, options=_PRECISE).x
+    return minimize(objective, np.zeros(size), jac=True, method="L-BFGS-B", bounds=bounds, options=_OPTIMIZER_OPTIONS).x
 
 
-_PRECISE = {"ftol": 1e-12, "gtol": 1e-9, "maxiter": 500}
+_OPTIMIZER_OPTIONS = {"ftol": 1e-12, "gtol": 1e-9, "maxiter": 500}
 
 
 def apply_temperature(calibration: dict[str, Any] | None, probabilities: Tensor) -> Tensor:
@@ -131,7 +133,7 @@ def apply_temperature(calibration: dict[str, Any] | None, probabilities: Tensor)
     scale, bias = _scale_bias(calibration["parameters"], probabilities.shape[1])
     if (scale == 1).all() and (bias == 0).all():
         return probabilities
-    logits = probabilities.clamp(min=FLOOR).log_()
+    logits = probabilities.clamp(min=MIN_PROBABILITY).log_()
     if "temperature" in calibration["parameters"]:
         return logits.mul_(float(scale[0])).softmax(1)
     row = torch.tensor(np.stack([scale, bias]), dtype=logits.dtype).to(logits.device)[:, :, None, None]
