@@ -17,13 +17,13 @@ def run(config: str, force: bool, dry_run: bool, every: str, cron: str, sets: li
 
     def story(terminal: JobOutput) -> None:
         from jobs import mlflow_log
-        from pipeline.retraining import run as run_module
+        from pipeline.retraining.run import retrain
 
         settings, log = _settings(config, sets)
         if log is not None:
             mlflow_log.require_mlflow()
         with ray_session(settings.recipe.get("train", {}).get("workers", 1)):
-            outcome = run_module.retrain(settings, force=force, dry_run=dry_run, sink=terminal)
+            outcome = retrain(settings, force=force, dry_run=dry_run, sink=terminal)
         terminal.close()
         for sentence in outcome.messages:
             terminal.say(sentence)

@@ -63,16 +63,16 @@ def _keys_at(cls: type[BaseModel], path: list[str]) -> list[str]:
     """Field names of the settings classes that may sit at ``path`` below ``cls``."""
     classes: list[type[BaseModel]] = [cls]
     for part in path:
-        fields = [known.model_fields[part] for known in classes if part in known.model_fields]
+        fields = [settings.model_fields[part] for settings in classes if part in settings.model_fields]
         # A part that is no field is a position in a list or a key of a dictionary of settings.
         classes = [inner for field in fields for inner in _settings_in(field.annotation)] if fields else classes
-    return [name for known in classes for name in known.model_fields]
+    return [name for settings in classes for name in settings.model_fields]
 
 
 def _settings_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [found for inner in get_args(annotation) for found in _settings_in(inner)]
+    return [settings for inner in get_args(annotation) for settings in _settings_in(inner)]
 
 
 class _Yaml(yaml.SafeLoader):

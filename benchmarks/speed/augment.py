@@ -30,9 +30,10 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate
 
 from benchmarks import harness
-from pipeline.augment import PRESETS, Augment, InputSettings, draw_parameters
+from pipeline.augment import PRESETS, Augment, draw_parameters
 from pipeline.augment.geometry import affine_parameters
 from pipeline.images.batch import Batch
+from pipeline.images.input_settings import InputSettings
 from pipeline.models.device import pick_device
 
 BOXES = 12

@@ -12,7 +12,7 @@ from typing import Any
 
 from jobs.session import RAY_DEFAULTS, run_job
 from jobs.submission import pinned_versions, working_tree
-from jobs.submission.follow import follow, jobs_command_line
+from jobs.submission.follow import follow_job, jobs_command_line
 from jobs.submission.request import Request, request_of
 from pipeline import environment
 from pipeline.errors import InputError, one_line
@@ -72,7 +72,7 @@ def run(verb: str, make_request: Callable[[], Request], cluster: Cluster) -> int
         if cluster.detach:
             terminal.say(f"follow it with: {jobs_command_line('follow', name, cluster.address)}")
             return 0
-        return follow(client, name, cluster.address, terminal)
+        return follow_job(client, name, cluster.address, terminal)
 
     return run_job(verb, story, on_this_machine=False)
 

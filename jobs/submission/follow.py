@@ -18,7 +18,7 @@ INTERRUPTED = 130
 """Exit code after Ctrl-C, and of a job that was stopped."""
 
 
-def follow(client: Any, name: str, address: str, terminal: JobOutput) -> int:
+def follow_job(client: Any, name: str, address: str, terminal: JobOutput) -> int:
     """Show what the job says until it ends; returns its exit code. Ctrl-C detaches, and the job goes on.
 
     Args:

@@ -4,8 +4,8 @@ from datetime import datetime
 from typing import Any
 
 from jobs.session import run_job
-from jobs.submission import follow as follow_module
 from jobs.submission.client import connect, info_of
+from jobs.submission.follow import follow_job
 from pipeline.errors import InputError
 from pipeline.runtime.progress import JobOutput
 
@@ -46,7 +46,7 @@ def follow(job: str, address: str) -> int:
     def story(terminal: JobOutput) -> int:
         client = connect(address)
         _require_job(client, job, address)
-        return follow_module.follow(client, job, address, terminal)
+        return follow_job(client, job, address, terminal)
 
     return run_job("jobs", story, on_this_machine=False)
 

@@ -180,7 +180,8 @@ class Augment:
             return mosaics, mosaic_masks
         if not self._functions.wants_whole_batch(batch.images):
             images, masks = mosaics.new_empty(len(batch), *mosaics.shape[1:]), None
-            plain_inputs = [None if each is None else each[plain_rows] for each in (batch.images, batch.masks, theta)]
+            inputs = (batch.images, batch.masks, theta)
+            plain_inputs = [None if values is None else values[plain_rows] for values in inputs]
             plain_images, plain_masks = self._functions(sample, *plain_inputs, **shared)
             images.index_copy_(0, plain_rows, plain_images)
             if mosaic_masks is not None and plain_masks is not None:

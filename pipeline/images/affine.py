@@ -1,4 +1,4 @@
-"""2 x 3 matrices that place an image, and boxes with it."""
+"""Matrices that place an image in its frame, and boxes moved by them."""
 
 from typing import NamedTuple
 

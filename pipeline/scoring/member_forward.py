@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline import models
-from pipeline.augment import InputSettings
+from pipeline.images.input_settings import InputSettings
 from pipeline.models.bundle import Bundle
 from pipeline.models.device import Compile, Compiled, Precision, autocast, to_device_channels_last, wants_compile
 from pipeline.scoring.batch_norm_folding import fold_batch_norms

@@ -7,12 +7,13 @@ from typing import Any, Self
 import pyarrow as pa
 import ray
 
-from pipeline.augment import InputSettings, crop_offsets
+from pipeline.augment import crop_offsets
 from pipeline.datasets import image_fetch
 from pipeline.datasets.shard_reader import RowGroup, read_row_group
 from pipeline.errors import InputError
 from pipeline.images.decode import decode_many
 from pipeline.images.host_frames import Paster
+from pipeline.images.input_settings import InputSettings
 from pipeline.images.layout import lay_out
 from pipeline.tasks.collate import FAULT, FRAME, stored_sizes, usable_rows
 

@@ -13,11 +13,11 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from pipeline.augment import InputSettings
 from pipeline.errors import InputError
 from pipeline.images import affine
 from pipeline.images.batch import Batch
 from pipeline.images.decode import DecodeError, Size
+from pipeline.images.input_settings import InputSettings
 from pipeline.losses import Term
 from pipeline.models.outputs import num_outputs
 from pipeline.tasks.collate import Collator, Failure

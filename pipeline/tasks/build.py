@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pipeline.augment import InputSettings
+from pipeline.images.input_settings import InputSettings
 from pipeline.models.bundle import Bundle
 from pipeline.tasks import TASKS
 from pipeline.tasks.base import Task

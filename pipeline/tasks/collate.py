@@ -8,7 +8,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from pipeline.augment import InputSettings, crop_offsets
+from pipeline.augment import crop_offsets
 from pipeline.errors import InputError
 from pipeline.images.batch import Batch
 from pipeline.images.buffer_pool import Buffers
@@ -16,6 +16,7 @@ from pipeline.images.decode import DecodeError, Reduced, Size, decode_many
 from pipeline.images.frame_labels import frame_labels
 from pipeline.images.gpu_frames import frame_on_device
 from pipeline.images.host_frames import Paster, paste_images
+from pipeline.images.input_settings import InputSettings
 from pipeline.images.layout import Layout, lay_out
 
 FRAME, FAULT = "frame", "fault"

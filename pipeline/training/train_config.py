@@ -15,10 +15,11 @@ from pydantic import (
 )
 
 from pipeline import models
-from pipeline.augment import AugmentSettings, InputSettings
+from pipeline.augment import AugmentSettings
 from pipeline.config import Settings
 from pipeline.datasets.dataset import DatasetInfo
 from pipeline.errors import InputError
+from pipeline.images.input_settings import InputSettings
 from pipeline.losses import BoxLoss
 from pipeline.models import ModelSettings, transfer
 from pipeline.models.device import Compile, Precision

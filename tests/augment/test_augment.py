@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from kornia import augmentation, enhance
 from torch import Tensor
 
-from pipeline.augment import PRESETS, Augment, AugmentSettings, InputSettings, draw_parameters
+from pipeline.augment import PRESETS, Augment, AugmentSettings, draw_parameters
 from pipeline.augment.effects import normal
 from pipeline.config import parse_sets
 from pipeline.errors import InputError
+from pipeline.images.input_settings import InputSettings
 from tests.support.augment_cases import EVERYTHING, batch_of, frame, make_batch, present, rows, unit, values_of
 
 COLOURS = {

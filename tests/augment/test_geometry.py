@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kornia import augmentation
 
-from pipeline.augment import Augment, AugmentSettings, InputSettings, draw_parameters
+from pipeline.augment import Augment, AugmentSettings, draw_parameters
 from pipeline.augment.geometry import Geometry, affine_parameters, visible_boxes
 from pipeline.images.batch import Batch
+from pipeline.images.input_settings import InputSettings
 from tests.support.augment_cases import (
     EVERYTHING,
     batch_of,

@@ -9,10 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.augment import Augment, AugmentSettings, InputSettings, draw_mix_partners
+from pipeline.augment import Augment, AugmentSettings, draw_mix_partners
 from pipeline.augment.mix import max_boxes_per_row
 from pipeline.errors import InputError
 from pipeline.images.batch import Batch
+from pipeline.images.input_settings import InputSettings
 from tests.support.augment_cases import (
     EVERYTHING,
     batch_of,

@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.nn.functional import affine_grid
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pipeline.augment import PRESETS, Augment, AugmentSettings, InputSettings, effects, pixels
+from pipeline.augment import PRESETS, Augment, AugmentSettings, effects, pixels
 from pipeline.augment.colour import apply_colour, by_planes
 from pipeline.images.batch import Batch
+from pipeline.images.input_settings import InputSettings
 from tests.support.augment_cases import EVERYTHING, make_batch
 
 MIXED = EVERYTHING.model_copy(update={"mosaic": 0.5, "blur": 0.0})

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import harness
 from benchmarks.speed import augment
-from pipeline.augment import InputSettings
+from pipeline.images.input_settings import InputSettings
 
 TINY = [
     "--side",

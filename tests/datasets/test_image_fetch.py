@@ -9,10 +9,10 @@ import pyarrow as pa
 import pytest
 
 from pipeline import predictions, storage
-from pipeline.augment import InputSettings
 from pipeline.datasets import image_fetch, ingest, shard_reader
 from pipeline.datasets.dataset import DatasetInfo, open_dataset, row_groups
 from pipeline.errors import InputError
+from pipeline.images.input_settings import InputSettings
 from pipeline.scoring.job import predict
 from pipeline.stream import epoch_order, run_stream, validation
 from pipeline.stream.frame_cache import FrameRows

@@ -6,8 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.augment import Augment, AugmentSettings, InputSettings
+from pipeline.augment import Augment, AugmentSettings
 from pipeline.images import affine
+from pipeline.images.input_settings import InputSettings
 from pipeline.images.unframe import unframe_boxes, unframe_maps
 from pipeline.schema import VOID
 from tests.support.augment_cases import batch_of, frame, letterbox, present, smooth_images, unit

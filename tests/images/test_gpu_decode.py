@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 from torchvision import io as image_io
 
-from pipeline.augment import InputSettings
 from pipeline.images import decode
 from pipeline.images.gpu_decode import DeviceDecoder, baseline_size
 from pipeline.images.gpu_frames import frame_on_device
 from pipeline.images.host_frames import paste_images
+from pipeline.images.input_settings import InputSettings
 from pipeline.images.layout import lay_out
 
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.augment import InputSettings
 from pipeline.images import decode, jpeg
 from pipeline.images.buffer_pool import Buffers
 from pipeline.images.decode import DecodeError, Reduced, decode_many
 from pipeline.images.host_frames import Paster, paste_images
+from pipeline.images.input_settings import InputSettings
 from pipeline.images.layout import lay_out, shown_size
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from ray.job_submission import JobStatus
 
-from jobs.submission import follow as follow_module
+from jobs.submission import follow
+from jobs.submission.follow import follow_job
 from pipeline.runtime.progress import Terminal
 
 LINES = [json.dumps({"time": "", "level": "info", "message": f"message {n}"}) + "\n" for n in range(4)]
@@ -55,8 +56,8 @@ class Client:
 def test_each_message_is_shown_once_whatever_the_connection_does(
     status: JobStatus, driver_code: int | None, code: int, error: str, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(follow_module, "RETRY_S", 0.0)
+    monkeypatch.setattr(follow, "RETRY_S", 0.0)
     out, err = io.StringIO(), io.StringIO()
-    assert follow_module.follow(Client(status, driver_code), "j", "http://x:1", Terminal(out, err)) == code
+    assert follow_job(Client(status, driver_code), "j", "http://x:1", Terminal(out, err)) == code
     assert out.getvalue().splitlines() == [f"message {n}" for n in range(4)]
     assert err.getvalue() == error

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from pipeline import schema
-from pipeline.augment import InputSettings
 from pipeline.datasets.shard_reader import RowGroup
 from pipeline.errors import InputError
+from pipeline.images.input_settings import InputSettings
 from pipeline.stream import run_stream
 from pipeline.stream.epoch_order import EpochOrder, plan_remaining_rows
 from pipeline.stream.frame_cache import FrameCache, FrameRows, require_cache_room

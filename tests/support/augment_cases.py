@@ -7,12 +7,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.augment import AugmentSettings, InputSettings, crop_offsets
+from pipeline.augment import AugmentSettings, crop_offsets
 from pipeline.augment.pixels import resample, sampling_grid
 from pipeline.images import affine
 from pipeline.images.batch import Batch
 from pipeline.images.frame_labels import FramedLabels, frame_labels
 from pipeline.images.host_frames import paste_images
+from pipeline.images.input_settings import InputSettings
 from pipeline.images.layout import lay_out
 
 EVERYTHING = AugmentSettings(

@@ -10,8 +10,8 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline import schema
-from pipeline.augment import InputSettings
 from pipeline.images.batch import Batch
+from pipeline.images.input_settings import InputSettings
 from pipeline.models import DetectionOutput as Output
 from pipeline.tasks import Detection, Segmentation
 
