@@ -44,7 +44,7 @@ class Mosaic:
 
     @classmethod
     def from_arguments(cls, batch: Batch, on_device: dict[str, Tensor]) -> Self | None:
-        """The mosaics of a ``parcel``, on the device; None: not one."""
+        """The mosaics that ``device_arguments`` ask for, on the device; None where there is none."""
         if not len(on_device["mosaic_rows"]):
             return None
         canvas = (batch.images.shape[-2], batch.images.shape[-1])
@@ -67,7 +67,7 @@ class Mosaic:
         return matrices
 
     def own_matrices(self, source_matrices: Tensor) -> Tensor:
-        """(M, 3, 3): of ``each`` (M, 4, 3, 3) that of the row's own image."""
+        """(M, 3, 3): of ``source_matrices`` (M, 4, 3, 3) the one of the row's own image."""
         return source_matrices[torch.arange(len(source_matrices), device=source_matrices.device), self.own_quadrant]
 
 
@@ -84,7 +84,7 @@ class Blend:
 
     @classmethod
     def from_arguments(cls, on_device: dict[str, Tensor]) -> Self | None:
-        """The blends of a ``parcel``, on the device; None: not one."""
+        """The blends that ``device_arguments`` ask for, on the device; None where there is none."""
         if not len(on_device["mixup_rows"]):
             return None
         return cls(on_device["mixup_rows"].long(), on_device["mixup_partner"].long(), on_device["mixup_ratio"])
@@ -150,7 +150,7 @@ def mosaic_images(
     inverse = affine.invert_affine(matrices.index_select(0, mosaic.rows))
     return in_row_chunks(
         _sample_mosaics, inverse, mosaic.centre, mosaic.anchors, mosaic.sources,
-        tall=tall_image.flatten(1, 2), column=tall_masks, canvas=(height, width), size=size,
+        tall_image=tall_image.flatten(1, 2), tall_masks=tall_masks, canvas=(height, width), size=size,
     )  # fmt: skip
 
 
