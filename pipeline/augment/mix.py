@@ -146,7 +146,7 @@ def mosaic_images(
     inverse = affine.invert_affine(matrices.index_select(0, mosaic.rows))
     return in_row_chunks(
         _sample_mosaics, inverse, mosaic.centre, mosaic.anchors, mosaic.sources,
-        tall=tall_image.flatten(1, 2), column=tall_masks, canvas=(height, width), size=size,
+        tall_image=tall_image.flatten(1, 2), tall_masks=tall_masks, canvas=(height, width), size=size,
     )  # fmt: skip
 
 

@@ -107,7 +107,7 @@ def test_orientation_is_applied_whole_and_reduced(orientation: int):
     exif[0x0112] = orientation
     data = saved(photo(80, 120), exif=exif)
     plain = by_pillow(data)
-    upright = decode._upright(plain, orientation)
+    upright = decode.apply_orientation(plain, orientation)
     assert np.array_equal(decode.decode(data), upright)
     (half,) = decode_many([data], 1, target_size=lambda size: (size[0] // 3, size[1] // 3))
     assert isinstance(half, Reduced)
