@@ -1,8 +1,15 @@
-"""Augmentation: frame on the CPU, then one draw, one warp and one colour matrix on the batch's device.
+"""Augmentation: one draw, one warp and one colour matrix on the batch's device.
 
-frame (CPU, uint8 canvases) -> Batch -> Augment (draw -> Kornia's matrices -> warp, mix -> colour -> effects)
+settings: what training images may go through, and presets
+draw: every random parameter, a pure function of (seed, epoch, position)
+geometry: drawn parameters -> Kornia's matrices -> one affine matrix; boxes moved by it
+colour: brightness, contrast, saturation, hue and normalisation as one matrix
+pixels: warp and colour of a batch's pixels, compiled on a GPU
+mix: mosaic and mix-up, images and labels of several rows in one
+effects: blur, noise and erasing, which have no matrix
+apply: Augment, which makes of all these a batch for the network
+
 The draw and the matrices are made on the host and travel by one copy.
-unframe_maps, unframe_boxes: from the network's frame back to an image's own pixels
 """
 
 from pipeline.augment.apply import Augment

@@ -74,13 +74,21 @@ class Augment:
         if self.settings is None or len(batch) == 0:
             images, _ = in_row_chunks(render, batch.images, None, None, None, None, norm=self._norm, size=canvas)
             return dataclasses.replace(batch, images=images)
+        # On the host: what happens to each row, as numbers. All of them travel in one copy.
         drawn = draw_parameters(self.settings, self.seed, batch.epochs.numpy(), batch.positions.numpy())
         mix_draw = self._draw_mix(batch)
-        arguments = self._geometry_arguments(drawn, canvas) | self._colour_arguments(drawn) | effects.device_arguments(self.settings, drawn, size)
+        arguments = (
+            self._geometry_arguments(drawn, canvas)
+            | self._colour_arguments(drawn)
+            | effects.device_arguments(self.settings, drawn, size)
+        )
         arguments |= {} if mix_draw is None else mix.device_arguments(mix_draw, canvas, size)
         on_device = copy_to_device(arguments, self._device)
+        # On the device: geometry and colour by one resampling, then what has no matrix.
         moved = self._move(batch, on_device, mix_draw)
-        images = effects.apply(moved.images, arguments, on_device, self.settings, self._norm[1], self._effects, self._functions)
+        images = effects.apply(
+            moved.images, arguments, on_device, self.settings, self._norm[1], self._effects, self._functions
+        )
         return dataclasses.replace(moved, images=images, box_counts=None)
 
     def report(self) -> dict[str, Any]:
@@ -91,7 +99,7 @@ class Augment:
         return {"kornia": version, "ops": dict(calls), "mixed": dict(self._mixed_rows), "device": device}
 
     def _draw_mix(self, batch: Batch) -> dict[str, np.ndarray] | None:
-        """What ``draw_mix`` says of this batch; None: no row is mixed."""
+        """What ``draw_mix_partners`` draws for this batch; None: no row is mixed."""
         assert self.settings is not None
         if not self.settings.mixes:
             return None
@@ -100,7 +108,9 @@ class Augment:
                 f"augment.mixup: {self.settings.mixup} would blend masks, and class ids cannot be blended; "
                 "set augment.mixup to 0 (augment.mosaic moves masks too)"
             )
-        drawn = draw_mix_partners(self.settings, self.seed, batch.epochs.numpy(), batch.positions.numpy(), self._mix_until)
+        drawn = draw_mix_partners(
+            self.settings, self.seed, batch.epochs.numpy(), batch.positions.numpy(), self._mix_until
+        )
         num_mixed = {name: int(drawn[name].sum()) for name in self._mixed_rows}
         self._mixed_rows.update(num_mixed)
         return drawn if any(num_mixed.values()) else None
@@ -126,7 +136,11 @@ class Augment:
     def _move(self, batch: Batch, on_device: dict[str, Tensor], mix_draw: dict[str, np.ndarray] | None) -> Batch:
         """Images with their colours, masks, boxes and matrices; all but the effects."""
         canvas, size = (batch.images.shape[-2], batch.images.shape[-1]), self.input.size
-        mosaic, blend = (None, None) if mix_draw is None else (mix.Mosaic.from_arguments(batch, on_device), mix.Blend.from_arguments(on_device))
+        mosaic, blend = None, None
+        if mix_draw is not None:
+            mosaic = mix.Mosaic.from_arguments(batch, on_device)
+            blend = mix.Blend.from_arguments(on_device)
+        # Pixels: mixed batches are coloured after mixing, so that each row has one colour for all that it shows.
         colour, own_matrices = (on_device.get("colour"), on_device.get("offset")), on_device["matrices"]
         if mix_draw is None:
             rows = batch.images, batch.masks, on_device.get("theta"), *colour
@@ -136,7 +150,10 @@ class Augment:
             images = images if blend is None else mix.blend_images(images, blend)
             images = self._functions(normalise, images, *colour, norm=self._norm)
         if mosaic is not None:
-            own_matrices = own_matrices.index_copy(0, mosaic.rows, mosaic.own_matrices(mosaic.source_matrices(own_matrices)))
+            own_matrices = own_matrices.index_copy(
+                0, mosaic.rows, mosaic.own_matrices(mosaic.source_matrices(own_matrices))
+            )
+        # Labels: first as if no row were mixed, then those of mixed rows in their place.
         boxes, labels, crowd = batch.boxes, batch.labels, batch.crowd
         if boxes is not None and labels is not None and crowd is not None and self.settings is not None:
             min_visible, canvas_labels = self.settings.min_visible, (boxes, labels, crowd)
@@ -147,6 +164,7 @@ class Augment:
                 boxes, labels, crowd = mix.mix_labels(
                     canvas_labels, unmixed, mosaic, blend, on_device["matrices"], size, min_visible, max_boxes
                 )  # fmt: skip
+        # Canvas -> output after source -> canvas: the batch remembers the whole way.
         matrices = (own_matrices @ batch.matrices.to(own_matrices.dtype)).to(batch.matrices.dtype)
         return dataclasses.replace(
             batch, images=images, masks=masks, boxes=boxes, labels=labels, crowd=crowd, matrices=matrices
@@ -166,11 +184,13 @@ class Augment:
             return mosaics, mosaic_masks
         if not self._functions.wants_whole_batch(batch.images):
             images, masks = mosaics.new_empty(len(batch), *mosaics.shape[1:]), None
-            plain_inputs = [None if each is None else each[plain_rows] for each in (batch.images, batch.masks, theta)]
+            plain_inputs = [None if rows is None else rows[plain_rows] for rows in (batch.images, batch.masks, theta)]
             plain_images, plain_masks = self._functions(sample, *plain_inputs, **shared)
             images.index_copy_(0, plain_rows, plain_images)
             if mosaic_masks is not None and plain_masks is not None:
-                masks = mosaic_masks.new_empty(len(batch), *mosaic_masks.shape[1:]).index_copy_(0, plain_rows, plain_masks)
+                masks = mosaic_masks.new_empty(len(batch), *mosaic_masks.shape[1:]).index_copy_(
+                    0, plain_rows, plain_masks
+                )
         else:
             # All rows, wanted or not: a batch of another size each time would be compiled anew.
             images, masks = self._functions(sample, batch.images, batch.masks, theta, **shared)

@@ -95,6 +95,11 @@ def by_planes(images: Tensor, matrix: Tensor, offset: Tensor, low: Tensor, high:
     red, green, blue = images.unbind(1)
     coefficients, planes = matrix[..., None, None], []
     for channel in range(3):
-        plane = red * coefficients[:, channel, 0] + green * coefficients[:, channel, 1] + blue * coefficients[:, channel, 2] + offset[:, channel, None, None]
+        plane = (
+            red * coefficients[:, channel, 0]
+            + green * coefficients[:, channel, 1]
+            + blue * coefficients[:, channel, 2]
+            + offset[:, channel, None, None]
+        )
         planes.append(plane.clamp(low[channel], high[channel]))
     return torch.stack(planes, 1)

@@ -91,7 +91,9 @@ def _pad_boxes(
     if len(row_of_box):
         moved = affine.transform_boxes(moved[:, None], torch.stack(matrices)[row_of_box])[:, 0]
     classes = _concatenated([labelled[n][1] for n in boxed_rows], np.int64)
-    is_crowd = _concatenated([np.zeros(counts[n], bool) if labelled[n][2] is None else labelled[n][2] for n in boxed_rows], bool)
+    is_crowd = _concatenated(
+        [np.zeros(counts[n], bool) if labelled[n][2] is None else labelled[n][2] for n in boxed_rows], bool
+    )
     in_canvas = ((moved[:, 2:] > 0).all(1) & (moved[:, 0] < canvas[1]) & (moved[:, 1] < canvas[0])).numpy()
     row = row_of_box[in_canvas]
     num_kept = np.bincount(row, minlength=len(labelled))
@@ -101,7 +103,10 @@ def _pad_boxes(
     out_labels = torch.full((len(labelled), longest), -1, dtype=torch.int64)
     out_crowd = torch.zeros(len(labelled), longest, dtype=torch.bool)
     out_boxes[row, column] = moved[in_canvas].float()
-    out_labels[row, column], out_crowd[row, column] = torch.from_numpy(classes[in_canvas]), torch.from_numpy(is_crowd[in_canvas])
+    out_labels[row, column], out_crowd[row, column] = (
+        torch.from_numpy(classes[in_canvas]),
+        torch.from_numpy(is_crowd[in_canvas]),
+    )
     return out_boxes, out_labels, out_crowd
 
 

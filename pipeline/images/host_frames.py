@@ -85,7 +85,11 @@ def paste_images(
         (N, 3, H, W) uint8 of the canvas, channels last in memory, as decoders write and resizing is fastest.
     """
     frames, background = _empty((len(images), *layout.canvas, 3), buffers), _background_row(input, layout.canvas[1])
-    in_threads(lambda n: _place_on_background(frames[n], images[n], layout.places[n], background, buffers), len(images), threads)
+    in_threads(
+        lambda n: _place_on_background(frames[n], images[n], layout.places[n], background, buffers),
+        len(images),
+        threads,
+    )
     return frames.permute(0, 3, 1, 2)
 
 
@@ -115,7 +119,9 @@ def _background_row(input: InputSettings, width: int) -> Tensor:
     return torch.tensor([round(255 * value) for value in input.mean], dtype=torch.uint8).repeat(width).view(-1, 3)
 
 
-def _place_on_background(out: Tensor, pixels: np.ndarray, place: Placement, line: Tensor, buffers: Buffers | None) -> None:
+def _place_on_background(
+    out: Tensor, pixels: np.ndarray, place: Placement, line: Tensor, buffers: Buffers | None
+) -> None:
     image = torch.from_numpy(np.require(pixels, requirements=["C", "W"]))
     _fill_around(out, place, line)
     _paste(out, image, place, buffers)

@@ -38,7 +38,7 @@ def reduction(size: tuple[int, int], target: tuple[int, int]) -> int:
 
     Args:
         size: Height and width.
-        wanted: Height and width to which it will be resized.
+        target: Height and width to which it will be resized.
     """
     for factor in _REDUCTIONS:
         if all(-(-full // factor) >= MIN_REDUCTION_MARGIN * small for full, small in zip(size, target, strict=True)):

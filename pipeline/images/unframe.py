@@ -28,7 +28,9 @@ def unframe_maps(maps: Tensor, matrices: Tensor, sizes: Tensor) -> list[Tensor]:
     for n, (height, width) in enumerate(sizes.tolist()):
         place = _upright_placement(host_matrices[n], (height, width), (maps.shape[-2], maps.shape[-1]))
         if place is None:
-            theta = sampling_theta(torch.linalg.inv(host_matrices[n])[None], (maps.shape[-2], maps.shape[-1]), (height, width))
+            theta = sampling_theta(
+                torch.linalg.inv(host_matrices[n])[None], (maps.shape[-2], maps.shape[-1]), (height, width)
+            )
             grid = affine_grid(theta.to(maps), [1, 1, height, width], align_corners=False)
             values = grid_sample(maps[n : n + 1], grid, padding_mode="border", align_corners=False)
         else:

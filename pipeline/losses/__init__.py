@@ -3,6 +3,16 @@
 Every loss gives a sum and a count; the count comes from targets alone. Counts are summed over ranks and
 accumulation steps before the first backward, and ``total`` divides by them, so the gradient does not
 depend on how rows were sharded.
+
+base: what a detection loss is
+dense: what losses of dense labels share: counts, kinds of head, checks of settings
+pixel: sums over pixels: cross entropies and focal losses
+region: losses of overlap: Dice, Tversky, Jaccard, Lovasz
+assign: which location of a detector answers for which object
+detection: one-stage detectors with sigmoid heads
+softmax: one-stage detectors with a background class
+two_stage: detectors that sample proposals by their targets
+yolo_v1: YOLO v1
 """
 
 from collections.abc import Callable, Mapping

@@ -43,7 +43,9 @@ def cross_entropy(
     pixel_loss = F.cross_entropy(
         scores, target.long(), weight, ignore_index=VOID, reduction="none", label_smoothing=smoothing
     )
-    return _weighted_at_boundary("cross_entropy", pixel_loss, target, boundary, boundary_width).sum(), valid_pixels(target)
+    return _weighted_at_boundary("cross_entropy", pixel_loss, target, boundary, boundary_width).sum(), valid_pixels(
+        target
+    )
 
 
 def binary_cross_entropy(
