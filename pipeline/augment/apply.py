@@ -74,6 +74,7 @@ class Augment:
         if self.settings is None or len(batch) == 0:
             images, _ = in_row_chunks(render, batch.images, None, None, None, None, norm=self._norm, size=canvas)
             return dataclasses.replace(batch, images=images)
+        # On the host: what happens to each row, as numbers. All of them travel in one copy.
         drawn = draw_parameters(self.settings, self.seed, batch.epochs.numpy(), batch.positions.numpy())
         mix_draw = self._draw_mix(batch)
         arguments = (
@@ -83,6 +84,7 @@ class Augment:
         )
         arguments |= {} if mix_draw is None else mix.device_arguments(mix_draw, canvas, size)
         on_device = copy_to_device(arguments, self._device)
+        # On the device: geometry and colour by one resampling, then what has no matrix.
         moved = self._move(batch, on_device, mix_draw)
         images = effects.apply(
             moved.images, arguments, on_device, self.settings, self._norm[1], self._effects, self._functions
@@ -97,7 +99,7 @@ class Augment:
         return {"kornia": version, "ops": dict(calls), "mixed": dict(self._mixed_rows), "device": device}
 
     def _draw_mix(self, batch: Batch) -> dict[str, np.ndarray] | None:
-        """What ``draw_mix`` says of this batch; None: no row is mixed."""
+        """What ``draw_mix_partners`` draws for this batch; None: no row is mixed."""
         assert self.settings is not None
         if not self.settings.mixes:
             return None
@@ -134,11 +136,11 @@ class Augment:
     def _move(self, batch: Batch, on_device: dict[str, Tensor], mix_draw: dict[str, np.ndarray] | None) -> Batch:
         """Images with their colours, masks, boxes and matrices; all but the effects."""
         canvas, size = (batch.images.shape[-2], batch.images.shape[-1]), self.input.size
-        mosaic, blend = (
-            (None, None)
-            if mix_draw is None
-            else (mix.Mosaic.from_arguments(batch, on_device), mix.Blend.from_arguments(on_device))
-        )
+        mosaic, blend = None, None
+        if mix_draw is not None:
+            mosaic = mix.Mosaic.from_arguments(batch, on_device)
+            blend = mix.Blend.from_arguments(on_device)
+        # Pixels: mixed batches are coloured after mixing, so that each row has one colour for all that it shows.
         colour, own_matrices = (on_device.get("colour"), on_device.get("offset")), on_device["matrices"]
         if mix_draw is None:
             rows = batch.images, batch.masks, on_device.get("theta"), *colour
@@ -151,6 +153,7 @@ class Augment:
             own_matrices = own_matrices.index_copy(
                 0, mosaic.rows, mosaic.own_matrices(mosaic.source_matrices(own_matrices))
             )
+        # Labels: first as if no row were mixed, then those of mixed rows in their place.
         boxes, labels, crowd = batch.boxes, batch.labels, batch.crowd
         if boxes is not None and labels is not None and crowd is not None and self.settings is not None:
             min_visible, canvas_labels = self.settings.min_visible, (boxes, labels, crowd)
@@ -161,6 +164,7 @@ class Augment:
                 boxes, labels, crowd = mix.mix_labels(
                     canvas_labels, unmixed, mosaic, blend, on_device["matrices"], size, min_visible, max_boxes
                 )  # fmt: skip
+        # Canvas -> output after source -> canvas: the batch remembers the whole way.
         matrices = (own_matrices @ batch.matrices.to(own_matrices.dtype)).to(batch.matrices.dtype)
         return dataclasses.replace(
             batch, images=images, masks=masks, boxes=boxes, labels=labels, crowd=crowd, matrices=matrices
@@ -180,8 +184,7 @@ class Augment:
             return mosaics, mosaic_masks
         if not self._functions.wants_whole_batch(batch.images):
             images, masks = mosaics.new_empty(len(batch), *mosaics.shape[1:]), None
-            inputs = (batch.images, batch.masks, theta)
-            plain_inputs = [None if values is None else values[plain_rows] for values in inputs]
+            plain_inputs = [None if rows is None else rows[plain_rows] for rows in (batch.images, batch.masks, theta)]
             plain_images, plain_masks = self._functions(sample, *plain_inputs, **shared)
             images.index_copy_(0, plain_rows, plain_images)
             if mosaic_masks is not None and plain_masks is not None:

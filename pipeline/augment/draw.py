@@ -39,7 +39,7 @@ def _mix_bits(words: np.ndarray) -> np.ndarray:
 
 
 class _KeyedDraw:
-    """Uniform numbers for N keys."""
+    """Random numbers of N rows: a row's key is (seed, epoch, position), and each stream gives it one number."""
 
     def __init__(self, seed: int, epochs: ArrayLike, positions: ArrayLike) -> None:
         epochs, positions = (
@@ -57,10 +57,11 @@ class _KeyedDraw:
         self._state = state
         # All streams at once: for the few rows of a batch, numpy's calls cost more than the numbers.
         self._words = _mix_bits(state + _STREAM_STEPS[:, None])
+        # The upper 53 bits are what a float64 holds exactly.
         self._units = (self._words >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
     def word(self, stream: str) -> np.ndarray:
-        """(N,) uint64."""
+        """(N,) uint64, all 64 bits of the stream's number."""
         return self._words[_STREAMS[stream]]
 
     def uniform(self, stream: str, low: float = 0.0, high: float = 1.0) -> np.ndarray:
@@ -165,14 +166,17 @@ def draw_mix_partners(
 
     keyed = _KeyedDraw(seed, epochs, positions)
     count = len(np.atleast_1d(epochs))
+    # Rows near the end of the run, and a batch of one, are left alone.
     may_mix = (np.atleast_1d(epochs) < mix_until) & (count > 1)
     row_numbers = np.arange(count)
     sources, partner = np.repeat(row_numbers[:, None], 4, 1), row_numbers
+    # Each row takes each of the four places equally often, so that all parts of an image are seen equally often.
     own_quadrant = np.floor(keyed.uniform("mosaic_place", 0, 4)).astype(np.int64)
     if count > 1:
         other_rows = keyed.other_rows("mosaic_partner")
-        # A batch of fewer than four shows an image twice.
+        # The row itself and three others; a batch of fewer than four shows an image twice.
         shown_rows = np.concatenate([row_numbers[:, None], other_rows[:, np.arange(3) % (count - 1)]], 1)
+        # Turned about, so that the row itself comes to stand in its quadrant.
         sources = np.take_along_axis(shown_rows, (np.arange(4) - own_quadrant[:, None]) % 4, 1)
         partner = keyed.other_rows("mixup_partner")[:, 0]
     centre = [keyed.uniform(stream, *settings.mosaic_centre) for stream in ("mosaic_x", "mosaic_y")]
@@ -191,6 +195,7 @@ def _erase_rectangles(settings: AugmentSettings, keyed: _KeyedDraw) -> np.ndarra
     """(N, 4) rectangles as fractions; the aspect is drawn evenly in its logarithm (Zhong et al. 2017)."""
     area = keyed.uniform("erase_area", *settings.erase_area)
     aspect = np.exp(keyed.uniform("erase_aspect", np.log(0.3), -np.log(0.3)))
+    # Rectangles of the drawn area, no side longer than the input, placed evenly where they fit.
     height, width = np.minimum(np.sqrt(area * aspect), 1), np.minimum(np.sqrt(area / aspect), 1)
     left, top = keyed.uniform("erase_x") * (1 - width), keyed.uniform("erase_y") * (1 - height)
     chosen = keyed.chosen("erase", settings.erase)

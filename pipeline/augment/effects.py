@@ -48,13 +48,14 @@ def apply(
 
     Args:
         images: (N, 3, H, W).
-        arguments: From ``device_arguments``, on the host: which rows get which effect.
-        on_device: The same arrays on the device of the images.
+        arguments: Of ``device_arguments``, to know on the host what there is to do.
+        on_device: The same on the device.
         settings: What may happen.
         std: (3,) of the normalisation.
         calls: Kornia's functions by name, counted.
         functions: What runs functions of whole batches.
     """
+    # Blur first: noise that was blurred would be no noise, and an erased rectangle has sharp edges.
     if len(arguments["blur_rows"]):
         images = blur(images, on_device["blur_rows"].long(), on_device["blur_kernel"].float(), calls)
     if functions.wants_whole_batch(images):
@@ -64,8 +65,9 @@ def apply(
                 noise_and_erase, images, on_device["noise_std"], on_device["noise_key"], on_device["erase"], std=std
             )
         return images
+    # On a CPU only rows that are touched, one at a time: its planes stay in the cache.
     for row in arguments["noise_rows"]:
-        one_row = slice(row, row + 1)  # one at a time: its planes stay in the cache
+        one_row = slice(row, row + 1)
         images[one_row] += noise(on_device["noise_std"][one_row], on_device["noise_key"][one_row], std, images.shape)
     for row in np.flatnonzero(arguments["erase"].any(-1)):
         x1, y1, x2, y2 = arguments["erase"][row].astype(int)

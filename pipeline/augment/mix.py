@@ -30,7 +30,7 @@ class Mosaic:
     """M of the N rows of a batch as mosaics. Quadrants are top left, top right, bottom left, bottom right."""
 
     rows: Tensor
-    """(M,) int64: which rows."""
+    """(M,) int64: the rows of the batch that become mosaics."""
     sources: Tensor
     """(M, 4) int64: the row that each quadrant shows."""
     own_quadrant: Tensor
@@ -44,19 +44,19 @@ class Mosaic:
 
     @classmethod
     def from_arguments(cls, batch: Batch, on_device: dict[str, Tensor]) -> Self | None:
-        """The mosaics that ``device_arguments`` ask for, on the device; None where there is none."""
+        """The mosaics of ``device_arguments``, on the device; None where no row is one."""
         if not len(on_device["mosaic_rows"]):
             return None
         canvas = (batch.images.shape[-2], batch.images.shape[-1])
         sources, quadrants = on_device["mosaic_sources"].long(), torch.arange(4, device=batch.images.device)
         anchors, windows = _anchors_and_windows(batch, canvas)
         return cls(
-            on_device["mosaic_rows"].long(),
-            sources,
-            on_device["mosaic_place"].long(),
-            on_device["mosaic_centre"].to(anchors.dtype),
-            anchors[sources, quadrants],
-            windows[sources, quadrants],
+            rows=on_device["mosaic_rows"].long(),
+            sources=sources,
+            own_quadrant=on_device["mosaic_place"].long(),
+            centre=on_device["mosaic_centre"].to(anchors.dtype),
+            anchors=anchors[sources, quadrants],
+            windows=windows[sources, quadrants],
         )
 
     def source_matrices(self, matrices: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ class Mosaic:
         return matrices
 
     def own_matrices(self, source_matrices: Tensor) -> Tensor:
-        """(M, 3, 3): of ``source_matrices`` (M, 4, 3, 3) the one of the row's own image."""
+        """(M, 3, 3): of ``source_matrices`` (M, 4, 3, 3) that of the row's own image."""
         return source_matrices[torch.arange(len(source_matrices), device=source_matrices.device), self.own_quadrant]
 
 
@@ -76,15 +76,15 @@ class Blend:
     """K of the N rows of a batch, and what they are blended with."""
 
     rows: Tensor
-    """(K,) int64."""
+    """(K,) int64: the rows of the batch that are blended."""
     partners: Tensor
-    """(K,) int64."""
+    """(K,) int64: the row of the batch that each is blended with."""
     ratio: Tensor
     """(K,) share of ``rows`` in the blend."""
 
     @classmethod
     def from_arguments(cls, on_device: dict[str, Tensor]) -> Self | None:
-        """The blends that ``device_arguments`` ask for, on the device; None where there is none."""
+        """The blends of ``device_arguments``, on the device; None where no row is blended."""
         if not len(on_device["mixup_rows"]):
             return None
         return cls(on_device["mixup_rows"].long(), on_device["mixup_partner"].long(), on_device["mixup_ratio"])
@@ -93,7 +93,7 @@ class Blend:
 def device_arguments(
     drawn: dict[str, np.ndarray], canvas: tuple[int, int], size: tuple[int, int]
 ) -> dict[str, np.ndarray]:
-    """Of what ``draw_mix`` drew, what the device needs to know; places in pixels of canvases (H, W)."""
+    """Of what ``draw_mix_partners`` drew, what the device needs to know; places in pixels of canvases (H, W)."""
     rows, blended = np.flatnonzero(drawn["mosaic"]), np.flatnonzero(drawn["mixup"])
     left, top = centre_crop(canvas, size)
     return {
@@ -113,6 +113,7 @@ def _anchors_and_windows(batch: Batch, canvas: tuple[int, int]) -> tuple[Tensor,
     height, width = batch.sizes.to(batch.matrices).unbind(1)
     zero = torch.zeros_like(height)
     image = torch.stack([zero, zero, width, height], -1)[:, None]
+    # Where the source image lies in its canvas, in whole pixels: its corners meet in the centre.
     content = box_ops.clip(affine.transform_boxes(image, batch.matrices), canvas).round()
     x1, y1, x2, y2 = content[:, 0].unbind(-1)
     right, bottom = torch.full_like(zero, canvas[1]), torch.full_like(zero, canvas[0])
@@ -197,6 +198,7 @@ def _mosaic_grid(
         + (inverse[:, axis, 1:2] * rows + shift[:, axis, None]).float()[..., None]
         for axis in (0, 1)
     )
+    # x and y are distances from the centre now, and their signs tell the quadrant.
     right, below = x >= 0, y >= 0
     # No pixel of a neighbour is mixed in at the seams: there the edge of the image goes on.
     x = torch.where(right, x.clamp(min=0.5), x.clamp(max=-0.5))
@@ -227,12 +229,13 @@ def mosaic_labels(
     beyond the output.
 
     Args:
-        canvas_labels: Labels of the whole batch, in its canvases.
+        canvas_labels: Of the whole batch, in its canvases.
         mosaic: Which rows are made of which.
         source_matrices: (M, 4, 3, 3), canvas of each source -> output.
         size: Height and width of the output.
         min_visible: Of the whole box; crowds are kept however little is left of them.
     """
+    # The labels of all four sources, each cut at the window that its quadrant can show.
     boxes, labels, crowd = (part[mosaic.sources] for part in canvas_labels)
     low, high = mosaic.windows[:, :, None].to(boxes).split(2, -1)
     seen = torch.minimum(torch.maximum(boxes, low.repeat(1, 1, 1, 2)), high.repeat(1, 1, 1, 2))
@@ -253,21 +256,23 @@ def mix_labels(
     """What a mixed batch is labelled with: (N, at most ``max_boxes``), kept boxes in front.
 
     Args:
-        canvas_labels: Labels in the canvases, (N, B).
-        unmixed: Labels in the output, (N, B), as they are where no row is mixed.
+        canvas_labels: Of the canvases, (N, B).
+        unmixed: Of the output, (N, B), were no row mixed.
         mosaic: Rows that show four images.
         blend: Rows that are blended.
         matrices: (N, 3, 3), plane -> output.
         size: Height and width of the output.
         min_visible: Of the whole box.
-        max_boxes: Bound of the boxes a row.
+        max_boxes: Bound of the boxes a row, from ``max_boxes_per_row``.
     """
+    # Mosaics replace the labels of their rows; every row gets room for four lists.
     mixed = unmixed
     if mosaic is not None:
         of_mosaics = mosaic_labels(canvas_labels, mosaic, mosaic.source_matrices(matrices), size, min_visible)
         mixed = _widen(mixed, of_mosaics[1].shape[1])
         for wide, part in zip(mixed, of_mosaics, strict=True):
             wide.index_copy_(0, mosaic.rows, part)
+    # A blend keeps its own boxes, and its partner's as they were before any blend behind them.
     if blend is not None:
         before_blend, width = mixed, mixed[1].shape[1]
         mixed = _widen(before_blend, 2 * width)
@@ -305,5 +310,6 @@ def pack_boxes(labels_of_rows: Labels, width: int) -> Labels:
     if labels.device.type == "cpu":
         # Here nobody waits: no column of padding alone is left.
         width = min(width, max(1, int((labels >= 0).sum(1).max())))
+    # A stable sort by "is padding" keeps the boxes in their order.
     order = (labels < 0).to(torch.uint8).argsort(dim=1, stable=True)[:, :width]
     return boxes.gather(1, order[..., None].expand(-1, -1, 4)), labels.gather(1, order), crowd.gather(1, order)

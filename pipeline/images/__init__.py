@@ -1,17 +1,17 @@
 """Encoded bytes -> frames that a network takes, and back: decoding, framing, geometry of boxes.
 
-decode: encoded bytes -> upright RGB, with limits on hostile files
-jpeg: plain JPEGs by libjpeg-turbo
-jpeg_markers: the markers of a JPEG file, and its EXIF orientation
-gpu_decode: JPEGs decoded on a GPU, what it cannot do on the host
+input_settings: size, fit and normalisation of what a network is given
+decode: bytes -> upright RGB pixels, with limits on hostile files
+jpeg: plain JPEGs by libjpeg-turbo, at a reduced size where that is enough
+jpeg_markers: the one parser of JPEG markers and of the EXIF orientation
+gpu_decode: baseline JPEGs by a GPU, the rest by the host
 buffer_pool: memory for pixels that is used again
-input_settings: size, fit and normalisation of a network's input
-layout: where each image goes in the canvas
-host_frames: images and masks put into their canvases on the CPU
-gpu_frames: images that a GPU decoded put into one canvas there
-frame_labels: masks, boxes and matrices in the canvases
-unframe: from the network's frame back to an image's own pixels
-batch: the batch that travels from collate to the model
-affine: matrices that place an image in its frame, and boxes moved by them
+layout: where each image goes in the canvas that the network sees
+host_frames: images into their canvases, on the CPU
+gpu_frames: images into their canvases, on the GPU
+frame_labels: masks and boxes into the same canvases
+batch: the batch that travels from collating through augmentation to the model
+unframe: maps and boxes of the network's frame back in an image's own pixels
 boxes: overlap, suppression and clipping of boxes
+affine: matrices that place an image, and boxes with it
 """

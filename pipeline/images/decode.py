@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -90,7 +90,13 @@ def decode(data: bytes) -> np.ndarray:
 def _decode_plain_jpeg(
     data: bytes, target_size: Callable[[Size], Size] | None, buffers: Buffers | None
 ) -> Reduced | None:
-    """What ``jpeg`` makes of the file; None: it is for Pillow."""
+    """The image by libjpeg-turbo, upright; None: the file is for Pillow.
+
+    Args:
+        data: The file.
+        target_size: As for ``decode_many``; None decodes the whole.
+        buffers: Where the memory comes from.
+    """
     size = jpeg.plain_size(data) if len(data) <= MAX_BYTES else None
     if size is None or size[0] * size[1] > MAX_PIXELS:
         return None
@@ -113,7 +119,7 @@ def _decode_by_pillow(data: bytes) -> np.ndarray:
     except MemoryError:  # perhaps no fault of the image
         raise DecodeError("error", "MemoryError: the decoded image does not fit into this process's memory") from None
     except Exception as error:  # hostile bytes make decoders raise almost anything
-        raise DecodeError("corrupt", f"image cannot be decoded: {_text(error)}") from None
+        raise DecodeError("corrupt", f"image cannot be decoded: {one_line(error)}") from None
     return np.ascontiguousarray(apply_orientation(pixels, orientation))
 
 
@@ -190,7 +196,7 @@ def decode_map(data: bytes) -> np.ndarray:
             return pixels.astype(np.uint8) if pixels.dtype == bool else pixels
         return np.array(image.convert("RGB"))
     except Exception as error:  # as in decode
-        raise DecodeError("corrupt", f"label image cannot be decoded: {_text(error)}") from None
+        raise DecodeError("corrupt", f"label image cannot be decoded: {one_line(error)}") from None
 
 
 def _open(data: bytes) -> Image.Image:
@@ -207,7 +213,7 @@ def _open(data: bytes) -> Image.Image:
     except Image.DecompressionBombError:
         raise DecodeError("error", f"image has more than {MAX_PIXELS} pixels") from None
     except Exception as error:  # as in decode
-        raise DecodeError("corrupt", f"image header cannot be read: {_text(error)}") from None
+        raise DecodeError("corrupt", f"image header cannot be read: {one_line(error)}") from None
     if image.width * image.height > MAX_PIXELS:
         found_size = f"{image.width}x{image.height}"
         raise DecodeError("error", f"image of {found_size} has more than {MAX_PIXELS} pixels")
@@ -271,7 +277,3 @@ def apply_orientation(pixels: np.ndarray, orientation: int) -> np.ndarray:
     elif orientation == 8:
         pixels = pixels[:, ::-1].swapaxes(0, 1)
     return pixels
-
-
-def _text(error: Any) -> str:
-    return one_line(error)

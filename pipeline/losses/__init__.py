@@ -2,16 +2,16 @@
 
 Every loss gives a sum and a count; the count comes from targets alone. Counts are summed over ranks and
 accumulation steps before the first backward, and ``total`` divides by them, so the gradient does not
-depend on how rows were sharded. A new loss is one function or file, one line in ``LOSSES`` or ``DETECTION_LOSSES``.
+depend on how rows were sharded.
 
-pixel: sums over pixels: cross entropy, focal, and their binary forms
-region: overlap of regions: Dice, Tversky, Jaccard, Lovasz
-dense: what losses of dense labels share: counts, heads, checks of settings
 base: what a detection loss is
+dense: what losses of dense labels share: counts, kinds of head, checks of settings
+pixel: sums over pixels: cross entropies and focal losses
+region: losses of overlap: Dice, Tversky, Jaccard, Lovasz
 assign: which location of a detector answers for which object
 detection: one-stage detectors with sigmoid heads
 softmax: one-stage detectors with a background class
-two_stage: two-stage detectors
+two_stage: detectors that sample proposals by their targets
 yolo_v1: YOLO v1
 """
 

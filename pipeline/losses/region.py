@@ -112,9 +112,9 @@ def lovasz(logits: Tensor, target: Tensor, *, skip: Sequence[int] = (), per: str
     if per == "batch":
         errors, truth, labelled = (values.movedim(0, 1).flatten(1)[None] for values in (errors, truth, labelled))
     errors, truth, labelled = errors.flatten(2), truth.flatten(2), labelled.flatten(2)
-    counts = without_classes("lovasz", truth.any(dim=2), skip)
+    scored = without_classes("lovasz", truth.any(dim=2), skip)
     return _mean_over_classes(
-        (errors * _lovasz_slopes(errors, truth, labelled, counts)).sum(dim=2), counts, target, per
+        (errors * _lovasz_slopes(errors, truth, labelled, scored)).sum(dim=2), scored, target, per
     )
 
 
@@ -153,9 +153,9 @@ def _ratio(part: Tensor, whole: Tensor) -> Tensor:
     return part / whole.clamp(min=_TINY)
 
 
-def _mean_over_classes(misses: Tensor, counts: Tensor, target: Tensor, per: str) -> tuple[Tensor, Tensor]:
-    """(sum, count) from (R, C) losses, of which ``enters`` count."""
-    image_loss = torch.where(counts, misses, 0).sum(dim=1) / counts.sum(dim=1).clamp(min=1)
+def _mean_over_classes(misses: Tensor, scored: Tensor, target: Tensor, per: str) -> tuple[Tensor, Tensor]:
+    """(sum, count) from (R, C) losses, averaged over the classes of each row that ``scored`` (R, C) names."""
+    image_loss = torch.where(scored, misses, 0).sum(dim=1) / scored.sum(dim=1).clamp(min=1)
     count = labelled_images(target)
     return (image_loss.sum() * count if per == "batch" else image_loss.sum()), count
 
@@ -172,7 +172,7 @@ def _lovasz_slopes(errors: Tensor, truth: Tensor, labelled: Tensor, needed: Tens
         errors: (R, C, P).
         truth: (R, C, P) bool, True where the pixel is of the class.
         labelled: (R, 1, P) bool, False where void.
-        needed: (R, C) bool, False for rows that no loss uses.
+        needed: (R, C) bool, rows that are needed.
 
     Returns:
         (R, C, P); 0 where void.
