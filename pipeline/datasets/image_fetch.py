@@ -1,6 +1,7 @@
 """Images that a dataset or a listing only refers to: fetched as rows are streamed, a bounded number at a time."""
 
 import hashlib
+import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,11 +19,6 @@ AHEAD = 64
 """Images that may be fetched before they are asked for."""
 REFERENCE_COLUMNS = ("uri", "sha256")
 """Columns by which a row's image is found, and known again."""
-
-
-def may_be_referenced(columns: Sequence[str]) -> bool:
-    """Whether rows with these columns may only refer to their images."""
-    return set(REFERENCE_COLUMNS) <= set(columns)
 
 
 @dataclass(frozen=True)
@@ -77,11 +73,24 @@ def with_images(table: pa.Table) -> pa.Table:
 
 
 def require_images(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    """Tables with ``image`` in the place of null, and without ``WANTED``: up to ``AHEAD`` images ahead.
+    """Tables whose every row holds its image; those of referenced images are fetched up to ``AHEAD`` images ahead.
+
+    Args:
+        tables: All with the same columns. Rows that may refer to their images have ``REFERENCE_COLUMNS``, which are
+            dropped; tables without them hold their images, and pass as they are.
 
     Raises:
         InputError: An image cannot be had; it names the image.
     """
+    tables = iter(tables)
+    first = next(tables, None)
+    if first is None:
+        return
+    tables = itertools.chain([first], tables)
+    # Packed rows cost nothing here: no thread is started for them, no column is touched.
+    if not set(REFERENCE_COLUMNS) <= set(first.column_names):
+        yield from tables
+        return
     for table, fetched_images in _fetch_ahead(tables):
         for row, fetched in enumerate(fetched_images):
             if fetched is not None and fetched.data is None:

@@ -99,8 +99,8 @@ class _Keeper:
 
 
 def _framed_group(group: RowGroup, columns: tuple[str, ...], framing: FrameRows) -> pa.Table:
-    table = read_row_group(group, columns)
-    return framing(next(image_fetch.require_images([table])) if image_fetch.may_be_referenced(columns) else table)
+    (table,) = image_fetch.require_images([read_row_group(group, columns)])
+    return framing(table)
 
 
 def require_cache_room(framing: FrameRows, rows: int, store_bytes: float) -> None:

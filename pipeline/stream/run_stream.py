@@ -96,9 +96,7 @@ class ExpandUnits:
             parts = [pa.concat_tables(parts).combine_chunks()]
         chosen = self.order.row_order(epoch, window, rows)[keep]
         blocks = self._blocks(parts, chosen, positions[keep], epoch)
-        for block in (
-            image_fetch.require_images(blocks) if image_fetch.may_be_referenced(columns) and not self.cache else blocks
-        ):
+        for block in image_fetch.require_images(blocks):
             yield self.framing(block) if self.framing and not self.cache else block
 
     def _blocks(

@@ -23,7 +23,7 @@ def rows_of_rank(info: DatasetInfo, split: str, rank: int, world: int, columns: 
         a, b = max(low, start), min(high, start + group.rows)
         if a < b:
             part = read_row_group(group, columns).slice(a - start, b - a)
-            yield from image_fetch.require_images([part]) if image_fetch.may_be_referenced(columns) else [part]
+            yield from image_fetch.require_images([part])
         start += group.rows
 
 

@@ -121,6 +121,12 @@ def both(tmp_path_factory: pytest.TempPathFactory, ray_local: None) -> dict[str,
     return found
 
 
+def test_rows_that_hold_their_images_pass_as_they_are():
+    tables = [pa.table({"image_id": [name], "image": [b"bytes"]}) for name in ("a", "b")]
+    assert all(given is passed for given, passed in zip(tables, image_fetch.require_images(tables), strict=True))
+    assert list(image_fetch.require_images([])) == []
+
+
 def test_rows_refer_to_images_and_are_otherwise_those_of_a_packed_dataset(both: dict[str, DatasetInfo]):
     here, there = both["packed"], both["referenced"]
     assert (here.referenced, there.referenced) == (False, True)
