@@ -38,7 +38,7 @@ from pipeline import models
 from pipeline.datasets import ingest
 from pipeline.models import bundle
 from pipeline.runtime.progress import SilentSink
-from pipeline.scoring import job as job_module
+from pipeline.scoring.job import predict
 from pipeline.training.member_run import MemberRun
 from pipeline.training.ray_train import train_member
 
@@ -126,7 +126,7 @@ def train_once(uri: str, out: str, rows: int) -> None:
 
 def predict_once(uri: str, out: str, rows: int) -> None:
     """The train split as ``dubito predict`` runs it, with masks and maps."""
-    result = job_module.predict(tiny_bundle(Path(out)), uri, f"{out}/predictions", split="train", sink=SilentSink())
+    result = predict(tiny_bundle(Path(out)), uri, f"{out}/predictions", split="train", sink=SilentSink())
     assert result["statuses"] == {"ok": rows}, result["statuses"]
 
 

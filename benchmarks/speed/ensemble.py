@@ -25,7 +25,7 @@ from benchmarks.speed import predict as single
 from jobs.session import ray_session
 from pipeline import predictions
 from pipeline.runtime.progress import SilentSink
-from pipeline.scoring import job as job_module
+from pipeline.scoring.job import predict
 from pipeline.scoring.scorer import Scorer
 from pipeline.scoring.unit_reader import Reader
 
@@ -99,9 +99,7 @@ class Runs:
     def predict(self, uri: str, target: Path) -> None:
         """One ``dubito predict``, counted."""
         reader, scorer = counting(self.log)
-        made = job_module.predict(
-            uri, str(self.images), str(target), sink=SilentSink(), reader_class=reader, scorer_class=scorer
-        )
+        made = predict(uri, str(self.images), str(target), sink=SilentSink(), reader_class=reader, scorer_class=scorer)
         wanted = single.count(self.images)
         if made["statuses"] != {"ok": wanted} or predictions.read(str(target)).num_rows != wanted:
             raise RuntimeError(f"{made['statuses']} where {wanted} images were")
