@@ -62,7 +62,7 @@ def pack(root: Path, names: list[str], target: Path) -> str:
     """Zip the files ``names`` of the tree into ``target``; returns the sha256 of the zip.
 
     Raises:
-        InputError: The zip is larger than ``MOST_BYTES``; the largest files are named.
+        InputError: The zip is larger than ``MAX_BYTES``; the largest files are named.
     """
     sizes = {name: (root / name).stat().st_size for name in names}
     with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED, compresslevel=6) as archive:

@@ -1,7 +1,7 @@
 """Geometry: drawn parameters -> Kornia's matrices -> one affine matrix -> one resampling.
 
 Kornia's matrices act on pixel indices, where (0, 0) is the centre of the first pixel; ours act on continuous
-edges, where that centre is (0.5, 0.5). ``_edges`` is the one place that converts.
+edges, where that centre is (0.5, 0.5). ``_to_continuous_edges`` is the one place that converts.
 """
 
 from collections import Counter

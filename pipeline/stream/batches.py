@@ -60,10 +60,12 @@ class Step:
 
 def prefetch(make: Callable[[], Generator[Any, None, None]], depth: int) -> Generator[Any, None, None]:
     """Run an iterator in a thread, ``depth`` items ahead; its error is raised here."""
+    # The queue bounds how far the thread runs ahead; each item says whether it is a value, the end, or an error.
     items: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=depth)
     stop = threading.Event()
 
     def put(item: tuple[str, Any]) -> bool:
+        # A consumer that has gone takes nothing any more: the thread looks for that instead of waiting for ever.
         while not stop.is_set():
             with contextlib.suppress(queue.Full):
                 items.put(item, timeout=0.2)
@@ -103,19 +105,23 @@ def decode_batches(
             batch, failures = task.collate(table, train=train, seed=seed)
             yield DecodedBatch(table, batch, failures)
         return
-    thread_state, stream_numbers = threading.local(), itertools.count(1)
+    # Each thread decodes on a CUDA stream of its own, so that groups overlap with one another and with the model.
+    thread_state = threading.local()
+    stream_numbers = itertools.count(1)
 
     def work(group: list[pa.Table]) -> list[DecodedBatch]:
         if decoder.device.type != "cuda":
             return _decode_group(task, group, decoder, train, seed)
-        if not hasattr(thread_state, "lane"):
-            thread_state.lane = _decode_stream(decoder.device, next(stream_numbers))
-        with torch.cuda.stream(thread_state.lane):
+        if not hasattr(thread_state, "stream"):
+            thread_state.stream = _side_stream(decoder.device, next(stream_numbers))
+        with torch.cuda.stream(thread_state.stream):
             batches = _decode_group(task, group, decoder, train, seed)
-        ready = thread_state.lane.record_event()
+        # Not waited for here: whoever uses the batch makes its own stream wait for this event.
+        ready = thread_state.stream.record_event()
         return [dataclasses.replace(item, ready=ready) for item in batches]
 
     with ThreadPoolExecutor(STREAMS, "device-decode") as pool:
+        # Results come in the order of the groups; a group more than there are threads waits its turn.
         waiting: deque[Future[list[DecodedBatch]]] = deque()
         for group in decode_groups(tables):
             waiting.append(pool.submit(work, group))
@@ -129,6 +135,7 @@ def _decode_group(
     task: Task, group: list[pa.Table], decoder: DeviceDecoder, train: bool, seed: int
 ) -> list[DecodedBatch]:
     """All images of a group by one call, then table by table."""
+    # One call for all of the group: nvJPEG is fast on many images at once.
     decoded = iter(decoder([item for table in group for item in table["image"].to_pylist()]))
     batches = []
     for table in group:
@@ -143,7 +150,9 @@ def decode_groups(tables: Iterable[pa.Table]) -> Iterator[list[pa.Table]]:
 
     At most ``GROUP_IMAGES`` images and ``GROUP_BYTES`` of pixels; one table at least.
     """
-    limit, group, images, size = 1, [], 0, 0
+    limit = 1
+    group: list[pa.Table] = []
+    images, size = 0, 0
     for table in tables:
         pixels = 3 * int((table["height"].to_numpy() * table["width"].to_numpy()).sum())
         if group and (images + table.num_rows > GROUP_IMAGES or size + pixels > GROUP_BYTES):
@@ -164,7 +173,7 @@ def augmented_batches(
     """Each table with its augmented batch on the device.
 
     Args:
-        items: What ``collated`` yields.
+        items: What ``decode_batches`` yields.
         augment: Of training or of validation.
         device: Where the batches go.
         threaded: Whether that happens in a thread of its own; None: on a GPU.
@@ -174,27 +183,32 @@ def augmented_batches(
     """
     if not (device.type == "cuda" if threaded is None else threaded):
         for item in items:
-            _refuse(item)
+            _require_all_rows(item)
             yield item.table, augment(item.batch.to(device))
         return
-    lane = _decode_stream(device, 0) if device.type == "cuda" else None
+    side_stream = _side_stream(device, 0) if device.type == "cuda" else None
 
     def work() -> Generator[tuple[pa.Table, Batch, Any], None, None]:
         for item in items:
-            _refuse(item)
-            with contextlib.nullcontext() if lane is None else torch.cuda.stream(lane):
+            _require_all_rows(item)
+            if side_stream is None:
                 _receive(item.batch, item.ready, device)
-                batch = item.batch if lane is None else item.batch.pin_memory()
-                view = augment(batch.to(device, non_blocking=lane is not None))
-            yield item.table, view, None if lane is None else lane.record_event()
+                yield item.table, augment(item.batch.to(device)), None
+                continue
+            # Copied and augmented on a stream of its own while the model works on the batch before; the host's
+            # memory is pinned, or the copy would wait.
+            with torch.cuda.stream(side_stream):
+                _receive(item.batch, item.ready, device)
+                batch = augment(item.batch.pin_memory().to(device, non_blocking=True))
+            yield item.table, batch, side_stream.record_event()
 
-    for table, view, ready in prefetch(work, DEPTH - 1):
-        _receive(view, ready, device)
-        yield table, view
+    for table, batch, ready in prefetch(work, DEPTH - 1):
+        _receive(batch, ready, device)
+        yield table, batch
 
 
 @functools.cache
-def _decode_stream(device: torch.device, number: int) -> torch.cuda.Stream:
+def _side_stream(device: torch.device, number: int) -> torch.cuda.Stream:
     """The same few streams for training and validation: what one stream has freed, no other can use."""
     return torch.cuda.Stream(device)
 
@@ -210,7 +224,8 @@ def _receive(batch: Batch, ready: Any, device: torch.device) -> None:
                 value.record_stream(current)
 
 
-def _refuse(item: DecodedBatch) -> None:
+def _require_all_rows(item: DecodedBatch) -> None:
+    """Training and validation want every row: the first that cannot be used ends them, and is named."""
     if item.failures:
         row, reason, detail = item.failures[0]
         name = item.table["image_id"][row].as_py()

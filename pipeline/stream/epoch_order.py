@@ -1,4 +1,10 @@
-"""The order of an epoch, a pure function of seed and epoch; and what of a run remains."""
+"""The order of an epoch, a pure function of seed and epoch; and what of a run remains.
+
+An epoch permutes the row groups, cuts them into windows of as many groups as fit into a bound of bytes, and permutes
+the rows inside each window. So a task holds one window at a time, and any window of any epoch is found without the
+others. The order knows neither the number of workers nor restarts. *Positions* count rows over all epochs: epoch
+``e`` holds the positions from ``e * rows`` on.
+"""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -41,6 +47,7 @@ class EpochOrder:
     def window(self, epoch: int, window: int) -> tuple[list[RowGroup], int]:
         """(its row groups in order, the stream position of its first row)."""
         permuted, starts = _permuted(self, epoch)
+        # The last window of an epoch may hold fewer groups.
         first = window * self.groups_per_window
         members = [self.groups[i] for i in permuted[first : first + self.groups_per_window]]
         return members, epoch * self.rows + int(starts[first])
@@ -52,6 +59,7 @@ class EpochOrder:
 
 @lru_cache(maxsize=4)
 def _permuted(order: EpochOrder, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    """(row groups in the epoch's order, the row of the epoch with which each begins); kept, since every window asks."""
     permuted = np.random.default_rng([order.seed, epoch, 0]).permutation(len(order.groups))
     rows = np.array([order.groups[i].rows for i in permuted], np.int64)
     return permuted, np.concatenate([[0], np.cumsum(rows)])
@@ -74,7 +82,9 @@ def plan_remaining_rows(ledger: Ledger, end: int, global_batch: int) -> Remainin
     """
     missing = end - ledger.count(0, end)
     steps = -(-missing // global_batch)
-    padding, stop = steps * global_batch - missing, end
+    padding = steps * global_batch - missing
+    stop = end
+    # A run that was padded before may have used positions behind ``end``: go on until enough of them are free.
     while padding > 0:
         stop += padding
         padding = steps * global_batch - missing - (stop - end - ledger.count(end, stop))

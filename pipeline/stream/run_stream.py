@@ -83,28 +83,36 @@ class ExpandUnits:
             yield from self._window(*divmod(int(unit) + self.first_unit, self.order.windows), ledger)
 
     def _window(self, epoch: int, window: int, ledger: Ledger) -> Iterator[pa.Table]:
+        # Positions that optimiser steps have used, as of the checkpoint, are left out: nothing is trained on twice.
         groups, start = self.order.window(epoch, window)
         rows = sum(group.rows for group in groups)
         positions = np.arange(start, start + rows, dtype=np.int64)
         keep = np.flatnonzero((positions < self.stop) & ~ledger.contains(positions))
         if not len(keep):
             return
-        columns = list(self.columns)
-        parts = self.cache.read(groups) if self.cache else [read_row_group(group, columns) for group in groups]
-        if not self.cache:
+        if self.cache:
+            tables = self.cache.read(groups)
+        else:
+            row_groups = [read_row_group(group, list(self.columns)) for group in groups]
             # One copy of the window, or every ``take`` below would join all of it anew.
-            parts = [pa.concat_tables(parts).combine_chunks()]
+            tables = [pa.concat_tables(row_groups).combine_chunks()]
+        # Small blocks in the window's order: few images still reach all workers evenly.
         chosen = self.order.row_order(epoch, window, rows)[keep]
-        blocks = self._blocks(parts, chosen, positions[keep], epoch)
+        blocks = self._blocks(tables, chosen, positions[keep], epoch)
         for block in image_fetch.require_images(blocks):
-            yield self.framing(block) if self.framing and not self.cache else block
+            # Cached rows are frames already.
+            if self.framing and not self.cache:
+                yield self.framing(block)
+            else:
+                yield block
 
     def _blocks(
-        self, parts: list[pa.Table], chosen: np.ndarray, positions: np.ndarray, epoch: int
+        self, tables: list[pa.Table], chosen: np.ndarray, positions: np.ndarray, epoch: int
     ) -> Iterator[pa.Table]:
+        """The chosen rows in blocks, each row with its position, its epoch and the checkpoint that it follows."""
         for at in range(0, len(chosen), self.block_rows):
             part = slice(at, at + self.block_rows)
-            block = _gather(parts, chosen[part])
+            block = _gather(tables, chosen[part])
             count = block.num_rows
             yield (
                 block.append_column("position", pa.array(positions[part]))

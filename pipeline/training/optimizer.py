@@ -53,7 +53,7 @@ def build_optimizer(
     Args:
         settings: How.
         module: The bare network, already frozen where it is to be.
-        layers: Names of the backbone's parameters, input first (``pipeline.models.layers_of``); wanted where
+        layers: Names of the backbone's parameters, input first (``pipeline.models.backbone_layers``); wanted where
             ``backbone_lr`` or ``layer_decay`` is not 1. Layers without a trainable parameter do not count.
 
     Returns:
