@@ -48,7 +48,7 @@ def open_dataset(uri: str) -> DatasetInfo:
         InputError: There is none, or it was written by another schema version.
     """
     uri = storage.absolute(uri)
-    meta = _committed(uri)
+    meta = committed_metadata(uri)
     if meta is None:
         raise InputError(f"no dataset at '{uri}': wanted {DATASET_JSON} in it, found none; run dubito ingest first")
     if meta.get("schema_version") != schema.SCHEMA_VERSION:
@@ -88,7 +88,8 @@ def row_groups(info: DatasetInfo, split: str) -> list[RowGroup]:
     return groups
 
 
-def _committed(uri: str) -> dict[str, Any] | None:
+def committed_metadata(uri: str) -> dict[str, Any] | None:
+    """The content of dataset.json; None where nothing was committed."""
     try:
         return json.loads(storage.read_bytes(storage.join(uri, DATASET_JSON)))
     except (FileNotFoundError, NotADirectoryError):

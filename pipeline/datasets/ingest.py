@@ -1,4 +1,4 @@
-"""Datasets: labels as people have them -> shards and dataset.json; and back, row group by row group."""
+"""Labels as people have them -> a dataset: shards, rejects and dataset.json, which commits them."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ from pipeline import schema, storage
 from pipeline.config import first_difference
 from pipeline.datasets import metadata, shard_writer
 from pipeline.datasets import splits as splitting
-from pipeline.datasets.dataset import DATASET_JSON, _committed
+from pipeline.datasets.dataset import DATASET_JSON, committed_metadata
 from pipeline.datasets.formats import FORMATS
 from pipeline.datasets.formats.base import Context, Index, IngestSettings, Reject
 from pipeline.errors import InputError, nearest
@@ -70,7 +70,7 @@ def ingest(
         "splits": _digest(json.dumps(lists, sort_keys=True)) if lists is not None else None,
         "options": settings.to_dict(),
     }
-    committed = _committed(uri)
+    committed = committed_metadata(uri)
     if committed is not None:
         _refuse_other(uri, committed, source)
     index = form.index(source["images"], source["labels"], classes, settings)
@@ -80,7 +80,7 @@ def ingest(
     if committed is not None:
         _refuse_other(uri, committed, source)
         return metadata.ingest_summary(uri, committed, time.monotonic() - began, already=True)
-    meta = _build(uri, format, index, lists, source, settings, sink or SilentSink())
+    meta = _build_metadata(uri, format, index, lists, source, settings, sink or SilentSink())
     if not storage.create_once(storage.join(uri, DATASET_JSON), _json(checksum.with_checksum(meta))):
         raise InputError(f"'{uri}' was committed by somebody else meanwhile; choose another --out")
     return metadata.ingest_summary(uri, meta, time.monotonic() - began, already=False)
@@ -110,7 +110,7 @@ def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=1) + "\n").encode()
 
 
-def _build(
+def _build_metadata(
     uri: str,
     format_name: str,
     index: Index,
@@ -120,37 +120,43 @@ def _build(
     sink: ProgressSink,
 ) -> dict[str, Any]:
     """Everything but the commit; returns the content of dataset.json."""
+    # Whatever the index alone can tell is refused before a task starts.
     assignment = splitting.assign(index.sources, lists, settings, format_name)
-    kept = [item for item in index.sources if item.image_id in assignment.split_of]
+    used_sources = [item for item in index.sources if item.image_id in assignment.split_of]
     rejects = [*index.rejects, *assignment.rejects]
-    metadata.check_rejects(uri, rejects, len(kept), settings)
-    if not kept:
+    metadata.check_rejects(uri, rejects, len(used_sources), settings)
+    if not used_sources:
         why = "--splits names none of the images" if lists is not None else "there are no images"
         raise InputError(f"the dataset would be empty: {why} ({len(index.sources)} found); check --images and --splits")
     if not settings.referenced:
-        resources.require_disk(uri, sum(item.size for item in kept), f"{len(kept)} images")
-    plans = shard_writer.plan_shards(uri, format_name, kept, assignment.split_of, settings.shard_bytes)
-    progress = Progress(sink, "ingest", len(kept))
-    sums: dict[str, shard_writer.SplitStatistics] = {}
+        resources.require_disk(uri, sum(item.size for item in used_sources), f"{len(used_sources)} images")
+    plans = shard_writer.plan_shards(uri, format_name, used_sources, assignment.split_of, settings.shard_bytes)
+    # One task a shard; what comes back of each is small: counts, digests, rejects, and the file's hash.
+    progress = Progress(sink, "ingest", len(used_sources))
+    statistics_of: dict[str, shard_writer.SplitStatistics] = {}
     digests: list[tuple[str, str, str, str | None]] = []
     files: list[dict[str, Any]] = []
-    for plan_uri, written in _counted(_run(plans, index.context), rejects):
+    for plan_uri, written in _count_shards(_write_shards(plans, index.context), rejects):
         progress.advance(written.sources)
         rejects.extend(written.rejects)
         if written.file is not None:
-            sums.setdefault(written.split, shard_writer.SplitStatistics()).add(written.sums)
+            statistics_of.setdefault(written.split, shard_writer.SplitStatistics()).add(written.sums)
             digests += [(row[0], written.split, *row[1:]) for row in written.digests]
             path = plan_uri.removeprefix(uri + "/")
             files.append({"path": path, "split": written.split, **written.file})
+    # Asked again, now that images were decoded and labels read.
     rejects.sort(key=lambda item: (item.reason, item.uri))
     metadata.check_rejects(uri, rejects, len(digests), settings)
     if not digests:
-        raise InputError(f"the dataset would be empty: none of {len(kept)} images could be used, see '{uri}/rejects'")
+        raise InputError(
+            f"the dataset would be empty: none of {len(used_sources)} images could be used, see '{uri}/rejects'"
+        )
     context = index.context
+    # Digests and rejects are files of the dataset too: dataset.json names them with their hashes.
     files = [*sorted(files, key=lambda file: file["path"]), metadata.write_digests(uri, digests)]
     if rejects:
         files.append(metadata.write_rejects(uri, rejects))
-    repairs: Counter[str] = sum((part.repairs for part in sums.values()), Counter())
+    repairs: Counter[str] = sum((part.repairs for part in statistics_of.values()), Counter())
     return {
         "schema_version": schema.SCHEMA_VERSION,
         "name": settings.name or uri.rsplit("/", 1)[-1],
@@ -158,20 +164,20 @@ def _build(
         "colours": index.colours or metadata.palette(len(context.classes)),
         "background": context.background,
         "tasks": list(context.tasks),
-        "counts": metadata.split_counts(sums, context),
-        "statistics": metadata.statistics(sums),
+        "counts": metadata.split_counts(statistics_of, context),
+        "statistics": metadata.statistics(statistics_of),
         "repairs": dict(sorted(repairs.items())),
         "rejects": metadata.rejects_by_reason(rejects),
         "left_out": assignment.left_out,
         "referenced": settings.referenced,
-        "notes": metadata.dataset_notes(sums, context),
+        "notes": metadata.dataset_notes(statistics_of, context),
         "fingerprint": metadata.fingerprint(digests, context),
         "source": source,
         "files": files,
     }
 
 
-def _counted(
+def _count_shards(
     finished_shards: Iterator[tuple[str, shard_writer.WrittenShard]], rejects: Sequence[Reject]
 ) -> Iterator[tuple[str, shard_writer.WrittenShard]]:
     """The same shards, counted for those who watch, as are ``rejects`` of before."""
@@ -185,17 +191,19 @@ def _counted(
             yield uri, written
 
 
-def _run(plans: list[shard_writer.ShardPlan], context: Context) -> Iterator[tuple[str, shard_writer.WrittenShard]]:
+def _write_shards(
+    plans: list[shard_writer.ShardPlan], context: Context
+) -> Iterator[tuple[str, shard_writer.WrittenShard]]:
     """The one Ray Data job: a task a shard, small rows back, in any order."""
     import ray.data
 
     ray.data.DataContext.get_current().enable_progress_bars = False
     items = [{"plan": pickle.dumps(plan)} for plan in plans]
     dataset = ray.data.from_items(items, override_num_blocks=len(items))
-    for row in dataset.map(partial(_task, context=context)).iter_rows():
+    for row in dataset.map(partial(_write_shard_task, context=context)).iter_rows():
         yield pickle.loads(row["written"])  # by our own task, a moment ago
 
 
-def _task(row: dict[str, Any], context: Context) -> dict[str, Any]:
+def _write_shard_task(row: dict[str, Any], context: Context) -> dict[str, Any]:
     plan = pickle.loads(row["plan"])
     return {"written": pickle.dumps((plan.uri, shard_writer.write_shard(plan, context)))}
