@@ -41,7 +41,7 @@ def pr_curves(metrics: dict[str, Any], classes: Sequence[str], title: str = "") 
         axis.plot(*_mean_curve(member), color="C1", linewidth=0.8, alpha=0.6, label=None if k else "members")
     axis.plot(*_mean_curve(metrics), color="C0", linewidth=2, label=legend_label("pool", "mAP", metrics["map50"]))
     if metrics["precision"] is not None and metrics["recall"] is not None:
-        name = f"said from {metrics['operating']:.2f} (F1 {metrics['f1']:.3f})"
+        name = f"score from {metrics['operating']:.2f} (F1 {metrics['f1']:.3f})"
         axis.plot([metrics["recall"]], [metrics["precision"]], color="black", marker="o", linestyle="", label=name)
     if not present:
         axis.text(0.5, 0.5, "no true box", ha="center", transform=axis.transAxes)

@@ -41,7 +41,7 @@ def reliability_diagram(metrics: dict[str, Any], title: str = "", unit: str = "p
         label=legend_label("pool", error.upper().replace("_", "-"), metrics.get(error)),
     )
     if metrics.get("operating") is not None:
-        name = f"said from {metrics['operating']:.2f} on"
+        name = f"operating score {metrics['operating']:.2f}"
         axis.axvline(metrics["operating"], color="0.3", linestyle=":", linewidth=1, label=name)
     # Below: how many predictions each bin stands for.
     counts = np.array(metrics["reliability"]["count"], np.float64)

@@ -25,6 +25,7 @@ def uncertainty_shift(test: pa.Table, shifted: pa.Table) -> dict[str, float]:
 
 
 def _uncertainty(table: pa.Table) -> Any:
+    """The known uncertainties, (n,)."""
     return table["uncertainty"].drop_null().to_numpy()
 
 
@@ -37,7 +38,7 @@ def rows_of(info: DatasetInfo, split: str, image_ids: list[str]) -> pa.Table:
 
 
 def doubtful_images(task: str, datasets: list[tuple[str, DatasetInfo, str]], count: int = 4) -> bytes:
-    """A PNG of the ``each`` most doubtful images of every (title, dataset, predictions URI)."""
+    """A PNG of the ``count`` most doubtful images of every (title, dataset, predictions URI)."""
     groups = []
     for title, info, uri in datasets:
         table = predictions.read(uri)

@@ -139,7 +139,7 @@ def masked_quantile(values: Tensor, mask: Tensor, q: float) -> Tensor:
     # Pixels outside sort first. Rows of one rank, as all frames of one size have, are one call.
     places = [flat.shape[1] - count + rank if count else 0 for count, rank in zip(counts, ranks, strict=True)]
     for place in {*places} - {0}:
-        rows = torch.tensor([image for image, rank in enumerate(places) if rank == place], device=values.device)
+        rows = torch.tensor([image for image, of_image in enumerate(places) if of_image == place], device=values.device)
         quantiles[rows] = flat[rows].kthvalue(place, 1).values
     return quantiles
 
@@ -160,11 +160,15 @@ def _window_sum(values: Tensor, size: int) -> Tensor:
     """Sums of (N, H, W) over all windows of ``size`` x ``size``, from those of 1, 2, 4... pixels: log2(size) passes."""
     for dim in (1, 2):
         num_windows = values.shape[dim] - size + 1
-        total, offset, width, remaining = None, 0, 1, size
+        # The window is put together from pieces of 1, 2, 4... pixels, one for each bit of its size; ``values`` holds
+        # the sums over pieces of ``width``, and ``offset`` says how much of the window the pieces so far cover.
+        total = None
+        offset, width, remaining = 0, 1, size
         while remaining:
             if remaining & 1:
                 part = values.narrow(dim, offset, num_windows)
-                total, offset = part if total is None else total + part, offset + width
+                total = part if total is None else total + part
+                offset += width
             remaining >>= 1
             if remaining:
                 length = values.shape[dim] - width
@@ -202,7 +206,8 @@ def _window_max(values: Tensor, radius: int) -> Tensor:
         shape[dim] = reach
         # 0 is the smallest unsigned value, so beyond the edge nothing counts.
         edge = values.new_zeros(shape)
-        windows, width, wanted_width = torch.cat([edge, values, edge], dim), 1, 2 * reach + 1
+        windows = torch.cat([edge, values, edge], dim)
+        width, wanted_width = 1, 2 * reach + 1
         while width < wanted_width:
             shift = min(width, wanted_width - width)
             length_left = windows.shape[dim] - shift
@@ -213,7 +218,7 @@ def _window_max(values: Tensor, radius: int) -> Tensor:
 
 
 def interior_mean(values: Tensor, labels: Tensor, valid: Tensor, radius: int) -> Tensor:
-    """(N,) mean over ``inner`` pixels; over the whole image where every pixel is near a boundary."""
+    """(N,) mean over the pixels of ``interior``; over the whole image where every pixel is near a boundary."""
     inside = interior(labels, valid, radius)
     means = masked_mean(values, inside)
     return torch.where(means.isnan(), masked_mean(values, valid), means)
@@ -244,6 +249,7 @@ def pairwise_dice(maps: list[Tensor], valid: Tensor, num_classes: int, backgroun
         either = areas[:, :, None] + areas[:, None, :]
         total += 2 * shared / either.clamp(min=1)
         shown += either > 0
+    # The mean over ordered pairs of different members: each pair twice, the diagonal left out.
     dice = torch.where(shown > 0, total / shown.clamp(min=1), 1.0)
     return (dice.sum((1, 2)) - dice.diagonal(dim1=1, dim2=2).sum(1)) / (count * (count - 1))
 
@@ -278,9 +284,10 @@ def class_table(labels: Tensor, mask: Tensor, num_classes: int, *weights: Tensor
         weights: K maps (N, H, W) of what to sum.
     """
     images = labels.shape[0]
-    # int32 holds 8 million images.
+    # Every image has bins of its own, the last one for pixels outside the mask; int32 holds 8 million images.
     first_bin = torch.arange(images, device=labels.device, dtype=torch.int32)[:, None, None] * (num_classes + 1)
-    bins, length = (first_bin + torch.where(mask, labels.int(), num_classes)).flatten(), images * (num_classes + 1)
+    bins = (first_bin + torch.where(mask, labels.int(), num_classes)).flatten()
+    length = images * (num_classes + 1)
     sums = [torch.bincount(bins, minlength=length).double()]
     sums += [torch.bincount(bins, values.double().flatten(), minlength=length) for values in weights]
     return torch.stack(sums).reshape(-1, images, num_classes + 1)[..., :num_classes]

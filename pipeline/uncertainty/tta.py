@@ -1,7 +1,7 @@
-"""How a network looks at an image when it predicts: whole or through windows, once or from several sides.
+"""The passes of a network over one image when it predicts: views of test-time augmentation, and dropout.
 
-Test-time augmentation and Monte-Carlo dropout are further members of the same pool. Everything here is on
-tensors in the network's frame, and turns answers back into that frame.
+Test-time augmentation and Monte-Carlo dropout are further members of the same pool. Views are of tensors in the
+network's frame, and their outputs are turned back into that frame.
 """
 
 from collections.abc import Iterator
@@ -36,7 +36,7 @@ class TtaSettings(Settings):
 
 
 class InferenceSettings(Settings):
-    """How members are asked."""
+    """Which passes every member makes over an image, and when an image is cut into windows."""
 
     tta: TtaSettings = Field(default_factory=TtaSettings)
     dropout_passes: int = Field(default=0, ge=0, le=100)
@@ -53,7 +53,7 @@ class InferenceSettings(Settings):
 
 @dataclass(frozen=True)
 class View:
-    """One way to look at a frame: mirrored, then turned, then resized."""
+    """One view of a frame: mirrored left-right, then turned counter-clockwise, then resized."""
 
     flip: bool = False
     turns: int = 0
@@ -73,6 +73,7 @@ class View:
 
     def invert(self, maps: Tensor, size: tuple[int, int]) -> Tensor:
         """Maps (N, C, h, w) of the view -> (N, C, *size) of the frame."""
+        # The steps of ``apply`` backwards: resize, turn back, mirror.
         turned = size[::-1] if self.turns % 2 else size
         if tuple(maps.shape[-2:]) != tuple(turned):
             maps = F.interpolate(maps, turned, mode="bilinear", antialias=True, align_corners=False)
@@ -104,7 +105,7 @@ def tta_views(settings: TtaSettings) -> list[View]:
 
 
 def inference_passes(settings: InferenceSettings) -> Iterator[tuple[int, View]]:
-    """(number, view) of everything that one member is asked, in a fixed order."""
+    """(number, view) of all passes that one member makes, in a fixed order."""
     passes = max(1, settings.dropout_passes)
     for number, (view, _) in enumerate(product(tta_views(settings.tta), range(passes))):
         yield number, view

@@ -67,5 +67,5 @@ def test_curves_are_drawn_where_the_figures_say(monkeypatch):
     for name, curve in zip("abc", made["pr_curves"]["precision"], strict=True):
         assert lines[name].get_ydata() == pytest.approx(np.array(curve))
     assert np.mean(lines["pool"].get_ydata()) == pytest.approx(made["map50"])
-    assert lines["said from 0.30"].get_xydata()[0] == pytest.approx([made["recall"], made["precision"]])
+    assert lines["score from 0.30"].get_xydata()[0] == pytest.approx([made["recall"], made["precision"]])
     plt.close(kept[0])

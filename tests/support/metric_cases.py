@@ -112,3 +112,9 @@ def detection(images: Iterable[dict], classes: int, operating: float = 0.3) -> D
     for image in images:
         metric.update(**image)
     return metric
+
+
+def scattered_boxes(rng: np.random.Generator, number: int, spread: float) -> tuple[np.ndarray, np.ndarray]:
+    """(boxes (n, 4) of sides 20 to 60 pixels, labels of three classes), at any place within ``spread`` pixels."""
+    corner = rng.uniform(0, spread, (number, 2))
+    return np.concatenate([corner, corner + rng.uniform(20, 60, (number, 2))], 1), rng.integers(0, 3, number)

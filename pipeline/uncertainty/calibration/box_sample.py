@@ -1,4 +1,4 @@
-"""A bounded, mergeable sample of boxes: what their scores and spreads are calibrated on."""
+"""A bounded, mergeable sample of boxes, on which the calibration of scores and spreads is fitted."""
 
 from typing import NamedTuple, Self
 
@@ -8,6 +8,7 @@ import torch
 from pipeline.uncertainty.calibration.pixel_sample import uniform_hash
 
 _NUM_COLUMNS = 15
+"""Of ``BoxRows``: score, hit, overlap, and four each of std, error and size."""
 
 
 class BoxRows(NamedTuple):
@@ -20,11 +21,11 @@ class BoxRows(NamedTuple):
     overlap: np.ndarray
     """(n,) IoU with the true box; 0 of a box that is not matched."""
     std: np.ndarray
-    """(n, 4) pixels; NaN: not known."""
+    """(n, 4) standard deviations of the edges, pixels; NaN: not known."""
     error: np.ndarray
-    """(n, 4) pixels, found minus true edge; of no meaning where there was no hit."""
+    """(n, 4) pixels, predicted minus true edge; of no meaning where there was no hit."""
     size: np.ndarray
-    """(n, 4) pixels: width, height, width, height."""
+    """(n, 4) pixels: width, height, width, height of the predicted box."""
 
 
 class BoxSample:
@@ -38,7 +39,8 @@ class BoxSample:
 
     def __init__(self, size: int = 2**16) -> None:
         self.size = size
-        self.images, self.boxes = 0, 0
+        self.images = 0
+        self.boxes = 0
         self._key = np.zeros(0, np.float64)
         self._rows = np.zeros((0, _NUM_COLUMNS), np.float32)
 
@@ -67,6 +69,7 @@ class BoxSample:
         rows = np.concatenate([np.asarray(column, np.float32) for column in columns], 1)
         key = uniform_hash(len(rows), image_id, torch.device("cpu")).numpy()
         usable = np.isfinite(rows[:, 0])
+        # What was taken in is counted whole; what is kept is decided by the hash alone.
         self.images += 1
         self.boxes += int(usable.sum())
         self._add(key[usable], rows[usable])
@@ -94,7 +97,8 @@ class BoxSample:
         """The inverse of ``state``."""
         size, images, boxes = state["counts"].tolist()
         sample = cls(size)
-        sample.images, sample.boxes = images, boxes
+        sample.images = images
+        sample.boxes = boxes
         sample._add(state["key"], state["rows"])
         return sample
 

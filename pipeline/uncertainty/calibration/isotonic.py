@@ -1,4 +1,4 @@
-"""Scores of boxes that mean what they say, and spreads as large as the errors."""
+"""Calibration of boxes: scores to the precision they have, and spreads to the size of the errors."""
 
 import math
 from typing import Any
@@ -10,20 +10,22 @@ from torch import Tensor
 MIN_SLOPE = 0.01
 """The least slope of the map: scores that differ stay different, and average precision what it was."""
 _MAX_BLOCKS = 100
+"""Blocks of the regression that the map keeps at most, or steps of one hundredth."""
 _MIN_RELATIVE_WEIGHT = 1e-12
-"""Of the largest weight: what a row must weigh more than."""
+"""Rows that weigh less than this share of the largest weight are left out."""
 _LIMITS = ((1e-3, 20.0), (1e-4, 1.0))
-"""Of ``scale`` and ``floor``. A spread below a ten thousandth of the box is none that anybody measures."""
+"""Lowest and highest ``scale``, and ``floor``. A spread below a ten thousandth of the box is none that
+anybody measures."""
 
 
 def fit_isotonic(scores: np.ndarray, targets: np.ndarray, weights: np.ndarray | None = None) -> dict[str, list[float]]:
     """Score -> mean target by isotonic regression (Zadrozny & Elkan 2002, 10.1145/775047.775151).
 
     Targets are 0 or 1 for precision, and precision times IoU where members of different kinds are to be compared
-    (MoCaE: Oksuz et al. 2024, arXiv 2309.14976). The map is ``f(x) = SLOPE x + (1 - SLOPE) h(x)``: h is the isotonic
-    regression of ``(target - SLOPE x) / (1 - SLOPE)`` cut to 0..1, so f is the least-squares fit among the maps
-    within 0..1 that rise by at least SLOPE. h is drawn piecewise linear through the centres of its blocks (mean
-    score, mean value), and level outside the outermost. More than 100 blocks: those within one hundredth are one.
+    (MoCaE: Oksuz et al. 2024, arXiv 2309.14976). The map is ``f(x) = m x + (1 - m) h(x)``, m = ``MIN_SLOPE``: h is
+    the isotonic regression of ``(target - m x) / (1 - m)`` cut to 0..1, so f is the least-squares fit among the maps
+    within 0..1 that rise by at least m. h is drawn piecewise linear through the centres of its blocks (mean score,
+    mean value), and level outside the outermost. More than 100 blocks: those within one hundredth are one.
 
     Args:
         scores: (n,) in 0..1.
@@ -45,13 +47,19 @@ def fit_isotonic(scores: np.ndarray, targets: np.ndarray, weights: np.ndarray | 
     x, row_of_score = np.unique(scores[use].clip(0, 1), return_inverse=True)
     weight = np.bincount(row_of_score, weights[use])
     target = np.bincount(row_of_score, weights[use] * targets[use]) / weight
+    # The regression is of what the slope leaves over, so that the map with the slope is the least-squares one.
     regression = isotonic_regression((target - MIN_SLOPE * x) / (1 - MIN_SLOPE), weights=weight)
-    centres, values = _run_means(x, weight, regression.blocks[:-1])[0], regression.x[regression.blocks[:-1]].clip(0, 1)
+    block_starts = regression.blocks[:-1]
+    centres = _run_means(x, weight, block_starts)[0]
+    values = regression.x[block_starts].clip(0, 1)
     if len(values) > _MAX_BLOCKS:
-        mass = np.add.reduceat(weight, regression.blocks[:-1])
+        # Blocks within one hundredth become one, at their mean.
+        mass = np.add.reduceat(weight, block_starts)
         starts = np.flatnonzero(np.diff(np.floor(values * _MAX_BLOCKS), prepend=-1))
         centres, values = _run_means(centres, mass, starts)[0], _run_means(values, mass, starts)[0]
-    ends_x, ends_y = np.array([0.0, *centres.clip(0, 1), 1.0]), np.array([values[0], *values, values[-1]])
+    # Level outside the outermost centres.
+    ends_x = np.array([0.0, *centres.clip(0, 1), 1.0])
+    ends_y = np.array([values[0], *values, values[-1]])
     # A block's centre may be 0 or 1 itself, or within rounding of its neighbour's.
     kept = np.flatnonzero(np.diff(np.maximum.accumulate(ends_x), prepend=-1.0) > 0)
     knots, level = ends_x[kept], ends_y[kept]
@@ -89,7 +97,7 @@ def fit_spread(std: np.ndarray, error: np.ndarray, size: np.ndarray) -> dict[str
 
     Args:
         std: (n, 4) pixels; NaN (one vote: not known) counts as 0, so ``floor`` alone covers those.
-        error: (n, 4) pixels, found minus true edge.
+        error: (n, 4) pixels, predicted minus true edge.
         size: (n, 4) pixels, width or height: whichever the coordinate lies along.
 
     Returns:
@@ -104,6 +112,7 @@ def fit_spread(std: np.ndarray, error: np.ndarray, size: np.ndarray) -> dict[str
     square = (error[use] / size[use]) ** 2
 
     def objective(logs: np.ndarray) -> tuple[float, np.ndarray]:
+        # Mean negative log-likelihood, and its slope by both logarithms.
         scaled, common = math.exp(2 * logs[0]) * spread, math.exp(2 * logs[1])
         variance = scaled + common
         slope = (1 - square / variance) / variance

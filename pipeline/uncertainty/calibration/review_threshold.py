@@ -39,22 +39,28 @@ Method = Literal["betting", "hoeffding_bentkus"]
 
 @dataclass(frozen=True)
 class ReviewThreshold:
-    """A review threshold, and what is known of it."""
+    """A review threshold, the promise that it keeps, and what it accepts of the calibration split."""
 
     value: float | None
     """Accept where ``uncertainty <= value``; None: nothing can be accepted."""
     risk: float
+    """Largest mean loss of what is accepted."""
     delta: float
+    """Probability that the promise is broken."""
     n: int
+    """Images of the calibration split."""
     accepted: float
     """Share of the calibration split that is accepted."""
     mean_loss: float
+    """Mean loss of all images of the split."""
     accepted_loss: float | None
     """Mean loss of what is accepted, in the split."""
     method: Method
+    """Which p-values were used."""
     n_needed: int | None
     """With no threshold: how many such images would give one; None where no number would."""
     note: str
+    """One sentence for a person."""
 
     def to_dict(self) -> dict[str, Any]:
         """As a bundle's manifest keeps it."""
@@ -91,19 +97,33 @@ def fit_review_threshold(
         raise ValueError("losses must lie in 0..1")
     if not (0 < risk < 1 and 0 < delta < 1):
         raise ValueError(f"risk and delta must lie between 0 and 1, found {risk} and {delta}")
+    # Infinitely doubtful: above every threshold.
     score = np.where(np.isnan(score), np.float32(np.inf), score)
     value = _largest_threshold(score, loss, risk, delta, method)
-    n, mean = len(loss), float(loss.mean()) if len(loss) else 0.0
+    n = len(loss)
+    mean = float(loss.mean()) if n else 0.0
     is_accepted = score <= (np.float32(-np.inf) if value is None else np.float32(value))
     share = float(is_accepted.mean()) if n else 0.0
     accepted_loss = float(loss[is_accepted].mean()) if is_accepted.any() else None
     needed = _images_needed(score, loss, risk, delta, method) if value is None and explain else None
     reason = "" if value is not None else _reason(needed, score, loss, risk)
     note = _note(value, risk, delta, n, share, reason)
-    return ReviewThreshold(value, risk, delta, n, share, mean, accepted_loss, method, needed, note)
+    return ReviewThreshold(
+        value=value,
+        risk=risk,
+        delta=delta,
+        n=n,
+        accepted=share,
+        mean_loss=mean,
+        accepted_loss=accepted_loss,
+        method=method,
+        n_needed=needed,
+        note=note,
+    )
 
 
 def _note(value: float | None, risk: float, delta: float, n: int, share: float, reason: str) -> str:
+    """What is promised and what is accepted, or why nothing is."""
     promise = f"mean loss at most {risk:g} with probability {1 - delta:g}"
     if value is not None:
         return f"review threshold {value:.4g}: {promise}; accepts {share:.0%} of {n} calibration images"
@@ -136,16 +156,19 @@ def _candidate_losses(score: np.ndarray, loss: np.ndarray) -> list[float]:
 
 def _largest_threshold(score: np.ndarray, loss: np.ndarray, risk: float, delta: float, method: Method) -> float | None:
     """The largest threshold whose test is passed."""
+    # Betting goes through the points one by one, so their order must not follow the scores.
     order = np.random.default_rng(_ORDER_SEED).permutation(len(score))
     score, loss = score[order], loss[order]
+    # All candidates share delta, those that are left out too: their number must not depend on the scores.
+    level = delta / len(COVERAGES)
     for candidate in _candidates(score):
-        if p_value(loss[score < candidate], risk, delta / len(COVERAGES), method) <= delta / len(COVERAGES):
+        if p_value(loss[score < candidate], risk, level, method) <= level:
             return float(np.nextafter(candidate, np.float32(-np.inf)))
     return None
 
 
 def p_value(losses: np.ndarray, risk: float, level: float, method: Method = "betting") -> float:
-    """Of "the mean exceeds ``risk``", from independent losses in 0..1; valid at any n.
+    """p-value of "the mean loss exceeds ``risk``", from independent losses in 0..1; valid at any n.
 
     ``betting``: one over the largest capital of a gambler who bets that losses fall below ``risk``, with stakes set
     from the losses before (Waudby-Smith & Ramdas 2024, 2010.09686, predictable plug-in); ``level`` only tunes the
@@ -154,17 +177,21 @@ def p_value(losses: np.ndarray, risk: float, level: float, method: Method = "bet
     n = len(losses)
     if method == "hoeffding_bentkus":
         return _hoeffding_bentkus(float(losses.mean()), n, risk)
+    # Running mean and variance, begun with one imagined loss of 1/2 and a variance of 1/4, for the first stakes.
     num_seen = np.arange(1, n + 1)
     mean = (0.5 + np.cumsum(losses)) / (1 + num_seen)
     variance = (0.25 + np.cumsum((losses - mean) ** 2)) / (1 + num_seen)
+    # A stake may depend on the losses before it alone; else the p-value is not valid.
     variance_before = np.concatenate([[0.25], variance[:-1]])
     # Below 1 / (1 - risk), so that the capital stays positive whatever the loss is.
     stake = np.minimum(np.sqrt(2 * math.log(1 / level) / (n * variance_before)), 0.99 / (1 - risk))
+    # The logarithm of the capital after each bet; by Ville's inequality its highest value counts.
     capital = np.cumsum(np.log1p(-stake * (losses - risk)))
     return float(min(1.0, math.exp(-max(0.0, capital.max()))))
 
 
 def _hoeffding_bentkus(mean: float, n: int, risk: float) -> float:
+    """The smaller of Hoeffding's bound, in its form with the relative entropy, and e times the binomial tail."""
     if mean >= risk:
         return 1.0
     from scipy.special import bdtr  # here, since scipy is slow to import
@@ -183,6 +210,7 @@ def _images_needed(score: np.ndarray, loss: np.ndarray, risk: float, delta: floa
     def passes(repeats: int) -> bool:
         return _largest_threshold(np.tile(score, repeats), np.tile(loss, repeats), risk, delta, method) is not None
 
+    # Doubled until it passes, then halved between the last that failed and the first that passed.
     low, high = 1, 2
     while high <= max_repeats and not passes(high):
         low, high = high, 2 * high

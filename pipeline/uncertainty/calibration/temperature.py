@@ -10,10 +10,13 @@ from torch import Tensor
 from pipeline.uncertainty.calibration.pixel_sample import MIN_PROBABILITY
 
 TEMPERATURE_LIMITS = (0.05, 20.0)
-"""Of temperatures, and of the inverse of scales."""
+"""Lowest and highest temperature, and inverse of a scale."""
 _IDENTITY_PENALTY = 1e-4
 """Weight of the squared distance of a vector's log scales and biases from 0, against a mean NLL: a class that
 the sample does not show would run away without."""
+
+_OPTIMIZER_OPTIONS = {"ftol": 1e-12, "gtol": 1e-9, "maxiter": 500}
+"""Of L-BFGS-B: tight, since the NLL is flat around its minimum."""
 
 Kind = Literal["temperature", "vector"]
 
@@ -40,7 +43,7 @@ def fit_temperature(rows: tuple[np.ndarray, np.ndarray, np.ndarray], kind: Kind 
 
     Args:
         rows: (log p (n, C), labels (n,), weights (n,)), as ``PixelSample.rows`` gives.
-        kind: Which.
+        kind: ``temperature`` or ``vector``.
 
     Raises:
         ValueError: No row.
@@ -49,21 +52,23 @@ def fit_temperature(rows: tuple[np.ndarray, np.ndarray, np.ndarray], kind: Kind 
     if not len(labels):
         raise ValueError("a calibration cannot be fitted on no pixel")
     weights = weights / weights.sum()
-    before = _nll(log, labels, weights, np.ones(log.shape[1]), np.zeros(log.shape[1]))[0]
-    parameters = (
-        _fit_single_temperature(log, labels, weights) if kind == "temperature" else _fit_vector(log, labels, weights)
-    )
-    after = _nll(log, labels, weights, *_scale_bias(parameters, log.shape[1]))[0]
+    classes = log.shape[1]
+    before = _nll(log, labels, weights, np.ones(classes), np.zeros(classes))[0]
+    if kind == "temperature":
+        parameters = _fit_single_temperature(log, labels, weights)
+        identity: dict[str, Any] = {"temperature": 1.0}
+    else:
+        parameters = _fit_vector(log, labels, weights)
+        identity = {"scale": [1.0] * classes, "bias": [0.0] * classes}
+    after = _nll(log, labels, weights, *_scale_bias(parameters, classes))[0]
+    # The penalty and the optimiser's tolerance can end a hair above the identity; NaN counts as worse, too.
     if not after < before:
-        classes = log.shape[1]
-        parameters = (
-            {"temperature": 1.0} if kind == "temperature" else {"scale": [1.0] * classes, "bias": [0.0] * classes}
-        )
-        after = before
+        parameters, after = identity, before
     return Calibration(kind, parameters, float(before), float(after))
 
 
 def _scale_bias(parameters: dict[str, Any], classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Scale and bias (C,) of either kind of parameters."""
     if "temperature" in parameters:
         return np.full(classes, 1 / parameters["temperature"]), np.zeros(classes)
     return np.array(parameters["scale"]), np.array(parameters["bias"])
@@ -74,11 +79,13 @@ def _nll(
 ) -> tuple[float, np.ndarray, np.ndarray]:
     """(weighted NLL, its gradients by scale and by bias)."""
     z = log * scale + bias
+    # The largest exponent becomes 0, so that none overflows.
     z -= z.max(1, keepdims=True)
     p = np.exp(z)
     total = p.sum(1, keepdims=True)
     rows = np.arange(len(labels))
     value = float((weights * (np.log(total[:, 0]) - z[rows, labels])).sum())
+    # The gradient by z is p - [c = label], weighted.
     p /= total
     p[rows, labels] -= 1
     p *= weights[:, None]
@@ -86,6 +93,8 @@ def _nll(
 
 
 def _fit_single_temperature(log: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> dict[str, Any]:
+    """``{"temperature": T}``; the search is over ln T, so that halving and doubling are equally far."""
+
     def objective(x: np.ndarray) -> tuple[float, np.ndarray]:
         scale = np.full(log.shape[1], np.exp(-x[0]))
         value, by_scale, _ = _nll(log, labels, weights, scale, np.zeros(log.shape[1]))
@@ -96,6 +105,7 @@ def _fit_single_temperature(log: np.ndarray, labels: np.ndarray, weights: np.nda
 
 
 def _fit_vector(log: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> dict[str, Any]:
+    """``{"scale": (C,), "bias": (C,)}``; the search is over the logarithms of the scales, and the biases."""
     classes = log.shape[1]
 
     def objective(x: np.ndarray) -> tuple[float, np.ndarray]:
@@ -107,18 +117,16 @@ def _fit_vector(log: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> dic
     limit = np.log(TEMPERATURE_LIMITS[1])
     bounds = [(-limit, limit)] * classes + [(None, None)] * classes
     optimum = _minimise(objective, 2 * classes, bounds)
+    # A constant added to all biases changes no probability: they are made to sum to 0.
     bias = optimum[classes:] - optimum[classes:].mean()
     return {"scale": np.exp(optimum[:classes]).tolist(), "bias": bias.tolist()}
 
 
 def _minimise(objective: Any, size: int, bounds: Any) -> np.ndarray:
-    """Where ``goal`` is least, from 0 on."""
+    """(size,) where ``objective``, which gives its value and gradient, is least; the search starts at 0."""
     from scipy.optimize import minimize  # here, since scipy is slow to import
 
     return minimize(objective, np.zeros(size), jac=True, method="L-BFGS-B", bounds=bounds, options=_OPTIMIZER_OPTIONS).x
-
-
-_OPTIMIZER_OPTIONS = {"ftol": 1e-12, "gtol": 1e-9, "maxiter": 500}
 
 
 def apply_temperature(calibration: dict[str, Any] | None, probabilities: Tensor) -> Tensor:
